@@ -1,0 +1,49 @@
+# `make demo` runs the main job, `make test` passes the tests. Both build .venv on their first run and reuse it after.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help demo test test-slow lint types bench wheel-check clean
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## Run the main job: train, send the weights across, check them, write reports/weight_sync.html
+	$(BIN)/python -m actors.weight_sync --report reports/weight_sync.html
+
+test: $(STAMP)  ## Pass the tests
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-slow: $(STAMP)  ## The tests that take minutes
+	$(BIN)/python -m pytest -q -m slow --timeout 1800
+
+lint: $(STAMP)  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## The three benchmarks, each beside its baselines
+	$(BIN)/etha-ray bench roundtrip
+	$(BIN)/etha-ray bench small
+	$(BIN)/etha-ray bench sync
+
+wheel-check: $(STAMP)  ## Build the wheel, install it into an empty environment, import it there
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist
+	rm -rf build/wheel-venv && $(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd build && wheel-venv/bin/python -c 'import etha_ray, sys; print(etha_ray.__version__, etha_ray.__file__); assert "ray" not in sys.modules'
+	build/wheel-venv/bin/etha-ray --help > /dev/null
+
+clean:  ## Remove what the targets above made
+	rm -rf $(VENV) build dist reports .mypy_cache .ruff_cache .pytest_cache .hypothesis
