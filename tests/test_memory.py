@@ -1,0 +1,573 @@
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor, Replicate
+
+from etha_ray import shared_files
+from etha_ray.errors import (
+    HandleExpiredError,
+    MemoryHandleError,
+    NotShareableError,
+    SharedMemoryFullError,
+    WrongDeviceError,
+)
+from etha_ray.memory import (
+    ExportedTensors,
+    TensorHandle,
+    decode_handle,
+    encode_handle,
+    export_tensors,
+    open_tensors,
+    process_start_time,
+)
+from tests.contracts.transport import DTYPES, bits, random_tensor
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def changed(handle: TensorHandle, **fields: object) -> TensorHandle:
+    return msgspec.structs.replace(handle, **fields)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def python(code: str) -> subprocess.Popen[str]:
+    """A fresh interpreter that runs ``code`` with the imports that every such program here needs."""
+    head = "import os, sys, time, resource, torch\nfrom etha_ray.memory import *\n"
+    return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    assert line, f"the process ended with {process.wait()}"
+    return line
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
+
+
+class Owner:
+    """A process that exports ``torch.arange(count)`` and holds it until killed."""
+
+    def __init__(self, count: int = 100_000, setup: str = "") -> None:
+        self.process = python(f"""
+            {setup}
+            weight = torch.arange({count}, dtype=torch.int32)
+            exported = export_tensors([weight, weight[10:20]])
+            print(os.getpid(), *(encode_handle(handle).hex() for handle in exported.handles), flush=True)
+            for line in sys.stdin:
+                if line == "sum\\n":
+                    print(weight.sum().item(), flush=True)
+                else:
+                    exported.close(); del exported, weight
+                    print("closed", flush=True)
+        """)
+        self.pid, *handles = line_of(self.process).split()
+        self.handles = [decode_handle(bytes.fromhex(handle)) for handle in handles]
+
+    def ask(self, line: str) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return line_of(self.process)
+
+
+@pytest.fixture
+def owner() -> Iterator[Owner]:
+    owner = Owner()
+    yield owner
+    kill(owner.process)
+
+
+def names_of(*pids: int | str) -> set[str]:
+    """What these processes have in /dev/shm: torch puts the pid into the name."""
+    return {name for name in os.listdir("/dev/shm") if any(f"_{pid}_" in name for pid in pids)}
+
+
+# Use descriptors for nothing: each storage gets a name.
+NAMED = "from etha_ray import shared_files; shared_files.SPARE_DESCRIPTORS = 1 << 40"
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, storages are shared by name, as where descriptors are too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: None)
+    assert soft <= hard
+
+
+class TestHandle:
+    def test_survives_the_wire(self) -> None:
+        handle = export_tensors([torch.zeros(3, 4)[:, 1:]]).handles[0]
+        assert handle.kind == "shm"
+        assert decode_handle(encode_handle(handle)) == handle
+        assert (handle.dtype, handle.shape, handle.stride, handle.storage_offset, handle.nbytes) == ("float32", (3, 3), (4, 1), 1, 48)
+
+    def test_can_be_a_field(self) -> None:
+        handle = export_tensors([torch.zeros(3)]).handles[0]
+        data = msgspec.msgpack.encode({"handles": [handle]})
+        assert msgspec.msgpack.decode(data, type=dict[str, list[TensorHandle]]) == {"handles": [handle]}
+
+    @pytest.mark.parametrize("data", [b"", b"\xc1", b"\x90", msgspec.msgpack.encode(["cuda"]), msgspec.msgpack.encode(["shm", "pid"])])
+    def test_garbage(self, data: bytes) -> None:
+        with pytest.raises(MemoryHandleError, match="not a tensor handle"):
+            decode_handle(data)
+
+    def test_start_time_tells_processes_apart(self) -> None:
+        child = subprocess.Popen(["sleep", "100"])
+        mine, others = process_start_time(os.getpid()), process_start_time(child.pid)
+        assert mine is not None
+        assert others is not None
+        assert mine < others
+        child.kill()
+        assert eventually(lambda: process_start_time(child.pid) is None)  # a zombie holds nothing
+        child.wait()
+        assert process_start_time(child.pid) is None
+
+
+class TestExport:
+    def test_storage_moves_in_place(self) -> None:
+        weight = torch.nn.Parameter(torch.randn(40, 30))
+        view, before = weight.detach()[3:7].t(), weight.detach().clone()
+        optimizer = torch.optim.SGD([weight], lr=0.5)
+        exported = export_tensors([weight])
+        assert torch.equal(weight, before)
+        opened = open_tensors(exported.handles).tensors[0]
+        weight.sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        assert torch.equal(opened, before - 0.5)
+        view.zero_()
+        assert opened[3:7].eq(0).all()
+        opened.fill_(7)
+        assert weight.eq(7).all()
+
+    def test_storages_are_shared_once(self) -> None:
+        weight = torch.zeros(1000)
+        before = open_descriptors()
+        exported = export_tensors([weight, weight[5:], weight.view(10, 100).t(), torch.nn.Parameter(weight)])
+        assert open_descriptors() == before + 1
+        assert len({(handle.path, handle.inode) for handle in exported.handles}) == 1
+        assert exported.nbytes == 4000
+        again = export_tensors([weight])
+        assert again.handles[0] == exported.handles[0]
+        assert open_descriptors() == before + 1
+        assert repr(exported) == "ExportedTensors(4 tensors, 1 storages, 4000 bytes)"
+
+    def test_memory_lives_until_close(self) -> None:
+        before = open_descriptors()
+        exported = export_tensors([torch.arange(10)])
+        assert open_tensors(exported.handles).tensors[0].sum() == 45
+        exported.close()
+        exported.close()
+        assert open_descriptors() == before
+        with pytest.raises(HandleExpiredError):
+            open_tensors(exported.handles)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_dtype(self, dtype: torch.dtype) -> None:
+        tensor = random_tensor((5, 8), dtype)[1:, ::3]
+        opened = open_tensors(export_tensors([tensor]).handles).tensors[0]
+        assert (opened.dtype, opened.stride()) == (dtype, tensor.stride())
+        assert bits(opened) == bits(tensor)
+
+    @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1)])
+    def test_small_shapes(self, shape: tuple[int, ...]) -> None:
+        before = open_descriptors()
+        tensor = torch.ones(shape)
+        exported = export_tensors([tensor])
+        opened = open_tensors(exported.handles)
+        assert opened.tensors[0].shape == shape
+        assert torch.equal(opened.tensors[0], tensor)
+        assert open_descriptors() == before + (1 if tensor.numel() else 0)
+
+    def test_empty_view_of_a_full_storage(self) -> None:
+        exported = export_tensors([torch.ones(4, 5)[2:2], torch.ones(3).expand(6, 3)])
+        opened = open_tensors(exported.handles)
+        assert [tuple(tensor.shape) for tensor in opened.tensors] == [(0, 5), (6, 3)]
+
+    def test_nothing(self) -> None:
+        assert open_tensors(export_tensors([]).handles).tensors == []
+
+    def test_dtensor_stands_for_its_local_tensor(self, tmp_path: Path) -> None:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "s"), 1), rank=0, world_size=1)
+        try:
+            mesh = torch.distributed.init_device_mesh("cpu", (1,))
+            local = torch.arange(12.0).view(3, 4)
+            sharded = torch.nn.Parameter(DTensor.from_local(local, mesh, [Replicate()]))
+            opened = open_tensors(export_tensors([sharded]).handles).tensors[0]
+        finally:
+            torch.distributed.destroy_process_group()
+        assert type(opened) is torch.Tensor
+        assert torch.equal(opened, local)
+        opened.zero_()
+        assert not local.any()
+
+    def test_already_shared_memory_is_not_moved(self, tmp_path: Path) -> None:
+        by_torch = torch.arange(5).share_memory_()
+        address = by_torch.data_ptr()
+        named = torch.arange(5000)
+        named.untyped_storage()._share_filename_cpu_()
+        for tensor in (by_torch, named, named[1000:]):
+            opened = open_tensors(export_tensors([tensor]).handles).tensors[0]
+            tensor[0] = 77
+            assert torch.equal(opened, tensor)
+        assert by_torch.data_ptr() == address
+
+    def test_shared_memory_of_python(self) -> None:
+        """A tensor over a block of multiprocessing.shared_memory keeps its place: others read that block too."""
+        from multiprocessing.shared_memory import SharedMemory
+
+        block = SharedMemory(create=True, size=10_000)
+        try:
+            array = np.frombuffer(block.buf, dtype=np.uint8, offset=100)
+            tensor = torch.from_numpy(array)
+            opened = open_tensors(export_tensors([tensor]).handles).tensors[0]
+            array[7] = 200
+            assert opened[7] == 200
+            del array, tensor, opened
+        finally:
+            block.close()
+            block.unlink()
+
+    def test_checkpoint_mapped_by_torch_load(self, tmp_path: Path) -> None:
+        torch.save(torch.arange(2000), tmp_path / "w.pt")
+        exported = export_tensors([torch.load(tmp_path / "w.pt", mmap=True)])
+        opened = open_tensors(exported.handles).tensors[0]
+        assert torch.equal(opened, torch.arange(2000))
+
+    def test_threads(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        tensors = [torch.full((1000,), float(index)) for index in range(40)]
+        with ThreadPoolExecutor(8) as pool:
+            exports = list(pool.map(lambda index: export_tensors([tensors[index % 40]]), range(160)))
+        for index, exported in enumerate(exports):
+            assert open_tensors(exported.handles).tensors[0].eq(index % 40).all()
+
+
+class TestNotShareable:
+    def check(self, tensor: torch.Tensor, *words: str, error: type[MemoryHandleError] = NotShareableError) -> None:
+        good = torch.ones(3)
+        with pytest.raises(error) as caught:
+            export_tensors([good, tensor], ["weight", "layer.3 of batch 'w'"])
+        for word in ("layer.3 of batch 'w'", *words):
+            assert word in str(caught.value)
+        assert not good.is_shared()  # nothing was moved
+
+    def test_other_layouts(self) -> None:
+        self.check(torch.eye(3).to_sparse(), "sparse_coo", "to_dense()")
+        self.check(torch.eye(3).to_sparse_csr(), "sparse_csr")
+        self.check(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested")
+
+    def test_meta(self) -> None:
+        self.check(torch.ones(3, device="meta"), "meta", "to_empty")
+
+    def test_other_device(self) -> None:
+        class Elsewhere(torch.Tensor):
+            device = torch.device("cuda", 1)  # type: ignore[assignment]
+
+        self.check(torch.ones(3).as_subclass(Elsewhere), "cuda:1 tensor on a CPU agent", ".cpu()", error=WrongDeviceError)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_quantized(self) -> None:
+        self.check(torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantized", "int_repr")
+
+    def test_lazy_views(self) -> None:
+        self.check(torch.ones(3, dtype=torch.complex64).conj(), "resolve_conj")
+
+    def test_subclass_without_memory(self) -> None:
+        class Wrapper(torch.Tensor):
+            @staticmethod
+            def __new__(cls) -> Wrapper:
+                return torch.Tensor._make_wrapper_subclass(cls, (3,))  # type: ignore[attr-defined, no-any-return]
+
+            __torch_dispatch__ = None  # type: ignore[assignment]
+
+        self.check(Wrapper(), "Wrapper")
+
+    def test_private_file_mappings(self, tmp_path: Path) -> None:
+        path = tmp_path / "weights"
+        path.write_bytes(bytes(4096))
+        self.check(torch.from_file(str(path), shared=False, size=1024), "privately mapped", ".clone()")
+
+    def test_files_outside_shared_memory(self, tmp_path: Path) -> None:
+        path = tmp_path / "weights"
+        path.write_bytes(bytes(4096))
+        self.check(torch.from_file(str(path), shared=True, size=1024), str(path), ".clone()")
+
+    def test_labels_must_fit(self) -> None:
+        with pytest.raises(ValueError, match="1 labels for 2 tensors"):
+            export_tensors([torch.ones(1), torch.ones(1)], ["a"])
+
+
+class TestLimits:
+    def test_full_shared_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = os.statvfs("/dev/shm")
+        fields = list(real)
+        fields[4] = 3  # f_bavail
+        monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(fields))
+        tensors = [torch.ones(1024), torch.ones(1), torch.ones(1025)]
+        shared = torch.ones(1 << 20).share_memory_()
+        assert export_tensors([shared, *tensors[:2]]).handles  # what is shared already needs no room
+        with pytest.raises(SharedMemoryFullError, match=rf"{3 * real.f_frsize} bytes free .* need 16384 .*--shm-size.*remount"):
+            export_tensors([torch.ones(1024), torch.ones(1), fresh := torch.ones(1025)])
+        assert not fresh.is_shared()
+
+    def test_file_left_by_torch_is_removed(self) -> None:
+        """When room runs out while torch makes a file (others fill it at the same time), torch leaves the name."""
+        path = Path(f"/dev/shm/torch_{os.getpid()}_123_4")
+        path.touch()
+        text = f"unable to allocate shared memory(shm) for file </{path.name}>: No space left on device (28)"
+        shared_files.remove_unfinished(RuntimeError(text))
+        assert not path.exists()
+        shared_files.remove_unfinished(RuntimeError(text))
+        assert isinstance(shared_files.translated(RuntimeError(text), "w", 10), SharedMemoryFullError)
+
+    def test_mappings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        handles = export_tensors([torch.ones(1)]).handles
+        monkeypatch.setattr(shared_files, "mapping_limit", lambda: 1100)
+        with pytest.raises(MemoryHandleError, match=r"vm.max_map_count"):
+            open_tensors(handles)
+        with pytest.raises(MemoryHandleError, match=r"1 storages need a memory mapping each.*at most 1100.*sysctl"):
+            export_tensors([tensor := torch.ones(1)])
+        assert not tensor.is_shared()
+
+    @pytest.mark.parametrize(
+        ("message", "words"),
+        [("unable to mmap 8 bytes: Cannot allocate memory (12)", "max_map_count"), ("Too many open files (24)", "ulimit -n"), ("?", "?")],
+    )
+    def test_refusals_are_translated(self, message: str, words: str) -> None:
+        error = shared_files.translated(RuntimeError(message), "tensor 3 of batch 'w'", 8)
+        assert "tensor 3 of batch 'w'" in str(error)
+        assert words in str(error)
+
+    @pytest.mark.parametrize("hard", [1024, 200_000])
+    def test_ten_thousand_tensors(self, hard: int) -> None:
+        """Under a low hard limit by names beside descriptors; else the soft limit is raised."""
+        hard = min(hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        process = python(f"""
+            resource.setrlimit(resource.RLIMIT_NOFILE, (512, {hard}))
+            tensors = [torch.full((16,), float(index)) for index in range(10_000)]
+            exported = export_tensors(tensors)
+            descriptors = len(os.listdir("/proc/self/fd"))
+            opened = open_tensors(exported.handles)
+            assert len(os.listdir("/proc/self/fd")) == descriptors
+            assert torch.equal(torch.stack(opened.tensors), torch.stack(tensors))
+            tensors[9_999].fill_(-1)
+            assert opened.tensors[9_999].eq(-1).all()
+            print(descriptors, sum(handle.path.startswith("/proc") for handle in exported.handles), flush=True)
+            time.sleep(100)
+        """)
+        try:
+            descriptors, by_descriptor = map(int, line_of(process).split())
+        finally:
+            kill(process)
+        assert descriptors < hard - 200
+        assert 500 < by_descriptor <= 10_000
+        assert (by_descriptor == 10_000) == (hard > 10_300)
+        assert eventually(lambda: not names_of(process.pid))
+
+
+class TestOpen:
+    def test_in_another_process(self, owner: Owner) -> None:
+        before = open_descriptors()
+        opened = open_tensors(owner.handles)
+        assert open_descriptors() == before
+        whole, part = opened.tensors
+        assert torch.equal(whole, torch.arange(100_000, dtype=torch.int32))
+        assert whole.untyped_storage()._cdata == part.untyped_storage()._cdata  # mapped once
+        part.zero_()
+        assert int(owner.ask("sum")) == sum(range(100_000)) - sum(range(10, 20))
+        assert repr(opened) == "OpenedTensors(2 tensors, 400000 bytes)"
+
+    def test_close_unmaps(self, owner: Owner) -> None:
+        inode = str(owner.handles[0].inode)
+        opened = open_tensors(owner.handles)
+        assert inode in Path("/proc/self/maps").read_text().split()
+        opened.close()
+        opened.close()
+        assert inode not in Path("/proc/self/maps").read_text().split()
+
+    def test_owner_died(self, owner: Owner) -> None:
+        opened = open_tensors(owner.handles)
+        kill(owner.process)
+        assert opened.tensors[0][99_999] == 99_999  # what is open stays readable
+        with pytest.raises(HandleExpiredError, match=rf"w: process {owner.pid} .*register it again"):
+            open_tensors(owner.handles, ["w", "v"])
+
+    def test_owner_let_go(self, owner: Owner) -> None:
+        assert owner.ask("close") == "closed"
+        with pytest.raises(HandleExpiredError, match=f"process {owner.pid}"):
+            open_tensors(owner.handles)
+
+    def test_reused_pid(self, owner: Owner) -> None:
+        with pytest.raises(HandleExpiredError, match="that process is gone"):
+            open_tensors([changed(owner.handles[0], start_time=owner.handles[0].start_time - 1)])
+
+    def test_reused_descriptor(self) -> None:
+        exported = export_tensors([torch.ones(1000)])
+        fd = int(exported.handles[0].path.rpartition("/")[2])
+        exported.close()
+        other = export_tensors([torch.zeros(1000)])
+        assert int(other.handles[0].path.rpartition("/")[2]) == fd
+        with pytest.raises(HandleExpiredError, match="another file"):
+            open_tensors(exported.handles)
+
+    def test_by_name(self, named: None) -> None:
+        tensor = torch.arange(3000.0)
+        exported = export_tensors([tensor, tensor[7:]])
+        assert exported.handles[0].path.startswith("/dev/shm/torch_")
+        opened = open_tensors(exported.handles)
+        tensor[8] = -3
+        assert torch.equal(opened.tensors[0], tensor)
+        assert torch.equal(opened.tensors[1], tensor[7:])
+        assert export_tensors([tensor]).handles[0] == exported.handles[0]
+        path = exported.handles[0].path
+        exported.close()
+        del tensor
+        assert eventually(lambda: not os.path.exists(path))
+        assert opened.tensors[0][8] == -3
+        with pytest.raises(HandleExpiredError):
+            open_tensors(exported.handles)
+
+
+class TestKilled:
+    """SIGKILL leaves no name in /dev/shm, whoever is killed."""
+
+    @pytest.mark.parametrize("setup", ["", NAMED], ids=["by descriptor", "by name"])
+    def test_owner_and_opener(self, setup: str) -> None:
+        owner = Owner(setup=setup)
+        opener = python(f"""
+            opened = open_tensors([decode_handle(bytes.fromhex("{encode_handle(owner.handles[0]).hex()}"))])
+            opened.tensors[0][0] = 5
+            print("open", flush=True)
+            time.sleep(100)
+        """)
+        try:
+            assert len(names_of(owner.pid)) == (1 if setup else 0)
+            opened = open_tensors(owner.handles)
+            assert line_of(opener) == "open"
+            kill(opener)
+            assert names_of(opener.pid) == set()
+            assert int(owner.ask("sum")) == sum(range(100_000)) + 5  # the owner goes on
+        finally:
+            kill(opener)
+            kill(owner.process)
+        assert eventually(lambda: not names_of(owner.pid))
+        assert opened.tensors[0].sum() == sum(range(100_000)) + 5  # and so does who has it open
+
+
+class TestLyingHandles:
+    """A handle is another process's word. No lie reads outside the memory, makes a file or changes a size."""
+
+    @pytest.fixture
+    def exported(self) -> ExportedTensors:
+        return export_tensors([torch.ones(10, 10)])
+
+    @pytest.mark.parametrize(
+        "lie",
+        [
+            {"nbytes": 404},
+            {"nbytes": 1 << 40},
+            {"nbytes": 0},
+            {"nbytes": -1},
+            {"data_offset": 4},
+            {"data_offset": -4},
+            {"data_offset": 1 << 62},
+            {"shape": (11, 10)},
+            {"shape": (10,)},
+            {"shape": (-1, 10)},
+            {"shape": (2**63, 0)},
+            {"shape": (2**40, 2**40), "stride": (0, 0)},
+            {"stride": (11, 1)},
+            {"stride": (-10, 1)},
+            {"stride": (10, 1, 1)},
+            {"stride": (2**63, 1), "shape": (1, 10)},
+            {"storage_offset": 1},
+            {"storage_offset": -1},
+            {"storage_offset": 2**64},
+            {"dtype": "float64"},
+            {"dtype": "float31"},
+            {"dtype": "Tensor"},
+            {"dtype": "qint8"},
+            {"path": ""},
+            {"path": "/etc/passwd"},
+            {"path": "/proc/self/../self/fd/0"},
+            {"path": "/dev/shm/../../etc/passwd"},
+            {"path": "/proc/1/fd/0\n"},
+        ],
+        ids=str,
+    )
+    def test_is_caught(self, exported: ExportedTensors, lie: dict[str, object]) -> None:
+        with pytest.raises(MemoryHandleError, match=r"^w: "):
+            open_tensors([changed(exported.handles[0], **lie)], ["w"])
+        assert torch.equal(open_tensors(exported.handles).tensors[0], torch.ones(10, 10))
+
+    def test_other_files_are_not_opened(self, exported: ExportedTensors) -> None:
+        for path in (f"/proc/{os.getpid()}/fd/0", f"/proc/{os.getpid()}/fd/987654", "/dev/shm/etha-no-such"):
+            with pytest.raises(HandleExpiredError):
+                open_tensors([changed(exported.handles[0], path=path)])
+        assert not os.path.exists("/dev/shm/etha-no-such")
+
+    def test_pipes_are_not_opened(self, exported: ExportedTensors) -> None:
+        read, write = os.pipe()
+        info = os.fstat(read)
+        try:
+            with pytest.raises(MemoryHandleError, match="corrupt"):
+                open_tensors([changed(exported.handles[0], path=f"/proc/{os.getpid()}/fd/{read}", device=info.st_dev, inode=info.st_ino)])
+        finally:
+            os.close(read)
+            os.close(write)
+
+    def test_sizes_stay(self, exported: ExportedTensors) -> None:
+        path = exported.handles[0].path
+        size = os.stat(path).st_size
+        with pytest.raises(MemoryHandleError):
+            open_tensors([changed(exported.handles[0], nbytes=size + 1)])
+        assert os.stat(path).st_size == size
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.tuples(st.integers(-1, 12), st.integers(-1, 120)), max_size=4), st.integers(-2, 110), st.sampled_from(DTYPES))
+    def test_layouts_in_bounds_or_refused(self, dims: list[tuple[int, int]], offset: int, dtype: torch.dtype) -> None:
+        base = export_tensors([torch.zeros(100, dtype=torch.uint8)])
+        shape, stride = tuple(size for size, _ in dims), tuple(step for _, step in dims)
+        handle = changed(base.handles[0], dtype=str(dtype)[6:], shape=shape, stride=stride, storage_offset=offset)
+        try:
+            tensor = open_tensors([handle]).tensors[0]
+        except MemoryHandleError:
+            return
+        assert tensor.shape == shape
+        if tensor.numel():
+            start = tensor.data_ptr() - tensor.untyped_storage().data_ptr()
+            last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) * dtype.itemsize
+            assert 0 <= start <= start + last + dtype.itemsize <= 100
