@@ -1,0 +1,39 @@
+"""etha_ray moves tensors between two groups of processes, from any device mesh and placement to any other.
+
+Start with `launch_agents`, then `tensor_bus.bootstrap_client` in each worker.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from etha_ray.kvstore import create_store
+from etha_ray.layout import MeshSpec
+from etha_ray.report import TransferReport
+from etha_ray.tensor_bus.bootstrap import BootstrapInfo, bootstrap_client
+from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+
+if TYPE_CHECKING:
+    from etha_ray.runtime import AgentPool, launch_agents
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AgentPool",
+    "BatchHandler",
+    "BootstrapInfo",
+    "MeshSpec",
+    "TensorBusClient",
+    "TransferReport",
+    "bootstrap_client",
+    "create_store",
+    "launch_agents",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("AgentPool", "launch_agents"):  # these need Ray, which the engine does not
+        from etha_ray import runtime
+
+        return getattr(runtime, name)
+    raise AttributeError(f"module 'etha_ray' has no attribute {name!r}")

@@ -1,0 +1,45 @@
+"""Fixtures that several parts of the suite use."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from etha_ray.config import agent_paths
+from etha_ray.tensor_bus.semaphores import queue_semaphore_name
+
+
+@pytest.fixture(scope="module")
+def ray_instance() -> Iterator[None]:
+    """A Ray of this test module's own, with logical CPUs to spare for actors."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A pool or store namespace that nobody else uses."""
+    return f"test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def left_behind(namespace: str, pids: Iterable[int] = ()) -> list[str]:
+    """What a pool left on this host: LMDB files of its folder, semaphores of its queues, and what ``pids`` have in /dev/shm."""
+    folder = Path(agent_paths(0, namespace).state).parent
+    found = [str(path) for path in folder.glob("*")]
+    queues = {
+        queue_semaphore_name(agent_paths(rank, namespace).command_queue, role).replace("/", "sem.")
+        for rank in range(16)
+        for role in ("items", "space")
+    }
+    for entry in Path("/dev/shm").iterdir():
+        of_process = any(f"_{pid}_" in entry.name or f".{pid}." in entry.name for pid in pids)
+        if entry.name in queues or of_process:
+            found.append(str(entry))
+    return found

@@ -1,0 +1,178 @@
+"""Agents as Ray actors: placed, found, described, restarted, ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+import etha_ray
+from etha_ray.config import agent_paths
+from etha_ray.errors import AgentBusyError, AgentDiedError, ConfigError
+from tests.conftest import left_behind
+
+pytestmark = pytest.mark.usefixtures("ray_instance")
+
+
+@ray.remote(num_cpus=0)
+class Worker:
+    """A worker of the pool in ``namespace``: one side of a pair of 1 x 1."""
+
+    def __init__(self, namespace: str) -> None:
+        os.environ["ETHA_RAY_NAMESPACE"] = namespace
+        self.client, self.info = etha_ray.bootstrap_client()
+
+    def rank(self) -> tuple[int, str]:
+        return self.info.agent_rank, self.info.method
+
+    def register(self, local: str, remote: str, values: list[float]) -> None:
+        self.tensor = torch.tensor(values)
+        self.client.init_pair("pair", local, remote, 1)
+        self.handle = self.client.register_tensors("batch", [(self.tensor, "pair")])
+
+    def transfer(self, kind: Any) -> int:
+        return self.handle.transfer(kind, blocking=True).result().bytes
+
+    def values(self) -> list[float]:
+        return self.tensor.tolist()
+
+    def close(self) -> None:
+        self.client.close()
+
+
+@pytest.fixture
+def pool(namespace: str) -> Iterator[etha_ray.AgentPool]:
+    with etha_ray.launch_agents(["cpu"] * 2, namespace=namespace) as pool:
+        yield pool
+
+
+def workers(namespace: str) -> tuple[Any, Any]:
+    pair = Worker.remote(namespace), Worker.remote(namespace)
+    ray.get([pair[0].register.remote("a", "b", [1.0, 2.0, 3.0]), pair[1].register.remote("b", "a", [0.0, 0.0, 0.0])])
+    return pair
+
+
+def test_tensors_cross_between_actors(pool: etha_ray.AgentPool, namespace: str) -> None:
+    sender, receiver = workers(namespace)
+    assert sorted(ray.get([sender.rank.remote(), receiver.rank.remote()])) == [(0, "ray"), (1, "ray")]
+    assert ray.get([sender.transfer.remote("send"), receiver.transfer.remote("recv")]) == [12, 12]
+    assert ray.get(receiver.values.remote()) == [1.0, 2.0, 3.0]
+    counts = [(agent["workers"], agent["pairs"], agent["batches"]) for agent in pool.describe()]
+    assert counts == [(1, 1, 1), (1, 1, 1)]
+
+
+def test_pool_describes_its_agents(pool: etha_ray.AgentPool, namespace: str) -> None:
+    assert pool.ranks == [0, 1]
+    described = pool.describe()
+    node = ray.get_runtime_context().get_node_id()
+    for rank, agent in enumerate(described):
+        paths = agent_paths(rank, namespace)
+        assert (agent["rank"], agent["device"], agent["state"], agent["node_id"]) == (rank, "cpu", "running", node)
+        assert (agent["command_queue_path"], agent["state_path"]) == (paths.command_queue, paths.state)
+        assert Path(f"/proc/{agent['pid']}").exists()
+    assert described[0]["pid"] != described[1]["pid"]
+
+
+def test_shutdown_leaves_nothing(namespace: str) -> None:
+    pool = etha_ray.launch_agents(["cpu"], namespace=namespace)
+    paths = agent_paths(0, namespace)
+    assert Path(paths.command_queue).exists()
+    pids = [agent["pid"] for agent in pool.describe()]
+    assert len(left_behind(namespace, pids)) >= 5
+    pool.shutdown()
+    pool.shutdown()
+    assert left_behind(namespace, pids) == []
+    assert [agent["state"] for agent in pool.describe()] == ["stopped"]
+
+
+def test_a_killed_agent_is_restarted_and_its_files_are_removed_at_shutdown(namespace: str) -> None:
+    with etha_ray.launch_agents(["cpu"] * 2, namespace=namespace) as pool:
+        client = etha_ray.TensorBusClient(0, *_paths(0, namespace))
+        old = pool.describe()[0]["pid"]
+        os.kill(old, signal.SIGKILL)
+        while Path(f"/proc/{old}/fd").exists():
+            time.sleep(0.01)
+        with pytest.raises(AgentDiedError, match=r"agent 0 .*(died|restarted)"):
+            client.ping()
+        client.close()
+        again = etha_ray.TensorBusClient(0, *_paths(0, namespace), connection_timeout=60.0)
+        again.ping()
+        again.close()
+        while pool.describe()[0]["state"] != "running":
+            time.sleep(0.1)
+        first, second = (agent["pid"] for agent in pool.describe())
+        assert first != old
+        os.kill(second, signal.SIGKILL)
+    assert left_behind(namespace, [old, first, second]) == []
+
+
+def test_a_second_pool_of_the_same_name_is_refused(pool: etha_ray.AgentPool, namespace: str) -> None:
+    with pytest.raises(AgentBusyError, match=namespace):
+        etha_ray.launch_agents(["cpu"], namespace=namespace)
+    assert [agent["state"] for agent in pool.describe()] == ["running", "running"]
+
+
+def test_two_pools_live_side_by_side(pool: etha_ray.AgentPool, namespace: str) -> None:
+    with etha_ray.launch_agents(["cpu"], namespace=f"{namespace}-b") as other:
+        assert other.ranks == [0]
+        assert other.describe()[0]["pid"] not in {agent["pid"] for agent in pool.describe()}
+
+
+def test_auto_gives_a_node_without_gpus_one_cpu_agent(namespace: str) -> None:
+    with etha_ray.launch_agents(namespace=namespace) as pool:
+        assert [(agent["rank"], agent["device"]) for agent in pool.describe()] == [(0, "cpu")]
+
+
+def test_agents_take_no_share_of_the_cluster(pool: etha_ray.AgentPool) -> None:
+    assert ray.available_resources()["CPU"] == ray.cluster_resources()["CPU"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [("all", "auto"), ([], "empty"), (["gpu"], "cuda:0"), (["cuda:0", "cuda:0"], "twice"), (["cpu", "cuda:x"], "cuda:x")],
+)
+def test_devices_that_make_no_sense_are_refused(devices: Any, message: str, namespace: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        etha_ray.launch_agents(devices, namespace=namespace)
+
+
+def test_a_bad_namespace_is_refused() -> None:
+    with pytest.raises(ConfigError, match="namespace"):
+        etha_ray.launch_agents(["cpu"], namespace="../up")
+
+
+def test_a_smaller_pool_removes_what_a_killed_one_left(namespace: str) -> None:
+    script = f"""
+        import os, signal, ray, etha_ray
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+        pool = etha_ray.launch_agents(["cpu"] * 2, namespace="{namespace}")
+        pids = [agent["pid"] for agent in pool.describe()]
+        print(*pids, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, check=False, timeout=100)
+    assert ended.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in ended.stdout.split()):
+        assert time.monotonic() < deadline, "Ray did not end the agents of a driver that was killed"
+        time.sleep(0.2)
+    folder = Path(agent_paths(0, namespace).state).parent
+    assert list(folder.glob("agent_rank1_*"))
+    with etha_ray.launch_agents(["cpu"], namespace=namespace):
+        assert not list(folder.glob("agent_rank1_*"))
+    assert left_behind(namespace, map(int, ended.stdout.split())) == []
+
+
+def _paths(rank: int, namespace: str) -> tuple[str, str]:
+    paths = agent_paths(rank, namespace)
+    return paths.command_queue, paths.state
