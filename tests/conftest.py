@@ -12,6 +12,10 @@ import pytest
 from etha_ray.config import agent_paths
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 
+# Torch and Ray look up the names of both ends of a connection: a resolver that loses questions must not cost 5 s for each of
+# them. A process reads this at its first lookup, which importing Ray already makes.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
+
 
 @pytest.fixture(scope="module")
 def ray_instance() -> Iterator[None]:

@@ -1,0 +1,360 @@
+"""The interface of every key-value store, and all of it that does not depend on the backend.
+
+A key lives under ``{namespace}/{component}/{key}``. Namespace and component have ``%`` and ``/`` percent-escaped, so that the first
+two slashes always end them: namespace ``a`` with component ``b/c`` and namespace ``a/b`` with component ``c`` are different places, and a
+namespace that is a prefix of another sees nothing of it. The key itself is kept as it is; any text is a key.
+
+A backend implements the primitives at the end of `KVStore`, which take the whole key. Checking of arguments, waiting, arithmetic and
+the order of closing are here, once.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeAlias, TypeVar
+
+from etha_ray.errors import ConfigError, StoreClosedError, StoreError, StoreTimeoutError, ValueTooLargeError
+
+T = TypeVar("T")
+KeyNames: TypeAlias = list[str]
+"""A sorted list of keys. Named here because inside the class `list` is the method."""
+Change: TypeAlias = Callable[["bytes | None"], "bytes | None"]
+"""Given the stored value (None if missing): the value to store, or None to leave everything as it is."""
+
+_INTEGER = re.compile(rb"-?[0-9]{1,19}")
+_INT64 = range(-(2**63), 2**63)
+
+
+class KVStore(ABC):
+    """A small shared dictionary for rendezvous: str keys, bytes values.
+
+    Ordering: every operation on one key takes effect at one moment between its call and its return, in every backend; a write that has
+    returned is seen by every read that starts afterwards, in any process. `list` and `wait_for_keys` read key by key: two keys they
+    return need not have had these values at the same moment.
+
+    Threads: one store object may be used by any number of threads at once; a thread that waits never keeps the others from working.
+
+    Every method except `close` raises `StoreClosedError` once the store is closed, also out of a wait that is under way, and
+    `StoreUnavailableError` when the backend cannot be reached; the docstrings below name the rest. A key or value of the wrong type is a
+    `TypeError`. A key that has no UTF-8 form (lone surrogates), or is longer than the backend takes, is a `ConfigError`.
+
+    ``component=`` of a call replaces the store's own component for that call.
+    """
+
+    max_value_bytes: int | None = None
+    """The largest value this backend takes; None if only memory bounds it."""
+    max_key_bytes: int | None = None
+    """The longest whole key, namespace and component included, in UTF-8."""
+    poll_from: float = 0.001
+    poll_to: float = 0.02
+    """Seconds between two looks of a wait in a backend that has to poll: the first pause and, after doubling, the longest."""
+
+    def __init__(self, namespace: str = "default", component: str = "tensorbus") -> None:
+        """Raises `ConfigError` for an empty namespace or component."""
+        self.namespace = namespace
+        self.component = component
+        self._home = f"{_escape('namespace', namespace)}/"
+        _escape("component", component)
+        self._closing = threading.Event()
+        self._close_lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closing.is_set() else "open"
+        return f"<{type(self).__name__} {self._where()} namespace={self.namespace!r} component={self.component!r} {state}>"
+
+    def set(self, key: str, value: str, *, component: str | None = None) -> None:
+        """Stores ``value`` as UTF-8, replacing what was there. Raises `ValueTooLargeError` above the backend's limit."""
+        if not isinstance(value, str):
+            raise TypeError(f"value of key {key!r} must be str, not {type(value).__name__}; set_bytes takes bytes")
+        self.set_bytes(key, value.encode(), component=component)
+
+    def set_bytes(self, key: str, data: bytes, *, component: str | None = None) -> None:
+        """Stores ``data``, replacing what was there. Raises `ValueTooLargeError` above the backend's limit."""
+        full = self._full(key, component)
+        self._set(full, self._checked(key, data))
+
+    def get(self, key: str, *, component: str | None = None) -> bytes | None:
+        """The value, or None if the key is missing. Never waits for a key."""
+        return self._get(self._full(key, component))
+
+    def get_bytes(self, key: str, *, component: str | None = None) -> bytes | None:
+        """The same as `get`; the partner of `set_bytes`."""
+        return self.get(key, component=component)
+
+    def exists(self, key: str, *, component: str | None = None) -> bool:
+        """Whether the key is there, whatever its value."""
+        return self._exists(self._full(key, component))
+
+    def delete(self, key: str, *, component: str | None = None) -> bool:
+        """Removes the key; whether it was there. Of many that delete one key at once exactly one gets True."""
+        return self._delete(self._full(key, component))
+
+    def add(self, key: str, n: int, *, component: str | None = None) -> int:
+        """Adds ``n`` to the decimal number in ``key`` (a missing key counts as 0) and returns the sum, atomically.
+
+        Raises `StoreError` if the value is not a number, or if it or the sum does not fit into a signed 64-bit integer.
+        """
+        return self._add(key, self._full(key, component), n)
+
+    def append(self, key: str, data: bytes, *, component: str | None = None) -> None:
+        """Appends ``data`` to the value (a missing key counts as empty, and exists afterwards), atomically.
+
+        Raises `ValueTooLargeError` above the backend's limit.
+        """
+        full = self._full(key, component)
+        self._append(key, full, self._checked(key, data))
+
+    def compare_and_set(self, key: str, expected: bytes | None, desired: bytes, *, component: str | None = None) -> bytes | None:
+        """Stores ``desired`` if the value is ``expected`` (None: if the key is missing), atomically; returns the value now stored.
+
+        So it is ``desired`` for the one that won, and the current value for the others; None only where the key is missing and
+        ``expected`` is not None. Raises `ValueTooLargeError` above the backend's limit.
+        """
+        full = self._full(key, component)
+        wanted = None if expected is None else _as_bytes(key, expected)
+        target = self._checked(key, desired)
+        return self._update(full, lambda stored: target if stored == wanted else None)
+
+    def list(self, prefix: str = "", *, component: str | None = None) -> dict[str, bytes]:
+        """Every key of the component that starts with ``prefix``, with its value, in the order of the keys."""
+        full = self._full(prefix, component)
+        start = len(full) - len(prefix)
+        return {name[start:]: value for name, value in sorted(self._list(full).items())}
+
+    def delete_prefix(self, prefix: str, *, component: str | None = None) -> int:
+        """Removes every key of the component that starts with ``prefix``; how many there were."""
+        return self._delete_prefix(self._full(prefix, component))
+
+    def wait_for_key(self, key: str, timeout: float = 3600.0, *, component: str | None = None) -> bytes:
+        """Waits until the key is there; its value. ``timeout`` is in seconds, and 0 looks once.
+
+        Raises `StoreTimeoutError` (a `TimeoutError`) naming the key and the seconds.
+        """
+        full = self._full(key, component)
+        return self._wait(full, lambda: self._get(full), timeout, lambda: f"key {key!r} did not appear")
+
+    def wait_for_value(self, key: str, expected: str | bytes, timeout: float = 3600.0, *, component: str | None = None) -> bytes:
+        """Waits until the key has the value ``expected``; that value. ``timeout`` is in seconds, and 0 looks once.
+
+        A value that comes and goes between two looks may be missed in a backend that polls.
+        Raises `StoreTimeoutError` (a `TimeoutError`) naming the key, the seconds and what was there instead.
+        """
+        full = self._full(key, component)
+        wanted = _as_bytes(key, expected)
+        last: bytes | None = None
+
+        def look() -> bytes | None:
+            nonlocal last
+            last = self._get(full)
+            return last if last == wanted else None
+
+        return self._wait(full, look, timeout, lambda: f"key {key!r} did not become {_short(wanted)}, it is {_short(last)}")
+
+    def wait_for_keys(
+        self,
+        key_pattern: str,
+        expected_count: int,
+        value: str | None = "1",
+        timeout: float = 3600.0,
+        candidate_keys: Sequence[str] | None = None,
+        *,
+        component: str | None = None,
+    ) -> KeyNames:
+        """Waits until at least ``expected_count`` keys match ``key_pattern`` and have ``value``; all that do, sorted.
+
+        In the pattern ``*`` stands for any text, the empty one too; every other character, ``?`` and ``[`` among them, is itself.
+        ``value=None`` takes any value. With ``candidate_keys`` only these keys are looked at, without listing the store.
+        ``timeout`` is in seconds, and 0 looks once.
+
+        Raises `StoreTimeoutError` (a `TimeoutError`) naming the pattern, the seconds and the keys that were there; `ConfigError` if
+        ``expected_count`` is negative, or more than the candidates that match the pattern.
+        """
+        matches = re.compile(".*".join(re.escape(part) for part in key_pattern.split("*")), re.DOTALL).fullmatch
+        fixed = key_pattern.split("*", 1)[0]
+        wanted = None if value is None else value.encode()
+        candidates = None if candidate_keys is None else sorted({key for key in candidate_keys if matches(key)})
+        if expected_count < 0 or (candidates is not None and len(candidates) < expected_count):
+            raise ConfigError(
+                f"wait_for_keys({key_pattern!r}) cannot meet expected_count={expected_count}: "
+                + ("it is negative" if expected_count < 0 else f"only {len(candidates or ())} of candidate_keys match the pattern")
+            )
+        found: KeyNames = []
+
+        def look() -> KeyNames | None:
+            nonlocal found
+            if candidates is None:
+                stored: dict[str, bytes | None] = {**self.list(fixed, component=component)}
+            else:
+                stored = {key: self.get(key, component=component) for key in candidates}
+            found = [k for k, v in stored.items() if v is not None and (wanted is None or v == wanted) and matches(k)]
+            return found if len(found) >= expected_count else None
+
+        def missing() -> str:
+            asked = "" if value is None else f" with value {_short(value.encode())}"
+            return f"{len(found)} of {expected_count} keys {key_pattern!r}{asked} appeared ({', '.join(found[:8]) or 'none'})"
+
+        return self._wait(self._full(fixed, component), look, timeout, missing)
+
+    def close(self, cleanup: bool = True) -> None:
+        """Closes this store object; with ``cleanup`` the namespace's keys, of every component and every user, are removed first.
+
+        Pass ``cleanup=False`` where others still use the namespace. Waits under way in other threads raise `StoreClosedError`. Closing
+        twice is fine, and a backend that is already gone is no error.
+        """
+        with self._close_lock:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            self._close(self._home if cleanup else None)
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise StoreClosedError(f"{type(self).__name__} of namespace {self.namespace!r} is closed; make a new one with create_store")
+
+    def _full(self, key: str, component: str | None) -> str:
+        self._check_open()
+        if not isinstance(key, str):
+            raise TypeError(f"a key must be str, not {type(key).__name__}: {key!r}")
+        _encodable("key", key)
+        full = f"{self._home}{_escape('component', self.component if component is None else component)}/{key}"
+        if self.max_key_bytes is not None and len(full.encode()) > self.max_key_bytes:
+            raise ConfigError(
+                f"key {key[:60]!r}... has {len(full.encode())} bytes with its namespace and component; {type(self).__name__} takes at "
+                f"most {self.max_key_bytes}. Use a hash of it"
+            )
+        return full
+
+    def _checked(self, key: str, data: bytes) -> bytes:
+        value = _as_bytes(key, data)
+        self._check_size(key, len(value))
+        return value
+
+    def _check_size(self, key: str, size: int) -> None:
+        if self.max_value_bytes is not None and size > self.max_value_bytes:
+            raise ValueTooLargeError(
+                f"value of key {key!r} has {size} bytes; {type(self).__name__} takes at most {self.max_value_bytes}. "
+                "Split it over several keys"
+            )
+
+    def _wait(self, prefix: str, look: Callable[[], T | None], timeout: float, missing: Callable[[], str]) -> T:
+        """Calls ``look`` now and after every change under ``prefix`` until it returns something else than None."""
+        deadline = time.monotonic() + timeout
+        with self._changes(prefix) as wait_for_change:
+            while True:
+                found = look()
+                if found is not None:
+                    return found
+                if time.monotonic() >= deadline:
+                    raise StoreTimeoutError(f"{missing()} within {timeout:g} s in {self!r}")
+                wait_for_change(deadline)
+                self._check_open()
+
+    def _changes(self, prefix: str) -> AbstractContextManager[Callable[[float], None]]:
+        """What a wait sleeps on; a backend that can tell of changes overrides it.
+
+        Entering begins to watch the keys under ``prefix``. The callable inside returns at the latest at the deadline it is given (of
+        `time.monotonic`), when the store is closed, or when a key has changed since it last returned (or since entering): a change
+        between a look and the sleep must not be lost. Returning too early is allowed.
+        """
+        return self._polling()
+
+    @contextmanager
+    def _polling(self) -> Iterator[Callable[[float], None]]:
+        pause = self.poll_from
+
+        def sleep(deadline: float) -> None:
+            nonlocal pause
+            self._closing.wait(max(0.0, min(pause, deadline - time.monotonic())))
+            pause = min(2 * pause, self.poll_to)
+
+        yield sleep
+
+    def _add(self, key: str, full: str, n: int) -> int:
+        total = self._update(full, lambda stored: b"%d" % self._sum(key, stored, n))
+        assert total is not None  # the change above always stores something
+        return int(total)
+
+    def _append(self, key: str, full: str, data: bytes) -> None:
+        def extended(stored: bytes | None) -> bytes:
+            value = (stored or b"") + data
+            self._check_size(key, len(value))
+            return value
+
+        self._update(full, extended)
+
+    def _sum(self, key: str, stored: bytes | None, n: int) -> int:
+        if stored is None:
+            stored = b"0"
+        if not _INTEGER.fullmatch(stored) or int(stored) not in _INT64:
+            raise StoreError(f"cannot add to key {key!r}: it holds {_short(stored)}, not a 64-bit decimal number; delete or set it first")
+        total = int(stored) + n
+        if total not in _INT64:
+            raise StoreError(f"cannot add {n} to key {key!r}: {stored.decode()} + {n} does not fit into 64 bits")
+        return total
+
+    @abstractmethod
+    def _where(self) -> str:
+        """The backend's address, for messages."""
+
+    @abstractmethod
+    def _get(self, full: str) -> bytes | None: ...
+
+    @abstractmethod
+    def _set(self, full: str, data: bytes) -> None: ...
+
+    @abstractmethod
+    def _exists(self, full: str) -> bool: ...
+
+    @abstractmethod
+    def _delete(self, full: str) -> bool: ...
+
+    @abstractmethod
+    def _update(self, full: str, change: Change) -> bytes | None:
+        """Replaces the value by ``change(value)`` atomically, and returns the value now stored (None: the key is missing).
+
+        ``change`` is pure and may be called again when another writer came in between; what it raises is passed on.
+        """
+
+    @abstractmethod
+    def _list(self, prefix: str) -> dict[str, bytes]:
+        """Every whole key that starts with ``prefix``, with its value, in any order."""
+
+    @abstractmethod
+    def _delete_prefix(self, prefix: str) -> int: ...
+
+    @abstractmethod
+    def _close(self, cleanup_prefix: str | None) -> None:
+        """Removes everything under ``cleanup_prefix`` unless it is None, wakes the waits, and lets go of the backend."""
+
+
+def _escape(what: str, name: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{what} must be a text that is not empty, not {name!r}")
+    _encodable(what, name)
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def _encodable(what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} {text!r} has no UTF-8 form: {error.reason}") from None
+
+
+def _as_bytes(key: str, value: str | bytes) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    raise TypeError(f"value of key {key!r} must be bytes, not {type(value).__name__}")
+
+
+def _short(value: bytes | None) -> str:
+    if value is None:
+        return "missing"
+    return repr(value) if len(value) <= 60 else f"{value[:60]!r}... ({len(value)} bytes)"

@@ -1,0 +1,221 @@
+"""A store on `torch.distributed.TCPStore`: what a torchrun job has already.
+
+Four facts of torch's store shape this file.
+
+- Its ``get`` waits for a missing key. ``compare_set(key, X, X)`` does not: it answers the value of the key, or X if there is none, and
+  changes nothing. With an X that nobody stores it is a read in one round trip that no deletion can make hang.
+- Its ``compare_set`` takes an empty ``expected`` for "is missing", so an empty value and no value would be the same. An empty value is
+  therefore stored as the marker `_EMPTY`; every other value is stored as it is.
+- Its ``set`` and ``append`` are sent and not answered. A question is asked after each, so that a write that has returned is done.
+- One client object runs one call at a time. Waits are short looks with pauses between them, so a waiting thread holds nobody up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol, cast
+
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+from etha_ray.errors import ConfigError, StoreClosedError, StoreUnavailableError
+from etha_ray.kvstore.base import Change, KVStore
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL = 0.001
+"""Seconds before a wait looks at the store for the second time; later pauses double, up to 20 ms."""
+
+_EMPTY = bytes.fromhex("c0ffd5e1b29a4f0e8a4771c63fe2089d")
+"""Random, once: no value begins with it by chance. A value appended to an empty one still begins with it, see `_decoded`."""
+_ABSENT = os.urandom(16)
+_LIBUV_MAX_PAYLOAD = 8 * 2**20
+_LIBUV_MAX_KEY = 8 * 2**10 - 1  # torch puts a slash in front of each key
+_CONNECT_RETRY = 0.05
+
+
+class _Torch(Protocol):
+    """What torch's TCPStore takes; its type stubs know values as str only."""
+
+    port: int
+
+    def set(self, key: str, value: bytes) -> None: ...
+    def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes: ...
+    def append(self, key: str, value: bytes) -> None: ...
+    def add(self, key: str, n: int) -> int: ...
+    def check(self, keys: list[str]) -> bool: ...
+    def delete_key(self, key: str) -> bool: ...
+    def list_keys(self) -> list[str]: ...
+
+
+class TorchTCPStore(KVStore):
+    """A `KVStore` on torch's TCPStore: one process is the master and serves, all others connect to it.
+
+    The keys live in the master's memory and go with it. ``host``, ``port`` (the real one where 0 was asked), ``world_size`` and
+    ``is_master`` are attributes. With ``use_libuv`` torch takes values up to 8 MiB and keys up to 8 KiB; without it there is no such
+    limit. `append` may grow a value beyond it. Pass the same ``use_libuv`` on the master and on the others: the server is not asked.
+    """
+
+    poll_from = POLL_INTERVAL
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        world_size: int | None,
+        is_master: bool,
+        timeout: float = 3600.0,
+        wait_for_workers: bool = True,
+        namespace: str = "default",
+        component: str = "tensorbus",
+        *,
+        multi_tenant: bool = False,
+        master_listen_fd: int | None = None,
+        use_libuv: bool = True,
+    ) -> None:
+        """Serves (master) or connects; with ``wait_for_workers`` it returns when ``world_size`` processes have done so.
+
+        ``world_size=None`` means any number, and then nothing is waited for. ``multi_tenant`` lets several masters of one process share
+        a port, ``master_listen_fd`` is a listening socket to serve on.
+
+        Raises `StoreUnavailableError` naming host and port when nobody listens there, or not all workers came, within ``timeout``
+        seconds, or when the master cannot listen; `ConfigError` for a port, world size or timeout out of range.
+        """
+        super().__init__(namespace, component)
+        if not 0 <= port < 2**16 or (port == 0 and not is_master):
+            raise ConfigError(f"port {port} of a TorchTCPStore must be 1..65535 (0, any free port, for the master only)")
+        if world_size is not None and world_size < 1:
+            raise ConfigError(f"world_size {world_size} of a TorchTCPStore must be at least 1, or None for any")
+        if timeout <= 0:
+            raise ConfigError(f"timeout {timeout} of a TorchTCPStore must be above 0 seconds")
+        self.host, self.port, self.world_size, self.is_master = host, port, world_size, is_master
+        self.max_value_bytes = _LIBUV_MAX_PAYLOAD if use_libuv else None
+        self.max_key_bytes = _LIBUV_MAX_KEY if use_libuv else None
+        deadline = time.monotonic() + timeout
+        if not is_master:
+            self._knock(deadline, timeout)
+        left = timedelta(seconds=max(0.001, deadline - time.monotonic()))
+        with self._translated(f"within {timeout:g} s; is the address right and free, and did all {world_size} processes start?"):
+            waits = wait_for_workers and world_size is not None
+            store = TCPStore(host, port, world_size, is_master, left, waits, multi_tenant, master_listen_fd, use_libuv)
+        self._torch: _Torch | None = cast(_Torch, store)
+        self.port = self._store.port
+
+    def _knock(self, deadline: float, timeout: float) -> None:
+        """Waits until something listens: torch's own retries run well over the timeout, and fill the log with traces."""
+        while True:
+            try:
+                socket.create_connection((self.host, self.port), max(0.001, deadline - time.monotonic())).close()
+                return
+            except OSError as error:
+                if time.monotonic() + _CONNECT_RETRY >= deadline:
+                    raise StoreUnavailableError(
+                        f"no TorchTCPStore listens at {self.host}:{self.port} (tried for {timeout:g} s): {error}. "
+                        "Start the process with is_master=True, or check the address"
+                    ) from error
+                time.sleep(_CONNECT_RETRY)
+
+    @property
+    def _store(self) -> _Torch:
+        store = self._torch
+        if store is None:
+            self._check_open()
+            raise AssertionError("a TorchTCPStore without a connection is closed")
+        return store
+
+    @contextmanager
+    def _translated(self, hint: str = "is the process with is_master=True still there?") -> Iterator[None]:
+        try:
+            yield
+        except DistError as error:
+            self._check_open()  # an error because the store is closed meanwhile is that
+            reason = str(error).splitlines()[0]
+            raise StoreUnavailableError(f"TorchTCPStore at {self.host}:{self.port} cannot be reached ({reason}); {hint}") from error
+
+    def _where(self) -> str:
+        return f"tcp://{self.host}:{self.port}"
+
+    def _raw(self, full: str) -> bytes | None:
+        with self._translated():
+            stored = self._store.compare_set(full, _ABSENT, _ABSENT)
+        return None if stored == _ABSENT else stored
+
+    def _get(self, full: str) -> bytes | None:
+        return _decoded(self._raw(full))
+
+    def _set(self, full: str, data: bytes) -> None:
+        with self._translated():
+            self._store.set(full, data or _EMPTY)
+            self._settle(full)
+
+    def _settle(self, full: str) -> None:
+        """Returns when what was sent before has been done: torch's server works off a connection in order, but answers no write."""
+        self._store.check([full])
+
+    def _exists(self, full: str) -> bool:
+        with self._translated():
+            return self._store.check([full])
+
+    def _delete(self, full: str) -> bool:
+        with self._translated():
+            return self._store.delete_key(full)
+
+    def _update(self, full: str, change: Change) -> bytes | None:
+        while True:
+            raw = self._raw(full)
+            stored = _decoded(raw)
+            value = change(stored)
+            if value is None or value == stored:
+                return stored
+            after = value or _EMPTY
+            with self._translated():
+                # Torch answers the value now stored (or the expected one, if the key is missing), so of two writers that store the same
+                # both believe they won. That is what compare_and_set promises; adding and appending cannot go this way.
+                if self._store.compare_set(full, raw or b"", after) == after:
+                    return value
+
+    def _add(self, key: str, full: str, n: int) -> int:
+        # Torch's server drops the connection when the value is not a number, so look first.
+        raw = self._raw(full)
+        with self._translated():
+            if raw is not None and raw != _EMPTY and raw.startswith(_EMPTY):
+                raw = self._store.compare_set(full, raw, raw[len(_EMPTY) :])
+        self._sum(key, _decoded(raw), n)
+        with self._translated():
+            return self._store.add(full, n)
+
+    def _append(self, key: str, full: str, data: bytes) -> None:
+        if not data:
+            self._update(full, lambda stored: b"" if stored is None else None)
+            return
+        with self._translated():
+            self._store.append(full, data)
+            self._settle(full)
+
+    def _list(self, prefix: str) -> dict[str, bytes]:
+        values = {name: self._get(name) for name in self._names(prefix)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _delete_prefix(self, prefix: str) -> int:
+        return sum(self._delete(name) for name in self._names(prefix))
+
+    def _names(self, prefix: str) -> list[str]:
+        with self._translated():
+            return [name for name in self._store.list_keys() if name.startswith(prefix)]
+
+    def _close(self, cleanup_prefix: str | None) -> None:
+        try:
+            if cleanup_prefix is not None:
+                self._delete_prefix(cleanup_prefix)
+        except (StoreUnavailableError, StoreClosedError) as error:
+            logger.debug("nothing to clean in %r: %s", self, error)
+        self._torch = None
+
+
+def _decoded(raw: bytes | None) -> bytes | None:
+    return None if raw is None else raw.removeprefix(_EMPTY)

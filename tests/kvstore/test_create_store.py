@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from etha_ray.errors import ConfigError, StoreUnavailableError
+from etha_ray.kvstore import MemoryStore, TorchTCPStore, create_store
+
+
+def test_memory_stores_of_one_namespace_meet() -> None:
+    namespace = uuid.uuid4().hex
+    first = create_store("memory://", namespace=namespace, component="c")
+    second = create_store("memory://", namespace=namespace)
+    elsewhere = create_store("memory://", namespace=f"{namespace}x", component="c")
+    assert isinstance(first, MemoryStore)
+    first.set("k", "v")
+    assert second.get("k", component="c") == b"v"
+    assert second.get("k") is None
+    assert elsewhere.get("k") is None
+    second.close(cleanup=False)
+    assert first.get("k") == b"v"
+    first.close(cleanup=True)
+    assert create_store("memory://", namespace=namespace, component="c").get("k") is None
+
+
+def test_tcp() -> None:
+    master = create_store("tcp://127.0.0.1:0?master=1&world_size=2&wait_for_workers=0", namespace="n", component="c", timeout=30)
+    assert isinstance(master, TorchTCPStore)
+    assert (master.is_master, master.world_size, master.namespace, master.component) == (True, 2, "n", "c")
+    client = create_store(f"tcp://127.0.0.1:{master.port}", namespace="n", component="c", timeout=30)
+    assert isinstance(client, TorchTCPStore)
+    assert (client.is_master, client.world_size) == (False, None)
+    client.set("k", "v")
+    assert master.get("k") == b"v"
+    client.close()
+    master.close()
+
+
+def test_gcs_without_ray_says_what_to_do() -> None:
+    # A process of its own: here another test may have started Ray.
+    code = "from etha_ray.kvstore import create_store; create_store('gcs://')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
+    assert StoreUnavailableError.__name__ in result.stderr
+    assert "ray.init()" in result.stderr
+
+
+def test_importing_loads_no_backend() -> None:
+    code = "import sys, etha_ray.kvstore.base, etha_ray.kvstore; print([m for m in ('ray', 'pyetcd', 'etcd3') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("url", "cause"),
+    [
+        ("", "no known store"),
+        ("redis://h:1", "no known store"),
+        ("memory", "no known store"),
+        ("memory://x", "nothing after it"),
+        ("gcs://host:6379", "nothing after it"),
+        ("gcs://?a=1", "nothing after it"),
+        ("tcp://", "host and a port"),
+        ("tcp://host", "host and a port"),
+        ("tcp://host:notaport", "tcp://host:notaport"),
+        ("tcp://host:99999", "99999"),
+        ("tcp://host:1/path", "host and a port"),
+        ("tcp://user@host:1", "host and a port"),
+        ("tcp://host:1?masterr=1", "masterr"),
+        ("tcp://host:1?master=yes", "0 or 1"),
+        ("tcp://host:1?wait_for_workers=2", "0 or 1"),
+        ("tcp://host:1?world_size=many", "world_size must be a number"),
+        ("tcp://host:1?world_size=-1", "world_size must be a number"),
+    ],
+)
+def test_bad_urls_say_what_is_accepted(url: str, cause: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        create_store(url)
+    message = str(caught.value)
+    assert cause in message
+    assert all(accepted in message for accepted in ("gcs://", "tcp://HOST:PORT", "memory://"))
