@@ -1,0 +1,450 @@
+"""The queue that carries commands from many clients to one agent: an LMDB file and two POSIX semaphores.
+
+LMDB holds the truth. One record has the positions of the head and the tail; what lies between are the entries, each under
+its position. Size and room follow from these in the same transaction, and LMDB's write lock is freed when its owner dies, so a
+process killed at any point neither takes room away nor blocks anybody. All transactions are write transactions, also those that
+only look: a killed reader's place in LMDB's table would keep old pages from being used again.
+
+The semaphores only wake sleepers, and either may be posted too often or not at all:
+
+- ``items`` is posted after an entry is committed, ``space`` after room was made that a writer has asked for (`_SPACE_WANTED`).
+- A count above one would say nothing more, so a semaphore with a count is not posted again. Whoever takes the count looks at
+  LMDB afterwards, under the write lock that the poster held before, and so sees what the post was for.
+- A woken writer passes the wake-up on while there is room, and asks again for the others when there is none.
+- Nobody sleeps longer than `_SLICE_S` without looking at LMDB: a poster killed between commit and post delays by that, no more.
+
+Delivery is at most once: an entry that a reader took before it died is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import lmdb
+import msgspec
+import posix_ipc
+
+from etha_ray.errors import ConfigError, QueueClosedError, QueueError, QueueFullError
+from etha_ray.tensor_bus.commands import BaseCommand, Message, decode_command, encode_command
+from etha_ray.tensor_bus.lmdb_file import open_file
+from etha_ray.tensor_bus.semaphores import open_semaphore, queue_semaphore_name, unlink_quietly
+
+logger = logging.getLogger(__name__)
+
+MAP_SIZE = 256 << 20
+_ENTRY_BYTES = MAP_SIZE * 3 // 4  # the rest is LMDB's own: even removing an entry takes free pages
+_DATABASE = b"command_queue"
+_SLICE_S = 0.2
+
+_FORMAT_KEY = b"\0\0"
+_FORMAT = b"1"
+_STATE_KEY = b"\0"  # like the format, sorts before every position
+_STATE = struct.Struct("<IQQQQ")  # flags, head, tail, capacity, bytes that the entries take
+_SPACE_WANTED = 1
+_WAKE = 2
+
+_POSITION = struct.Struct(">Q")
+# An entry is its header, the sender's semaphore name, and the encoded command.
+_HEADER = struct.Struct("<IIQH")  # checksum of what follows up to the command, checksum of the command, command id, name length
+_CHECKSUM = struct.Struct("<I")
+_AFTER_CHECKSUM = struct.Struct("<IQH")
+
+_State = tuple[int, int, int, int, int]  # flags, head, tail, capacity, used
+
+
+@dataclass(frozen=True)
+class CorruptEntry:
+    """An entry that had to be dropped. The sender's fields are None if they could not be read either."""
+
+    position: int
+    semaphore_name: str | None
+    command_id: int | None
+    reason: str
+
+
+class CommandQueue:
+    """Commands in the order in which they were put in; many writers (processes and threads), one reader.
+
+    lmdb_path: the file, made if it is not there (mode 0600).
+    capacity: the most entries it holds. The first to make the queue decides: it is stored, and ``capacity`` tells it.
+
+    The entries together may also take no more than 192 MiB. Any thread may call any method; a thread that blocks keeps no
+    other out. A forked child may go on using the queue it inherited.
+
+    Raises `ConfigError` for a capacity below 1, `UnsafePathError` for a path that is not safely ours, `QueueError` for a file
+    that holds something else. Every method but `close` raises `QueueClosedError` after `close`.
+    """
+
+    def __init__(self, lmdb_path: str | os.PathLike[str] = "/tmp/tensor_bus.lmdb", capacity: int = 50000) -> None:
+        if capacity < 1:
+            raise ConfigError(f"capacity of the command queue at {os.fspath(lmdb_path)} is {capacity}; it must be at least 1")
+        self.on_corrupt: Callable[[CorruptEntry], None] | None = None
+        """Called by the reader, in its thread, for each entry it has to drop."""
+        self._sleepers = 0
+        while True:
+            self._file = open_file(lmdb_path, map_size=MAP_SIZE, max_dbs=2, create=True)
+            self.lmdb_path = self._file.path
+            self._lock = self._file.lock
+            try:
+                self._attach()
+                self.capacity = self._stored_capacity(capacity)
+                self._items = open_semaphore(queue_semaphore_name(self.lmdb_path, "items"), create=True)
+                self._space = open_semaphore(queue_semaphore_name(self.lmdb_path, "space"), create=True)
+            except BaseException:
+                self._file.close()
+                raise
+            if self._file.owns_path():
+                return
+            # Destroyed by another process meanwhile: these semaphores may be the next queue's.
+            self.close(destroy=False)
+
+    # --- writers ---
+
+    def enqueue(self, msg: Message, *, block: bool = True, timeout: float | None = None) -> int:
+        """Put a command at the end and return its position, counted from 0 over the queue's whole life.
+
+        While the queue is full, waits for at most ``timeout`` seconds (None: as long as it takes), or with ``block=False`` not
+        at all. Raises `QueueFullError` if there is no room then, or if the command could never fit, and `ConfigError` for a
+        negative timeout or something that is no command.
+        """
+        if not isinstance(msg, BaseCommand):
+            raise ConfigError(f"a {type(msg).__name__} cannot go into the command queue; it takes the commands of tensor_bus.commands")
+        deadline = _deadline(timeout)
+        entry = _pack_entry(msg)
+        if _cost(entry) > _ENTRY_BYTES:
+            raise QueueFullError(
+                f"a {type(msg).__name__} of {len(entry)} bytes cannot fit into the command queue at {self.lmdb_path}, which holds "
+                f"{_ENTRY_BYTES} bytes; split it, for instance into batches of fewer tensors"
+            )
+        position = self._append(entry, block=block, waited=False)
+        while position is None:
+            if not block or not self._sleep(self._space, deadline):
+                raise self._full(entry, timeout if block else None)
+            position = self._append(entry, block=block, waited=True)
+        return position
+
+    def wake(self) -> None:
+        """Let the reader's blocking call return early: the one waiting now, or else the next one."""
+        with self._lock:
+            if not self._file.attached:
+                self._attach()
+            with self._env.begin(self._db, write=True) as txn:
+                flags, head, tail, capacity, used = self._read_state(txn)
+                _write_state(txn, flags | _WAKE, head, tail, capacity, used)
+            _post(self._items)
+
+    # --- the reader ---
+
+    def dequeue(self, *, block: bool = False, timeout: float | None = None) -> Message | None:
+        """Take the first command; None if there is none.
+
+        With ``block`` waits for one, for at most ``timeout`` seconds (None: as long as it takes) or until `wake`. Corrupt
+        entries are dropped on the way. Raises `ConfigError` for a negative timeout.
+        """
+        deadline = _deadline(timeout)
+        while True:
+            taken = self._take(1, block)
+            if taken is None:
+                return None
+            position, entries = taken
+            if entries:
+                message = self._unpack(position, entries[0])
+                if message is not None:
+                    return message
+            elif not block or not self._sleep(self._items, deadline):
+                return None
+
+    def dequeue_batch(self, max_count: int = 32, *, block: bool = False, timeout: float | None = None) -> list[Message]:
+        """Take up to ``max_count`` commands in order, in one transaction; an empty list where `dequeue` gives None."""
+        if max_count < 1:
+            raise ConfigError(f"max_count is {max_count}; it must be at least 1")
+        deadline = _deadline(timeout)
+        while True:
+            taken = self._take(max_count, block)
+            if taken is None:
+                return []
+            first, entries = taken
+            messages = []
+            for offset, entry in enumerate(entries):
+                message = self._unpack(first + offset, entry)
+                if message is not None:
+                    messages.append(message)
+            if messages:
+                return messages
+            # Only corrupt ones: the next may be whole. Nothing at all: wait.
+            if not entries and (not block or not self._sleep(self._items, deadline)):
+                return []
+
+    def peek(self) -> Message | None:
+        """The first command, left where it is; None if there is none or it is corrupt."""
+        with self._lock:
+            if not self._file.attached:
+                self._attach()
+            with self._env.begin(self._db, write=True) as txn:
+                _, head, tail, _, _ = self._read_state(txn)
+                entry = txn.get(_POSITION.pack(head)) if tail > head else None
+        message = None if entry is None else _unpack_entry(head, entry)
+        return None if isinstance(message, CorruptEntry) else message
+
+    def clear(self) -> None:
+        """Drop all entries; positions go on from where they were."""
+        with self._lock:
+            if not self._file.attached:
+                self._attach()
+            with self._env.begin(self._db, write=True) as txn:
+                flags, _, tail, capacity, _ = self._read_state(txn)
+                txn.drop(self._db, delete=False)
+                txn.put(_FORMAT_KEY, _FORMAT)
+                _write_state(txn, flags & ~_SPACE_WANTED, tail, tail, capacity, 0)
+            if flags & _SPACE_WANTED:
+                _post(self._space)
+
+    # --- both ---
+
+    def size(self) -> int:
+        """How many entries are in the queue."""
+        with self._lock:
+            if not self._file.attached:
+                self._attach()
+            with self._env.begin(self._db, write=True) as txn:
+                _, head, tail, _, _ = self._read_state(txn)
+                return tail - head
+
+    def is_empty(self) -> bool:
+        """Whether there are no entries."""
+        return self.size() == 0
+
+    @property
+    def env(self) -> lmdb.Environment | None:
+        """The LMDB environment; None after `close`."""
+        with self._lock, contextlib.suppress(QueueClosedError):
+            return self._file.env
+        return None
+
+    def close(self, destroy: bool = True) -> None:
+        """End this object's use of the queue; threads that wait in it get `QueueClosedError`. A second call does nothing.
+
+        destroy: also remove the file and the semaphores. Those who still have the queue open keep the removed one; the next to
+        open the path starts an empty queue. Processes that share a queue pass False, all but its owner.
+        """
+        with self._lock:
+            if self._file.closed:
+                return
+            if destroy:
+                self._file.unlink(before=self._unlink_semaphores)
+            if not self._sleepers:
+                self._close_semaphores()
+            else:
+                # Their memory must not go away under a sleeper: the last one to wake closes them.
+                for _ in range(self._sleepers):
+                    self._items.release()
+                    self._space.release()
+            self._file.close()
+
+    def __repr__(self) -> str:
+        try:
+            return f"CommandQueue(path={str(self.lmdb_path)!r}, size={self.size()}, capacity={self.capacity})"
+        except QueueClosedError:
+            return f"CommandQueue(path={str(self.lmdb_path)!r}, closed)"
+
+    # --- transactions ---
+
+    def _attach(self) -> None:
+        """Open the database here: at first, and again in a forked child. Called with the lock held."""
+        self._env = self._file.env
+        self._db = self._env.open_db(_DATABASE)
+        self._sleepers = 0
+
+    def _stored_capacity(self, capacity: int) -> int:
+        with self._env.begin(self._db, write=True) as txn:
+            stored = txn.get(_FORMAT_KEY)
+            if stored is None:
+                txn.put(_FORMAT_KEY, _FORMAT)
+                _write_state(txn, 0, 0, 0, capacity, 0)
+            elif stored != _FORMAT:
+                raise QueueError(
+                    f"the command queue at {self.lmdb_path} has format {stored!r}, this etha_ray has {_FORMAT!r}; "
+                    f"run the same version on both sides, or remove the file"
+                )
+            return self._read_state(txn)[3]
+
+    def _read_state(self, txn: lmdb.Transaction) -> _State:
+        try:
+            state: _State = _STATE.unpack(txn.get(_STATE_KEY, b""))
+        except struct.error as error:
+            raise QueueError(f"{self.lmdb_path} is not a command queue, or is damaged; remove it or choose another path") from error
+        return state
+
+    def _append(self, entry: bytes, *, block: bool, waited: bool, tries: int = 4) -> int | None:
+        """Commit the entry and return its position; None if it has no room, and then room is asked for if ``block``."""
+        cost = _cost(entry)
+        with self._lock:
+            if not self._file.attached:
+                self._attach()
+            try:
+                with self._env.begin(self._db, write=True) as txn:
+                    flags, head, tail, capacity, used = self._read_state(txn)
+                    if tail - head >= capacity or used + cost > _ENTRY_BYTES:
+                        if block and not flags & _SPACE_WANTED:
+                            _write_state(txn, flags | _SPACE_WANTED, head, tail, capacity, used)
+                        return None
+                    full_now = tail + 1 - head >= capacity
+                    if waited and full_now:
+                        flags |= _SPACE_WANTED
+                    txn.put(_POSITION.pack(tail), entry)
+                    _write_state(txn, flags, head, tail + 1, capacity, used + cost)
+            except lmdb.MapFullError:
+                # There are free pages, but not enough in a row. What this writes lets LMDB use again what was freed just now.
+                self._ask_for_room()
+                if head != tail:
+                    return None
+                if tries == 0:
+                    raise QueueFullError(
+                        f"a command of {len(entry)} bytes has no room in the LMDB map ({MAP_SIZE} bytes) of the command queue at "
+                        f"{self.lmdb_path}, which is empty; split it, for instance into batches of fewer tensors"
+                    ) from None
+                return self._append(entry, block=block, waited=waited, tries=tries - 1)
+            _post(self._items)
+            if waited and not full_now:
+                _post(self._space)
+            return tail
+
+    def _ask_for_room(self) -> None:
+        with self._env.begin(self._db, write=True) as txn:
+            flags, head, tail, capacity, used = self._read_state(txn)
+            _write_state(txn, flags | _SPACE_WANTED, head, tail, capacity, used)
+
+    def _take(self, max_count: int, block: bool) -> tuple[int, list[bytes | None]] | None:
+        """The first position taken and what is stored from there on; None if there is nothing, but a wake-up was asked for."""
+        with self._lock:
+            if not self._file.attached:
+                self._attach()
+            with self._env.begin(self._db, write=True) as txn:
+                flags, head, tail, capacity, used = self._read_state(txn)
+                woken = block and flags & _WAKE
+                if head == tail:
+                    if not woken:
+                        return head, []
+                    _write_state(txn, flags & ~_WAKE, head, tail, capacity, used)
+                    return None
+                entries = []
+                for position in range(head, min(head + max_count, tail)):
+                    entry = txn.pop(_POSITION.pack(position))
+                    entries.append(entry)
+                    used -= 0 if entry is None else _cost(entry)
+                after = head + len(entries)
+                # Entries that were damaged may have another length now: an empty queue sets the account right.
+                used = 0 if after == tail else max(used, 0)
+                _write_state(txn, 0 if woken else flags & _WAKE, after, tail, capacity, used)
+            if flags & _SPACE_WANTED:
+                _post(self._space)
+            return head, entries
+
+    # --- waiting and closing ---
+
+    def _sleep(self, semaphore: posix_ipc.Semaphore, deadline: float) -> bool:
+        """Wait for a post, one slice at most; False if the time is over. LMDB is to be looked at after each True."""
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            return False
+        with self._lock:
+            if not self._file.attached:
+                self._attach()
+            self._sleepers += 1
+        try:
+            semaphore.acquire(min(remaining, _SLICE_S))
+        except (posix_ipc.BusyError, posix_ipc.SignalError):
+            return True  # the slice is over, or a signal came and its handler has run
+        finally:
+            with self._lock:
+                self._sleepers -= 1
+                if self._file.closed and not self._sleepers:
+                    self._close_semaphores()
+        return True
+
+    def _close_semaphores(self) -> None:
+        self._items.close()
+        self._space.close()
+
+    def _unlink_semaphores(self) -> None:
+        unlink_quietly(self._items.name)
+        unlink_quietly(self._space.name)
+
+    def _full(self, entry: bytes, timeout: float | None) -> QueueFullError:
+        waited = "" if timeout is None else f" and stayed so for {timeout} s"
+        return QueueFullError(
+            f"the command queue at {self.lmdb_path} is full (capacity {self.capacity} entries, {_ENTRY_BYTES} bytes){waited}: "
+            f"no room for {len(entry)} bytes; check that its agent is running, wait longer, or make the queue with a larger capacity"
+        )
+
+    def _unpack(self, position: int, entry: bytes | None) -> Message | None:
+        message = _unpack_entry(position, entry)
+        if not isinstance(message, CorruptEntry):
+            return message
+        start = "nothing" if entry is None else entry[:32].hex(" ")
+        logger.error("dropped the corrupt entry %d of %s: %s; starts with %s", position, self.lmdb_path, message.reason, start)
+        if self.on_corrupt is not None:
+            try:
+                self.on_corrupt(message)
+            except Exception:
+                # The entries behind it are already out of LMDB and must still be delivered.
+                logger.exception("on_corrupt failed for entry %d of %s", position, self.lmdb_path)
+        return None
+
+
+def _deadline(timeout: float | None) -> float:
+    if timeout is None:
+        return math.inf
+    if not timeout >= 0:  # NaN too
+        raise ConfigError(f"timeout is {timeout}; it must be None or a number of seconds from 0 on")
+    return time.monotonic() + timeout
+
+
+def _post(semaphore: posix_ipc.Semaphore) -> None:
+    if not semaphore.value:
+        semaphore.release()
+
+
+def _write_state(txn: lmdb.Transaction, flags: int, head: int, tail: int, capacity: int, used: int) -> None:
+    txn.put(_STATE_KEY, _STATE.pack(flags, head, tail, capacity, used))
+
+
+def _cost(entry: bytes) -> int:
+    """Bytes of the map that an entry takes at most: small ones share pages that may be half full, large ones have their own."""
+    size = len(entry)
+    return 2 * (size + 32) if size < 2000 else size + 4096
+
+
+def _pack_entry(msg: Message) -> bytes:
+    # What is needed to answer the sender has a checksum of its own, and so outlives a damaged body.
+    body = encode_command(msg)
+    name = (msg.semaphore_name or "").encode()
+    prefix = _AFTER_CHECKSUM.pack(zlib.crc32(body), msg.command_id & 0xFFFFFFFFFFFFFFFF, len(name)) + name
+    return _CHECKSUM.pack(zlib.crc32(prefix)) + prefix + body
+
+
+def _unpack_entry(position: int, entry: bytes | None) -> Message | CorruptEntry:
+    if entry is None:
+        return CorruptEntry(position, None, None, "the entry is missing")
+    if len(entry) < _HEADER.size:
+        return CorruptEntry(position, None, None, f"{len(entry)} bytes are too few")
+    header_checksum, body_checksum, command_id, name_length = _HEADER.unpack_from(entry)
+    start = _HEADER.size + name_length
+    if zlib.crc32(entry[_CHECKSUM.size : start]) != header_checksum:
+        return CorruptEntry(position, None, None, "its header does not match its checksum")
+    name = str(entry[_HEADER.size : start], "utf-8") or None
+    body = entry[start:]
+    if zlib.crc32(body) != body_checksum:
+        return CorruptEntry(position, name, command_id, "its body does not match its checksum")
+    try:
+        return decode_command(body)
+    except msgspec.DecodeError as error:
+        return CorruptEntry(position, name, command_id, f"it is no valid command: {error}")

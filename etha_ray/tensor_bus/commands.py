@@ -1,0 +1,230 @@
+"""The commands and outcomes that clients and agents exchange, and their one wire format (msgpack, no pickle).
+
+Every command is a tagged struct: the tag is the class name, so a reader learns the type from the bytes alone. Decoding is
+strict: an unknown tag, an unknown or missing field, or a field of the wrong type raises `msgspec.ValidationError`, and bytes
+that are no msgpack at all raise `msgspec.DecodeError` (its base class).
+
+Encoders and decoders are shared and may be used from any thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+
+class BaseCommand(msgspec.Struct, tag=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What every command carries; all of it is optional, and given by keyword.
+
+    timestamp: seconds since the epoch at which the sender made the command.
+    semaphore_name: POSIX semaphore to post once the outcome can be read; None if nobody waits.
+    command_id: the sender's number for this command; its outcome repeats it.
+    client_id: who sent it.
+    timeout: seconds the sender is ready to wait for the outcome; None means no limit.
+    """
+
+    timestamp: float | None = None
+    semaphore_name: str | None = None
+    command_id: int = 0
+    client_id: str = ""
+    timeout: float | None = None
+
+
+class RegisteredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `RegisterTensors` carries of one tensor.
+
+    handle: `etha_ray.memory.encode_handle` of this worker's local tensor. global_shape: known for a DTensor, else None.
+    """
+
+    handle: bytes
+    global_shape: tuple[int, ...] | None = None
+
+    def encode(self) -> bytes:
+        """As it stands in `RegisterTensors.tensors`."""
+        return _encoder.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> RegisteredTensor:
+        """Back from `encode`; raises `msgspec.DecodeError`."""
+        return _registered_decoder.decode(data)
+
+
+class Transfer(BaseCommand):
+    """Run this side ("send" or "recv") of a registered batch."""
+
+    batch_id: str
+    transfer_type: Literal["send", "recv"]
+
+
+class RegisterTensors(BaseCommand):
+    """Make a batch out of tensors that the agent may read or write in place.
+
+    tensors: (pair name, `RegisteredTensor.encode()`) each; no tensor bytes.
+    bucket_size: bytes per bucket for transports that stage, or None for the agent's default.
+    """
+
+    batch_id: str
+    tensors: list[tuple[str, bytes]]
+    bucket_size: int | None = None
+
+
+class InitPair(BaseCommand):
+    """Join a pair of peers as one worker of the local peer.
+
+    expected_world_size: number of workers of the local peer.
+    mesh_shape_payload, placements_payload, coordinate_payload: msgpack of the mesh's sizes, of one placement token per mesh
+    dimension (`etha_ray.layout.placement_tokens`), and of this worker's coordinate; None without a mesh.
+    """
+
+    pair_name: str
+    local_name: str
+    expected_world_size: int
+    remote_name: str
+    mesh_shape_payload: bytes | None = None
+    placements_payload: bytes | None = None
+    coordinate_payload: bytes | None = None
+
+
+class QueryStatus(BaseCommand):
+    """Ask for one named state of a batch."""
+
+    batch_id: str
+    state_name: str
+
+
+class CleanupBatch(BaseCommand):
+    """Close a batch and drop what the agent holds for it."""
+
+    batch_id: str
+
+
+class CancelTransfer(BaseCommand):
+    """Stop the transfer of this batch that is under way, if there is one."""
+
+    batch_id: str
+
+
+class Hello(BaseCommand):
+    """A client introduces itself, so that the agent notices its death.
+
+    start_time: `processes.process_start_time` of ``pid``, which tells it from a later process with the same pid.
+    pid_namespace: `processes.pid_namespace` of the client; a pid means nothing outside its namespace.
+    """
+
+    pid: int
+    start_time: float
+    pid_namespace: int
+
+
+class Goodbye(BaseCommand):
+    """A client leaves; the agent drops everything it holds for it."""
+
+
+class Ping(BaseCommand):
+    """Do nothing, and answer."""
+
+
+class DataReady(BaseCommand):
+    """Agent to agent: the sender's data of this batch may be read now.
+
+    source, target: the sending and the receiving worker's registration of the batch. sequence: number of this send within
+    the source's registration.
+    """
+
+    batch_id: str
+    source: str
+    target: str
+    sequence: int
+
+
+class DataTaken(BaseCommand):
+    """Agent to agent: the target has read the data that the `DataReady` with the same fields announced."""
+
+    batch_id: str
+    source: str
+    target: str
+    sequence: int
+
+
+class DataRevoked(BaseCommand):
+    """Agent to agent: the data that the `DataReady` with the same fields announced must not be read any more."""
+
+    batch_id: str
+    source: str
+    target: str
+    sequence: int
+
+
+class RegistrationClosed(BaseCommand):
+    """Agent to agent: the registration ``closed``, which ``target`` exchanges data with, is gone, and why.
+
+    lost: its worker or agent died, rather than closed it.
+    """
+
+    batch_id: str
+    closed: str
+    target: str
+    reason: str
+    lost: bool = False
+
+
+Message: TypeAlias = (
+    Transfer
+    | RegisterTensors
+    | InitPair
+    | QueryStatus
+    | CleanupBatch
+    | CancelTransfer
+    | Hello
+    | Goodbye
+    | Ping
+    | DataReady
+    | DataTaken
+    | DataRevoked
+    | RegistrationClosed
+)
+
+
+class Ok(msgspec.Struct, tag=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A command succeeded. ``value`` is made of what msgpack has: None, bool, numbers, str, bytes, lists, dicts."""
+
+    value: Any = None
+    command_id: int = 0
+
+
+class Failed(msgspec.Struct, tag=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A command failed. ``kind`` names the error class, for `etha_ray.errors.error_class`."""
+
+    kind: str
+    message: str
+    traceback: str = ""
+    command_id: int = 0
+
+
+Outcome: TypeAlias = Ok | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_registered_decoder: msgspec.msgpack.Decoder[RegisteredTensor] = msgspec.msgpack.Decoder(RegisteredTensor)
+_outcome_decoder: msgspec.msgpack.Decoder[Outcome] = msgspec.msgpack.Decoder(Outcome)
+
+
+def encode_command(command: Message) -> bytes:
+    """The command as msgpack. Field types are checked by the decoder, not here."""
+    return _encoder.encode(command)
+
+
+def decode_command(data: bytes | bytearray | memoryview) -> Message:
+    """The command in ``data``; raises `msgspec.DecodeError` (`msgspec.ValidationError` for a wrong tag or field)."""
+    return _command_decoder.decode(data)
+
+
+def encode_outcome(outcome: Outcome) -> bytes:
+    """The outcome as msgpack. Raises TypeError or OverflowError if ``Ok.value`` holds something msgpack does not have."""
+    return _encoder.encode(outcome)
+
+
+def decode_outcome(data: bytes | bytearray | memoryview) -> Outcome:
+    """The outcome in ``data``; raises `msgspec.DecodeError` (`msgspec.ValidationError` for a wrong tag or field)."""
+    return _outcome_decoder.decode(data)

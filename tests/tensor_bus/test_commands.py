@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from etha_ray.tensor_bus.commands import (
+    BaseCommand,
+    CancelTransfer,
+    CleanupBatch,
+    DataReady,
+    DataRevoked,
+    DataTaken,
+    Failed,
+    Goodbye,
+    Hello,
+    InitPair,
+    Message,
+    Ok,
+    Outcome,
+    Ping,
+    QueryStatus,
+    RegisterTensors,
+    RegistrationClosed,
+    Transfer,
+    decode_command,
+    decode_outcome,
+    encode_command,
+    encode_outcome,
+)
+
+COMMANDS: list[Message] = [
+    Transfer(batch_id="b", transfer_type="send", timestamp=1.5, semaphore_name="/s", command_id=7, client_id="c", timeout=3.0),
+    Transfer("b", "recv"),
+    RegisterTensors(batch_id="b", tensors=[("actor", b"\x00\xff"), ("critic", b"")], bucket_size=1 << 40),
+    InitPair("p", "trainer", 8, "generator", b"mesh", b"placements", b"coordinate"),
+    InitPair(pair_name="p", local_name="l", expected_world_size=1, remote_name="r"),
+    QueryStatus("b", "transfer_signal"),
+    CleanupBatch("b"),
+    CancelTransfer("b"),
+    Hello(pid=3, start_time=12.25, pid_namespace=0xFFFFFFFF),
+    Goodbye(),
+    Ping(command_id=2**64 - 1),
+    DataReady("b", "source", "target", 9),
+    DataTaken("b", "source", "target", 9),
+    DataRevoked("b", "source", "target", 9),
+    RegistrationClosed("b", "closed", "target", "its worker died", lost=True),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)
+def test_a_command_comes_back_as_it_was(command: Message) -> None:
+    again = decode_command(encode_command(command))
+    assert type(again) is type(command)
+    assert again == command
+
+
+def test_every_command_is_tried() -> None:
+    assert {type(command) for command in COMMANDS} == set(BaseCommand.__subclasses__())
+
+
+def test_the_tag_is_the_class_name_and_defaults_take_no_room() -> None:
+    assert msgspec.msgpack.decode(encode_command(CleanupBatch("b"))) == {"type": "CleanupBatch", "batch_id": "b"}
+
+
+def test_what_a_command_carries_is_none_of_its_positional_fields() -> None:
+    with pytest.raises(TypeError):
+        CleanupBatch("b", 1.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "Nonsense", "batch_id": "b"},
+        {"batch_id": "b"},
+        {"type": "CleanupBatch"},
+        {"type": "CleanupBatch", "batch_id": 5},
+        {"type": "CleanupBatch", "batch_id": "b", "colour": "red"},
+        {"type": "Transfer", "batch_id": "b", "transfer_type": "sideways"},
+        {"type": "Transfer", "batch_id": "b", "transfer_type": "send", "timeout": "5"},
+        {"type": "RegisterTensors", "batch_id": "b", "tensors": [["p", "text"]]},
+        {"type": "RegisterTensors", "batch_id": "b", "tensors": [["p"]]},
+        {"type": "Hello", "pid": 1.5, "start_time": 0.0, "pid_namespace": 0},
+        {"type": "Ok"},
+        [],
+    ],
+    ids=str,
+)
+def test_what_is_no_command_is_refused(fields: object) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        decode_command(msgspec.msgpack.encode(fields))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"garbage", encode_command(CleanupBatch("b"))[:-1], encode_command(Goodbye()) + b"x"])
+def test_what_is_no_msgpack_is_refused(data: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        decode_command(data)
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [Ok(), Ok({"bytes": 1 << 40, "spans": [["copy", 0.5]], "raw": b"\x00"}, 7), Failed("PairError", "why", "trace", 8), Failed("E", "m")],
+    ids=repr,
+)
+def test_an_outcome_comes_back_as_it_was(outcome: Outcome) -> None:
+    assert decode_outcome(encode_outcome(outcome)) == outcome
+
+
+def test_an_outcome_that_msgpack_cannot_hold_is_refused_where_it_is_made() -> None:
+    with pytest.raises(TypeError):
+        encode_outcome(Ok(object()))
+
+
+def test_a_command_is_no_outcome() -> None:
+    with pytest.raises(msgspec.ValidationError):
+        decode_outcome(encode_command(Goodbye()))
+
+
+def test_decoding_from_a_view_copies_what_it_keeps() -> None:
+    data = bytearray(encode_command(RegisterTensors("b", [("p", b"handle")])))
+    command = decode_command(memoryview(data))
+    data[:] = bytes(len(data))
+    assert command == RegisterTensors("b", [("p", b"handle")])

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from etha_ray.tensor_bus.processes import is_alive, pid_namespace, process_start_time
+
+
+def test_the_start_time_of_a_process_stays_the_same() -> None:
+    started = process_start_time(os.getpid())
+    assert started is not None
+    assert process_start_time(os.getpid()) == started
+    assert is_alive(os.getpid())
+    assert is_alive(os.getpid(), started)
+
+
+def test_another_process_with_the_same_pid_is_not_the_one_we_met() -> None:
+    started = process_start_time(os.getpid())
+    assert started is not None
+    assert not is_alive(os.getpid(), started - 0.01)
+
+
+def test_a_process_is_dead_once_it_is_killed_and_before_anybody_waited_for_it() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    started = process_start_time(child.pid)
+    assert started is not None
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    assert process_start_time(child.pid) is None
+    assert not is_alive(child.pid, started)
+    child.wait()
+    assert not is_alive(child.pid)
+
+
+def test_a_program_name_with_spaces_and_parentheses_does_not_confuse() -> None:
+    code = "import ctypes, time; ctypes.CDLL(None).prctl(15, b'a) Z (b c', 0, 0, 0); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
+        before = process_start_time(os.getpid())
+        assert child.stdout is not None
+        child.stdout.readline()
+        started = process_start_time(child.pid)
+        child.kill()
+    assert started is not None
+    assert before is not None
+    assert started >= before
+
+
+def test_the_pid_namespace_is_shared_with_a_child() -> None:
+    code = "from etha_ray.tensor_bus.processes import pid_namespace; print(pid_namespace())"
+    child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert int(child.stdout) == pid_namespace()
+    assert 0 < pid_namespace() < 1 << 32
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**22 + 1])
+def test_no_such_pid(pid: int) -> None:
+    assert process_start_time(pid) is None
