@@ -31,6 +31,7 @@ import msgspec
 import torch
 
 from etha_ray.errors import HandleExpiredError, MemoryHandleError, NotShareableError, WrongDeviceError
+from etha_ray.processes import process_start_time
 from etha_ray.shared_files import (
     OPENABLE_PATH,
     SharedFile,
@@ -60,8 +61,8 @@ class TensorHandle(msgspec.Struct, frozen=True, array_like=True, tag_field="kind
 
     pid: int
     """The process that owns the memory."""
-    start_time: int
-    """When that process started, in clock ticks since boot: tells it from a later one with the same pid."""
+    start_time: float
+    """When that process started, in seconds since boot: tells it from a later one with the same pid."""
     path: str
     """What to open: ``/proc/<pid>/fd/<fd>``, or a name in ``/dev/shm``."""
     device: int
@@ -104,18 +105,6 @@ def decode_handle(data: bytes) -> TensorHandle:
         return _decoder.decode(data)
     except msgspec.DecodeError as error:
         raise MemoryHandleError(f"not a tensor handle ({error}); both sides must run the same etha_ray version") from error
-
-
-def process_start_time(pid: int) -> int | None:
-    """When process ``pid`` started, in clock ticks since boot; None if there is none, or only its zombie."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The command name is in parentheses and may itself hold spaces and parentheses.
-    fields = text[text.rindex(b")") + 2 :].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 class ExportedTensors:
@@ -195,7 +184,7 @@ def export_tensors(tensors: Sequence[torch.Tensor], labels: Sequence[str] | None
     with _export_lock:
         files = _share_storages(storages, owners)
     pid = os.getpid()
-    start_time = process_start_time(pid) or 0
+    start_time = process_start_time(pid) or 0.0
     handles = []
     for tensor in plain:
         storage = tensor.untyped_storage()
@@ -236,7 +225,7 @@ def open_tensors(handles: Sequence[TensorHandle], labels: Sequence[str] | None =
     names = _names(labels, len(handles))
     storages: dict[tuple[int, int, int, int], torch.UntypedStorage] = {}
     check_mapping_room(len({(handle.device, handle.inode) for handle in handles}))
-    alive: dict[int, int | None] = {}
+    alive: dict[int, float | None] = {}
     tensors = []
     for handle, name in zip(handles, names, strict=True):
         dtype = _checked_dtype(handle, name)

@@ -32,7 +32,6 @@ from etha_ray.memory import (
     encode_handle,
     export_tensors,
     open_tensors,
-    process_start_time,
 )
 from tests.contracts.transport import DTYPES, bits, random_tensor
 
@@ -142,17 +141,6 @@ class TestHandle:
     def test_garbage(self, data: bytes) -> None:
         with pytest.raises(MemoryHandleError, match="not a tensor handle"):
             decode_handle(data)
-
-    def test_start_time_tells_processes_apart(self) -> None:
-        child = subprocess.Popen(["sleep", "100"])
-        mine, others = process_start_time(os.getpid()), process_start_time(child.pid)
-        assert mine is not None
-        assert others is not None
-        assert mine < others
-        child.kill()
-        assert eventually(lambda: process_start_time(child.pid) is None)  # a zombie holds nothing
-        child.wait()
-        assert process_start_time(child.pid) is None
 
 
 class TestExport:

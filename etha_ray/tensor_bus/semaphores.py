@@ -14,7 +14,7 @@ from pathlib import Path
 import posix_ipc
 
 from etha_ray.errors import UnsafePathError
-from etha_ray.tensor_bus.processes import is_alive, pid_namespace
+from etha_ray.processes import is_alive, pid_namespace
 
 SHM_DIRECTORY = Path("/dev/shm")
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etha_ray.errors import UnsafePathError
-from etha_ray.tensor_bus.processes import pid_namespace
+from etha_ray.processes import pid_namespace
 from etha_ray.tensor_bus.semaphores import (
     SHM_DIRECTORY,
     generate_semaphore_name,

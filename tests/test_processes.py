@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from etha_ray.tensor_bus.processes import is_alive, pid_namespace, process_start_time
+from etha_ray.processes import is_alive, pid_namespace, process_start_time
 
 
 def test_the_start_time_of_a_process_stays_the_same() -> None:
@@ -49,7 +49,7 @@ def test_a_program_name_with_spaces_and_parentheses_does_not_confuse() -> None:
 
 
 def test_the_pid_namespace_is_shared_with_a_child() -> None:
-    code = "from etha_ray.tensor_bus.processes import pid_namespace; print(pid_namespace())"
+    code = "from etha_ray.processes import pid_namespace; print(pid_namespace())"
     child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
     assert int(child.stdout) == pid_namespace()
     assert 0 < pid_namespace() < 1 << 32

@@ -1,0 +1,20 @@
+"""The bus between workers and agents."""
+
+from etha_ray.tensor_bus.bootstrap import BootstrapInfo, bootstrap_client
+from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+from etha_ray.tensor_bus.command_queue import CommandQueue
+from etha_ray.tensor_bus.commands import CleanupBatch, InitPair, Message, QueryStatus, RegisterTensors, Transfer
+
+__all__ = [
+    "BatchHandler",
+    "BootstrapInfo",
+    "CleanupBatch",
+    "CommandQueue",
+    "InitPair",
+    "Message",
+    "QueryStatus",
+    "RegisterTensors",
+    "TensorBusClient",
+    "Transfer",
+    "bootstrap_client",
+]

@@ -1,0 +1,247 @@
+"""The agent: one process (or thread) per device that serves the workers beside it.
+
+Its loop takes commands from the queue and never waits. What the commands do is in `service`; here is what keeps the agent
+alive: its files, its heartbeat, its loop, its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from etha_ray.config import DEFAULT_NAMESPACE, FAILURE_TIMEOUT, HEARTBEAT_INTERVAL, AgentPaths, agent_paths, worker_environment
+from etha_ray.errors import AgentBusyError, ConfigError, EthaRayError
+from etha_ray.kvstore import KVStore, create_store
+from etha_ray.processes import process_start_time
+from etha_ray.tensor_bus.command_queue import CommandQueue
+from etha_ray.tensor_bus.host import HostNonce, host_identity
+from etha_ray.tensor_bus.jobs import Jobs
+from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
+from etha_ray.tensor_bus.semaphores import sweep_dead
+from etha_ray.tensor_bus.service import BusService
+from etha_ray.tensor_bus.state_file import StateFile
+from etha_ray.tensor_bus.watch import AgentWatch
+from etha_ray.transport.mapped import MappedTransport
+
+logger = logging.getLogger(__name__)
+
+
+class TensorBusAgent:
+    """Serves the workers of one device.
+
+    Args:
+        rank: this agent's rank in its pool.
+        store: where agents find one another. Stays the caller's to close.
+        paths: command queue and state file; by default those of ``rank`` in the default namespace.
+        device: what it is pinned to, "cpu".
+        threads: threads that copy; by default all cores of this process.
+
+    Raises:
+        AgentBusyError: another live agent serves these paths.
+        UnsafePathError: a path belongs to another user.
+    """
+
+    def __init__(
+        self, rank: int, store: KVStore, *, paths: AgentPaths | None = None, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        self.rank = rank
+        self.paths = paths or agent_paths(rank)
+        self._store = store
+        self._state = _claim_state(rank, self.paths)
+        sweep_dead()
+        self._queue = CommandQueue(self.paths.command_queue)
+        self._nonce = HostNonce()
+        self.record = AgentRecord(
+            rank=rank,
+            incarnation=secrets.token_hex(16),
+            pid=os.getpid(),
+            start_time=process_start_time(os.getpid()) or 0.0,
+            hostname=socket.gethostname(),
+            host=host_identity(),
+            nonce_path=self._nonce.path,
+            nonce=self._nonce.value,
+            command_queue_path=self.paths.command_queue,
+            state_path=self.paths.state,
+            device=device,
+        )
+        self._jobs = Jobs(self._queue.wake)
+        self._transport = MappedTransport(threads or len(os.sched_getaffinity(0)))
+        self._service = BusService(self.record, store, self._state, self._queue, self._jobs, self._transport)
+        self._queue.on_corrupt = self._service.handle_corrupt
+        self._stopping = threading.Event()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        store.set_bytes(agent_key(rank), encode(self.record))
+        while left := self._queue.dequeue_batch(64):
+            for message in left:
+                self._service.handle_left_over(message)
+        self._state.put_record(self.record)
+        self._state.beat()
+
+    def start(self) -> None:
+        """Run the loop on a thread of its own; `stop` ends it."""
+        self._thread = threading.Thread(target=self.run, name=f"etha-ray agent {self.rank}", daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        """Serve until `stop` is called, then clean up. Call it once, on one thread."""
+        heart = threading.Thread(target=self._beat, name=f"etha-ray heart {self.rank}", daemon=True)
+        heart.start()
+        try:
+            next_check = 0.0
+            while not self._stopping.is_set():
+                self._handle_messages()
+                self._jobs.run_results()
+                now = time.monotonic()
+                self._service.expire(now)
+                if now >= next_check:
+                    next_check = now + HEARTBEAT_INTERVAL
+                    self._service.check_others()
+        finally:
+            self._stopping.set()
+            heart.join()
+            self._shut_down()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End the loop: transfers under way are cancelled, files and semaphores removed. From any thread; may be repeated.
+
+        Raises TimeoutError if a copy under way takes longer than ``timeout`` seconds.
+        """
+        self._stopping.set()
+        self._jobs.wake()
+        if self._thread is not None and self._thread is not threading.current_thread() and not self._stopped.wait(timeout):
+            raise TimeoutError(f"agent {self.rank} did not shut down within {timeout:g} s: a copy is still under way")
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not been told to stop."""
+        return not self._stopping.is_set()
+
+    def describe(self) -> dict[str, Any]:
+        """Rank, device, pid, host and paths, and counts of what it serves. From any thread."""
+        return {
+            "rank": self.rank,
+            "device": self.record.device,
+            "pid": self.record.pid,
+            "hostname": self.record.hostname,
+            "state": "running" if self.running else "stopped",
+            "incarnation": self.record.incarnation,
+            "command_queue_path": self.paths.command_queue,
+            "state_path": self.paths.state,
+            **self._service.counts(),
+        }
+
+    def _handle_messages(self) -> None:
+        deadline = self._service.next_deadline()
+        pause = HEARTBEAT_INTERVAL if deadline is None else min(HEARTBEAT_INTERVAL, max(0.001, deadline - time.monotonic()))
+        messages = self._queue.dequeue_batch(64, block=True, timeout=pause)
+        # All of them before any job's result: a sender's DataRevoked that came before a copy ended must be known by then.
+        while messages:
+            for message in messages:
+                self._service.handle(message)
+            messages = self._queue.dequeue_batch(64)
+
+    def _beat(self) -> None:
+        beats = 0
+        while not self._stopping.wait(HEARTBEAT_INTERVAL):
+            self._state.beat()
+            beats += 1
+            if beats % 10 == 0:
+                self._state.check_readers()
+
+    def _shut_down(self) -> None:
+        self._service.leave_all(f"agent {self.rank} was shut down")
+        self._transport.close()
+        with contextlib.suppress(EthaRayError):  # a store that is gone has nothing left to clean
+            self._store.delete(agent_key(self.rank))
+        self._state.put_stopped()
+        self._service.close()
+        self._queue.close(destroy=True)
+        self._state.close(destroy=True)
+        self._nonce.close()
+        self._stopped.set()
+
+
+def remove_files(paths: AgentPaths) -> bool:
+    """Remove what an agent that was killed left on this host. False, and nothing is touched, while an agent lives there."""
+    if Path(paths.state).exists():
+        try:
+            state = _claim_state(-1, paths)
+        except AgentBusyError:
+            return False
+        state.close(destroy=True)
+    if Path(paths.command_queue).exists():
+        CommandQueue(paths.command_queue).close(destroy=True)
+    sweep_dead()
+    return True
+
+
+def remove_dead_agents(namespace: str, first_rank: int) -> None:
+    """Remove what agents of a killed pool left on this host, of ``first_rank`` and above: a smaller pool never takes their place.
+
+    Live agents and other users' files are left alone.
+    """
+    folder = Path(agent_paths(0, namespace).state).parent
+    for path in folder.glob("agent_rank*_state.lmdb"):
+        number = path.name.removeprefix("agent_rank").removesuffix("_state.lmdb")
+        if number.isdigit() and int(number) >= first_rank and path.stat().st_uid == os.geteuid():
+            remove_files(agent_paths(int(number), namespace))
+
+
+def _claim_state(rank: int, paths: AgentPaths) -> StateFile:
+    """Open the state file for a new agent. Raises `AgentBusyError` while another agent lives there."""
+    Path(paths.state).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = StateFile(paths.state, create=True)
+    record, beat = state.record(), state.heartbeat()
+    if record is not None and beat is not None and not state.stopped() and abs(time.time() - beat) < FAILURE_TIMEOUT:
+        try:
+            AgentWatch(state, record).check()
+        except EthaRayError:
+            logger.info("agent %d (pid %d) died at %s; taking its place", record.rank, record.pid, paths.state)
+        else:
+            state.close()
+            raise AgentBusyError(
+                f"agent {record.rank} (pid {record.pid}) already serves {paths.state}: shut it down, or give the pool of agent"
+                f" {rank} a namespace of its own"
+            )
+    state.clear()
+    return state
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one agent in this process, for torchrun or any other launcher: ``python -m etha_ray.tensor_bus.agent --store URL``."""
+    parser = argparse.ArgumentParser(prog="python -m etha_ray.tensor_bus.agent", description=main.__doc__)
+    parser.add_argument("--store", required=True, help="store URL, such as tcp://127.0.0.1:29600; rank 0 serves it")
+    parser.add_argument("--rank", type=int, help="this agent's rank; default: RANK, as torchrun sets it")
+    parser.add_argument("--namespace", default=DEFAULT_NAMESPACE, help="name of the pool (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="what this agent is pinned to (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="threads that copy (default: all cores)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    rank = options.rank if options.rank is not None else worker_environment().global_rank
+    if rank is None:
+        raise ConfigError("which agent is this? give --rank, or RANK in the environment (torchrun sets it)")
+    url = options.store
+    if url.startswith("tcp://") and rank == 0 and "master=" not in url:
+        url += ("&" if "?" in url else "?") + "master=1&wait_for_workers=0"
+    store = create_store(url, namespace=options.namespace)
+    paths = agent_paths(rank, options.namespace)
+    agent = TensorBusAgent(rank, store, paths=paths, device=options.device, threads=options.threads)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: threading.Thread(target=agent.stop, daemon=True).start())
+    logger.info("agent %d serves %s", rank, paths.command_queue)
+    agent.run()
+    store.close(cleanup=False)  # the other agents still meet here
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""A registered batch, and the transfer of it that is under way. Owned by the agent's loop.
+
+States of a batch::
+
+    REGISTERING ──► READY ──► LOST      a member of the other side closed or died; `error` says which
+         └───────────┴──────► CLOSED
+
+States of a transfer::
+
+    send:  BLOCKED ──► ANNOUNCED ──► OVER       every receiver has been told, and takes the data when it likes
+    recv:  BLOCKED ──► WAITING ──► MOVING ──► OVER
+
+BLOCKED until the batch is READY; WAITING until every sender has announced; MOVING while a thread copies. A transfer that is
+MOVING is never cut short: what ends it meanwhile only decides its outcome.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from etha_ray.errors import (
+    BatchClosedError,
+    BatchTornError,
+    EthaRayError,
+    PeerLostError,
+    TransferTimeoutError,
+)
+from etha_ray.report import Span, TransferReport
+from etha_ray.tensor_bus.commands import (
+    BaseCommand,
+    DataReady,
+    DataRevoked,
+    DataTaken,
+    Message,
+    RegistrationClosed,
+    Transfer,
+)
+from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.records import AgentRecord
+from etha_ray.tensor_bus.registration import Peer, Registered, Registration
+from etha_ray.transport.base import CopyProgram
+
+
+class BatchState(enum.Enum):
+    """See the top of this file."""
+
+    REGISTERING = "registering"
+    READY = "ready"
+    LOST = "lost"
+    CLOSED = "closed"
+
+
+class TransferState(enum.Enum):
+    """See the top of this file."""
+
+    BLOCKED = "blocked"
+    ANNOUNCED = "announced"
+    WAITING = "waiting"
+    MOVING = "moving"
+    OVER = "over"
+
+
+class Bus(Protocol):
+    """What a batch needs of its agent."""
+
+    def tell(self, agent: AgentRecord, message: Message) -> None:
+        """Send a message to an agent."""
+
+    def answer(self, command: BaseCommand, value: object) -> None:
+        """A command succeeded."""
+
+    def refuse(self, command: BaseCommand, error: BaseException) -> None:
+        """A command failed."""
+
+    def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
+        """Run a program beside the loop."""
+
+
+@dataclass
+class _Transfer:
+    command: Transfer
+    started: float
+    deadline: float | None
+    state: TransferState = TransferState.BLOCKED
+    outstanding: set[str] = field(default_factory=set)
+    moving_since: float = 0.0
+    torn: str = ""
+
+
+@dataclass
+class Batch:
+    """One worker's registration of a batch."""
+
+    bus: Bus
+    batch_id: str
+    registration: str
+    client_id: str
+    work: Registration
+    command: BaseCommand
+    state: BatchState = BatchState.REGISTERING
+    job: Job[Registered] | None = None
+    registered: Registered = field(default_factory=Registered)
+    error: EthaRayError | None = None
+    sequence: int = 0
+    announced: dict[str, int] = field(default_factory=dict)
+    transfer: _Transfer | None = None
+    closing: list[Callable[[], None]] = field(default_factory=list)
+
+    # ------------------------------------------------------------------------------------------- worker's calls
+
+    def start(self, command: Transfer) -> None:
+        """Begin a transfer; the caller has checked that none is under way and that the batch is not LOST or CLOSED."""
+        now = time.monotonic()
+        deadline = None if command.timeout is None else now + command.timeout
+        self.transfer = _Transfer(command=command, started=now, deadline=deadline)
+        self.advance()
+
+    def signal(self) -> bool:
+        """Whether the sender's data is ready, or sent, and not yet received."""
+        transfer = self.transfer
+        if transfer is not None and transfer.state is TransferState.ANNOUNCED:
+            return True
+        sources = self.registered.sources
+        return bool(sources) and all(source in self.announced for source in sources)
+
+    def cancel(self, error: EthaRayError) -> None:
+        """End the transfer under way with ``error``; one that is MOVING ends by itself, with its own outcome."""
+        transfer = self.transfer
+        if transfer is None or transfer.state is TransferState.MOVING:
+            return
+        if transfer.state is TransferState.ANNOUNCED:
+            for registration in transfer.outstanding:
+                peer = self.registered.targets[registration]
+                self._tell(peer, DataRevoked, self.registration, registration, self.sequence)
+        self._finish(error)
+
+    def close(self, reason: str, *, lost: bool, then: Callable[[], None]) -> None:
+        """Release everything and tell the other side; ``then`` runs once no byte moves any more."""
+        self.closing.append(then)
+        if self.state is BatchState.CLOSED:
+            return
+        if self.job is not None and self.state is BatchState.REGISTERING:
+            self.job.cancellation.cancel(reason)
+        self.cancel(BatchClosedError(reason))
+        self.state = BatchState.CLOSED
+        for peer in self.registered.others.values():
+            self.bus.tell(
+                peer.member.agent,
+                RegistrationClosed(batch_id=self.batch_id, closed=self.registration, target=peer.registration, reason=reason, lost=lost),
+            )
+        if self.transfer is None:
+            self._release()
+
+    def expire(self, now: float) -> None:
+        """End a transfer whose time is up."""
+        transfer = self.transfer
+        if transfer is None or transfer.deadline is None or now < transfer.deadline:
+            return
+        if transfer.state is not TransferState.MOVING:
+            self.cancel(TransferTimeoutError(self._who_is_missing(transfer)))
+
+    # ------------------------------------------------------------------------------------------------- progress
+
+    def advance(self) -> None:
+        """Take the transfer under way as far as it goes now."""
+        transfer = self.transfer
+        if transfer is None or self.state is not BatchState.READY:
+            return
+        if transfer.state is TransferState.BLOCKED:
+            if transfer.command.transfer_type == "send":
+                self._announce(transfer)
+            else:
+                transfer.state = TransferState.WAITING
+        if transfer.state is TransferState.WAITING and all(source in self.announced for source in self.registered.sources):
+            transfer.state = TransferState.MOVING
+            transfer.moving_since = time.monotonic()
+            program = self.registered.program
+            assert program is not None
+            self.bus.move(program, self._moved)
+
+    def _announce(self, transfer: _Transfer) -> None:
+        transfer.state = TransferState.ANNOUNCED
+        self.sequence += 1
+        transfer.outstanding = set(self.registered.targets)
+        for registration, peer in self.registered.targets.items():
+            self._tell(peer, DataReady, self.registration, registration, self.sequence)
+        if not transfer.outstanding:
+            self._finish(None)
+
+    def _moved(self, job: Job[int]) -> None:
+        transfer = self.transfer
+        assert transfer is not None
+        assert transfer.state is TransferState.MOVING
+        if job.error is not None:
+            self._finish(BatchTornError(f"batch {self.batch_id!r}: the copy failed midway: {job.error}"))
+        elif transfer.torn:
+            self._finish(
+                BatchTornError(
+                    f"batch {self.batch_id!r}: {transfer.torn} while its data was being read, so the tensors may hold bytes of"
+                    " two versions: receive again"
+                )
+            )
+        else:
+            for registration, peer in self.registered.sources.items():
+                self._tell(peer, DataTaken, registration, self.registration, self.announced.pop(registration))
+            self._finish(None)
+
+    def _finish(self, error: BaseException | None) -> None:
+        transfer, self.transfer = self.transfer, None
+        assert transfer is not None
+        if error is None:
+            self.bus.answer(transfer.command, self._report(transfer))
+        else:
+            self.bus.refuse(transfer.command, error)
+        transfer.state = TransferState.OVER
+        if self.state is BatchState.CLOSED:
+            self._release()
+
+    def _report(self, transfer: _Transfer) -> TransferReport:
+        now, kind = time.monotonic(), transfer.command.transfer_type
+        peers = self.registered.targets if kind == "send" else self.registered.sources
+        seconds = now - transfer.started
+        waited = transfer.moving_since - transfer.started if kind == "recv" else 0.0
+        spans = (
+            (Span("wait for senders", 0.0, waited), Span("copy", waited, seconds - waited))
+            if kind == "recv"
+            else (Span("until taken", 0.0, seconds),)
+        )
+        return TransferReport(
+            batch_id=self.batch_id,
+            direction=kind,
+            bytes=sum(peer.bytes for peer in peers.values()),
+            seconds=seconds,
+            move_seconds=seconds - waited,
+            spans=spans,
+            peers={peer.name: peer.bytes for peer in peers.values()},
+        )
+
+    # ---------------------------------------------------------------------------------------- other side's messages
+
+    def on_ready(self, message: DataReady) -> None:
+        """A sender announces its data."""
+        self.announced[message.source] = message.sequence
+        self.advance()
+
+    def on_taken(self, message: DataTaken) -> None:
+        """A receiver has read this side's data."""
+        transfer = self.transfer
+        if transfer is None or transfer.state is not TransferState.ANNOUNCED or message.sequence != self.sequence:
+            return
+        transfer.outstanding.discard(message.target)
+        if not transfer.outstanding:
+            self._finish(None)
+
+    def on_revoked(self, message: DataRevoked) -> None:
+        """A sender takes back what it announced."""
+        if self.announced.get(message.source) != message.sequence:
+            return
+        del self.announced[message.source]
+        self._tear(f"{self._name(message.source)} gave up waiting")
+
+    def lose(self, registration: str, reason: str, *, lost: bool) -> None:
+        """A member of the other side is gone."""
+        name = self._name(registration)
+        text = f"batch {self.batch_id!r}: {name} is gone ({reason}): close this batch, and register it again once that side is back"
+        error: EthaRayError = PeerLostError(text) if lost else BatchClosedError(text)
+        transfer = self.transfer
+        needed = registration in self.registered.sources or registration in self.registered.targets
+        if self.state is BatchState.REGISTERING:
+            assert self.job is not None
+            self.job.cancellation.cancel(text)
+        if self.state is not BatchState.READY:
+            return
+        self.state, self.error = BatchState.LOST, error
+        self.announced.pop(registration, None)
+        if transfer is None or not needed:
+            return
+        if transfer.state is TransferState.MOVING:
+            self._tear(f"{name} went away ({reason})", registration)
+        elif transfer.state is not TransferState.ANNOUNCED or registration in transfer.outstanding:
+            self.cancel(error)
+
+    def _tear(self, why: str, source: str | None = None) -> None:
+        transfer = self.transfer
+        if transfer is not None and transfer.state is TransferState.MOVING and (source is None or source in self.registered.sources):
+            transfer.torn = why
+
+    # -------------------------------------------------------------------------------------------------- helpers
+
+    def _name(self, registration: str) -> str:
+        peer = self.registered.others.get(registration)
+        return peer.name if peer is not None else "a peer"
+
+    def _tell(
+        self, peer: Peer, kind: type[DataReady] | type[DataTaken] | type[DataRevoked], source: str, target: str, sequence: int
+    ) -> None:
+        message = kind(batch_id=self.batch_id, source=source, target=target, sequence=sequence)
+        self.bus.tell(peer.member.agent, message)
+
+    def _release(self) -> None:
+        self.registered.close()
+        callbacks, self.closing = self.closing, []
+        for callback in callbacks:
+            callback()
+
+    def _who_is_missing(self, transfer: _Transfer) -> str:
+        what = f"{transfer.command.transfer_type} of batch {self.batch_id!r} was not over after {transfer.command.timeout:g} s: "
+        registered = self.registered
+        if transfer.state is TransferState.BLOCKED:
+            return what + "the other side has not registered the batch"
+        if transfer.state is TransferState.ANNOUNCED:
+            names = sorted(self._name(registration) for registration in transfer.outstanding)
+            return what + f"{', '.join(names)} did not receive. Call transfer('recv') there, or give more time"
+        names = sorted(peer.name for registration, peer in registered.sources.items() if registration not in self.announced)
+        return what + f"{', '.join(names)} did not send. Call transfer('send') there, or give more time"

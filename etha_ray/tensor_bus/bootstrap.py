@@ -1,0 +1,111 @@
+"""How a worker process finds its agent."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from etha_ray.config import AgentPaths, WorkerEnvironment, agent_paths, worker_environment
+from etha_ray.tensor_bus.client import TensorBusClient
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PTRACER = 0x59616D61
+_PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
+
+
+@dataclass(frozen=True)
+class BootstrapInfo:
+    """How `bootstrap_client` found the agent.
+
+    Attributes:
+        agent_rank: the agent's rank.
+        global_rank: this worker's RANK, 0 where that is unset.
+        rank_offset: AGENT_RANK_OFFSET if ``method`` is "offset", else None.
+        command_queue_path, state_path: the agent's LMDB files.
+        method: "direct" (AGENT_RANK), "offset" (LOCAL_RANK + AGENT_RANK_OFFSET) or "ray" (the agent of this node and device).
+        device: the agent's device, such as "cpu" or "cuda:0".
+    """
+
+    agent_rank: int
+    global_rank: int
+    rank_offset: int | None
+    command_queue_path: str
+    state_path: str
+    method: Literal["direct", "offset", "ray"]
+    device: str = "cpu"
+
+
+def setup_ptrace() -> None:
+    """Let the agent read this process's memory where Yama restricts that (ptrace_scope 1); harmless elsewhere.
+
+    CPU tensors need no such permission. Uses prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY), see prctl(2).
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0) != 0:
+        # EINVAL: the kernel has no Yama, and nothing is restricted.
+        logger.debug("prctl(PR_SET_PTRACER) is not available (errno %d)", ctypes.get_errno())
+
+
+def bootstrap_client(
+    path_naming_fn: Callable[[int], tuple[str, str]] | None = None, connection_timeout: float = 30.0
+) -> tuple[TensorBusClient, BootstrapInfo]:
+    """Make a client of the agent that serves this worker.
+
+    The agent is found by the environment: AGENT_RANK wins; else LOCAL_RANK plus AGENT_RANK_OFFSET (0 when unset); else,
+    inside a Ray worker, the agent of the same node and device in the pool of ETHA_RAY_NAMESPACE. On a node with several CPU
+    agents, workers take them in turn.
+
+    Args:
+        path_naming_fn: gives (command queue path, state path) for a rank. Default: the paths of the pool's convention.
+        connection_timeout: seconds to wait for the agent.
+
+    Returns:
+        (client, info).
+
+    Raises:
+        ValueError: the environment names no agent, and this is no Ray worker with a pool.
+        ConnectionError: no agent answers in time.
+    """
+    setup_ptrace()
+    environment = worker_environment()
+    rank, offset, method, paths = _find_agent(environment)
+    if path_naming_fn is not None:
+        paths = AgentPaths(*path_naming_fn(rank))
+    client = TensorBusClient(
+        rank,
+        lmdb_command_queue_path=paths.command_queue,
+        agent_state_lmdb_path=paths.state,
+        connection_timeout=connection_timeout,
+    )
+    info = BootstrapInfo(
+        agent_rank=rank,
+        global_rank=environment.global_rank or 0,
+        rank_offset=offset,
+        command_queue_path=paths.command_queue,
+        state_path=paths.state,
+        method=method,
+        device=client.device,
+    )
+    return client, info
+
+
+def _find_agent(environment: WorkerEnvironment) -> tuple[int, int | None, Literal["direct", "offset", "ray"], AgentPaths]:
+    if environment.agent_rank is not None:
+        return environment.agent_rank, None, "direct", agent_paths(environment.agent_rank, environment.namespace)
+    if environment.local_rank is not None:
+        offset = environment.agent_rank_offset or 0
+        rank = environment.local_rank + offset
+        return rank, offset, "offset", agent_paths(rank, environment.namespace)
+    from etha_ray.tensor_bus.ray_lookup import find_agent_on_node  # imports ray only if this process already did
+
+    found = find_agent_on_node(environment.namespace)
+    if found is None:
+        raise ValueError(
+            "cannot tell which agent serves this worker: set AGENT_RANK, or LOCAL_RANK (torchrun does) with AGENT_RANK_OFFSET,"
+            f" or run inside a Ray worker on a node with agents (etha_ray.launch_agents, namespace {environment.namespace!r})"
+        )
+    return found.rank, None, "ray", AgentPaths(command_queue=found.command_queue_path, state=found.state_path)

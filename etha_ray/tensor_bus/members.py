@@ -1,0 +1,81 @@
+"""Claims in the kvstore: who takes which place, who is still missing, who was refused and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from etha_ray.errors import CoordinateTakenError, EthaRayError, error_class
+from etha_ray.kvstore import KVStore
+from etha_ray.processes import is_alive
+from etha_ray.tensor_bus.host import host_identity, shares_memory
+from etha_ray.tensor_bus.records import MemberRecord, Verdict, decode, encode, pair_prefix, verdict_key
+
+
+def is_gone(member: MemberRecord) -> bool:
+    """Whether this member's worker or agent is known to be dead. Of another host nothing is known."""
+    agent = member.agent
+    if agent.host != host_identity():
+        return False
+    if not is_alive(member.worker_pid, member.worker_start_time):
+        return True
+    return not is_alive(agent.pid, agent.start_time) or not shares_memory(agent)
+
+
+def slot_of(member: MemberRecord, order: int) -> str:
+    """The last part of a member's key: its mesh index, or without a mesh a name that sorts by agent rank, then ``order``."""
+    return f"{member.index:08d}" if member.index is not None else f"{member.agent.rank:08d}.{order:08d}"
+
+
+def claim(store: KVStore, pair_name: str, member: MemberRecord, slot: str) -> str:
+    """Take ``slot`` for ``member`` and return its key.
+
+    Raises:
+        CoordinateTakenError: a worker that is not known to be dead holds it.
+    """
+    key = pair_prefix(pair_name, member.peer) + slot
+    mine, expected = encode(member), None
+    while True:
+        held = store.compare_and_set(key, expected, mine)
+        if held == mine:
+            return key
+        if not held:  # deleted between two looks
+            expected = None
+            continue
+        holder = decode(held, MemberRecord, key)
+        if not is_gone(holder) and holder.client_id != member.client_id:
+            raise CoordinateTakenError(
+                f"pair {pair_name!r}: index {member.index} of {member.peer!r} is held by pid {holder.worker_pid} on agent"
+                f" {holder.agent.rank} ({holder.agent.hostname}); this is pid {member.worker_pid} on agent"
+                f" {member.agent.rank}. Give each worker its own coordinate, or close the other worker's client first"
+            )
+        expected = held
+
+
+def members_of(store: KVStore, pair_name: str, peer: str) -> list[MemberRecord]:
+    """The members of one side of a pair that are not known to be dead, in the order of their slots."""
+    prefix = pair_prefix(pair_name, peer)
+    found = []
+    for key, value in sorted(store.list(prefix).items()):
+        member = decode(value, MemberRecord, key)
+        if is_gone(member):
+            store.delete(key)
+        else:
+            found.append(member)
+    return found
+
+
+def refuse(store: KVStore, registrations: Iterable[str], error: EthaRayError) -> None:
+    """Tell every one of ``registrations`` why it cannot be matched: whoever finds out first tells the others."""
+    verdict = encode(Verdict(kind=type(error).__name__, message=str(error)))
+    for registration in registrations:
+        store.set_bytes(verdict_key(registration), verdict)
+
+
+def raise_if_refused(store: KVStore, registration: str) -> None:
+    """Raise what `refuse` said to ``registration``, if it did."""
+    key = verdict_key(registration)
+    data = store.get_bytes(key)
+    if data is not None:
+        store.delete(key)
+        verdict = decode(data, Verdict, key)
+        raise error_class(verdict.kind)(verdict.message)

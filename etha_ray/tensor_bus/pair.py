@@ -1,0 +1,200 @@
+"""A pair as one worker's agent sees it.
+
+States::
+
+    MATCHING ──► MATCHED     both sides are complete and describe the pair alike
+        └──────► FAILED      refused, timed out or cancelled; `error` says which
+
+`match` runs as a job; the loop moves the state when it is over.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+from etha_ray.errors import EthaRayError, LayoutError, PairMismatchError, PairTimeoutError
+from etha_ray.kvstore import KVStore
+from etha_ray.layout import Layout, MeshSpec
+from etha_ray.plan import Side
+from etha_ray.tensor_bus.commands import InitPair
+from etha_ray.tensor_bus.jobs import Backoff, Cancellation, Job
+from etha_ray.tensor_bus.members import claim, members_of, raise_if_refused, refuse
+from etha_ray.tensor_bus.records import MemberRecord
+
+
+class PairState(enum.Enum):
+    """See the top of this file."""
+
+    MATCHING = "matching"
+    MATCHED = "matched"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Match:
+    """Both complete sides of a pair, each in the order of mesh indices, and which local index is this worker's."""
+
+    local: tuple[MemberRecord, ...]
+    remote: tuple[MemberRecord, ...]
+    index: int
+    key: str
+
+    @property
+    def paired(self) -> bool:
+        """Neither side has a mesh: rank i exchanges whole tensors with rank i."""
+        return self.local[0].layout is None and self.remote[0].layout is None
+
+    @property
+    def local_side(self) -> Side:
+        """This side, as the plan wants it."""
+        return _side(self.local)
+
+    @property
+    def remote_side(self) -> Side:
+        """The other side, as the plan wants it."""
+        return _side(self.remote)
+
+
+@dataclass
+class Pair:
+    """One worker's place in a pair. Owned by the loop."""
+
+    name: str
+    local_name: str
+    remote_name: str
+    member: MemberRecord
+    slot: str
+    state: PairState = PairState.MATCHING
+    match: Match | None = None
+    error: BaseException | None = None
+    job: Job[Match] | None = None
+    waiting: list[InitPair] = field(default_factory=list)
+
+
+def layout_of(command: InitPair) -> tuple[Layout | None, int | None]:
+    """The layout and mesh index in a command; raises `LayoutError` when they do not fit together."""
+    name = command.pair_name
+    if command.mesh_shape_payload is None or command.placements_payload is None or command.coordinate_payload is None:
+        return None, None
+    try:
+        shape = msgspec.msgpack.decode(command.mesh_shape_payload, type=tuple[int, ...])
+        tokens = msgspec.msgpack.decode(command.placements_payload, type=tuple[str, ...])
+        coordinate = msgspec.msgpack.decode(command.coordinate_payload, type=tuple[int, ...])
+    except msgspec.DecodeError as error:
+        raise LayoutError(f"pair {name!r}: the layout in the command cannot be read ({error})") from error
+    spec = MeshSpec(shape, coordinate)
+    if spec.size != command.expected_world_size:
+        raise LayoutError(
+            f"pair {name!r}: mesh {shape} has {spec.size} coordinates and expected_world_size is {command.expected_world_size}"
+        )
+    return Layout.of(shape, tokens), spec.index
+
+
+def match(store: KVStore, pair_name: str, member: MemberRecord, slot: str, timeout: float | None, cancellation: Cancellation) -> Match:
+    """Take this worker's place and wait until both sides are complete.
+
+    Raises:
+        CoordinateTakenError, PairMismatchError, PairTimeoutError, TransferCancelledError, StoreError.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    backoff = Backoff(cancellation, deadline)
+    key = claim(store, pair_name, member, slot)
+    try:
+        seen = 0
+        while True:
+            raise_if_refused(store, member.attempt)
+            local, remote = members_of(store, pair_name, member.peer), members_of(store, pair_name, member.remote)
+            try:
+                _check_alike(pair_name, local, remote)
+            except EthaRayError as error:
+                refuse(store, [other.attempt for other in (*local, *remote)], error)
+                raise_if_refused(store, member.attempt)
+                raise
+            if remote and len(local) == local[0].world_size and len(remote) == remote[0].world_size:
+                index = [other.attempt for other in local].index(member.attempt)
+                return Match(local=tuple(local), remote=tuple(remote), index=index, key=key)
+            if len(local) + len(remote) != seen:
+                seen = len(local) + len(remote)
+                backoff.reset()
+            if not backoff.wait():
+                raise PairTimeoutError(_missing(pair_name, member, local, remote, timeout))
+    except BaseException:
+        store.delete(key)
+        raise
+
+
+def _side(members: tuple[MemberRecord, ...]) -> Side:
+    text = members[0].layout
+    layout = Layout.whole(1) if text is None else Layout.decode(text)
+    return Side(layout, tuple(member.agent.rank for member in members), tuple(member.agent.host for member in members))
+
+
+def _who(member: MemberRecord) -> str:
+    place = f"index {member.index}" if member.index is not None else "no mesh"
+    return f"{member.peer!r} on agent {member.agent.rank} (pid {member.worker_pid}, {place})"
+
+
+def _check_alike(pair_name: str, local: list[MemberRecord], remote: list[MemberRecord]) -> None:
+    for side in (local, remote):
+        for member in side[1:]:
+            first = side[0]
+            for what, mine, others in (
+                ("expected_world_size", member.world_size, first.world_size),
+                ("mesh and placements", member.layout, first.layout),
+                ("remote name", member.remote, first.remote),
+            ):
+                if mine != others:
+                    raise PairMismatchError(
+                        f"pair {pair_name!r}: {_who(member)} says {what} {mine!r} and {_who(first)} says {others!r}:"
+                        " all workers of one side must give the same"
+                    )
+        if side and len(side) > side[0].world_size:
+            raise PairMismatchError(
+                f"pair {pair_name!r}: {len(side)} workers call themselves {side[0].peer!r} and expected_world_size is"
+                f" {side[0].world_size}: {', '.join(_who(member) for member in side)}. Give the right size, or another name"
+            )
+    if local and remote:
+        _check_sides(pair_name, local[0], remote[0])
+
+
+def _check_sides(pair_name: str, one: MemberRecord, other: MemberRecord) -> None:
+    if one.remote != other.peer or other.remote != one.peer:
+        raise PairMismatchError(
+            f"pair {pair_name!r}: {_who(one)} expects {one.remote!r} and {_who(other)} expects {other.remote!r}:"
+            " each side's remote_name must be the other's local_name"
+        )
+    if (one.layout is None) == (other.layout is None):
+        if one.layout is None and one.world_size != other.world_size:
+            raise PairMismatchError(
+                f"pair {pair_name!r}: without a mesh ranks are paired in order, and {one.peer!r} has {one.world_size} of them"
+                f" and {other.peer!r} {other.world_size}: give both sides a device_mesh and placements"
+            )
+        return
+    bare, meshed = (one, other) if one.layout is None else (other, one)
+    if bare.world_size > 1:
+        raise PairMismatchError(
+            f"pair {pair_name!r}: {bare.peer!r} has {bare.world_size} ranks and no mesh, {meshed.peer!r} has {meshed.layout}:"
+            f" give {bare.peer!r} a device_mesh and placements too"
+        )
+
+
+def _missing(pair_name: str, member: MemberRecord, local: list[MemberRecord], remote: list[MemberRecord], timeout: float | None) -> str:
+    parts = []
+    for name, side in ((member.peer, local), (member.remote, remote)):
+        if not side:
+            parts.append(f"nobody of {name!r} has come")
+        elif len(side) < side[0].world_size:
+            size = side[0].world_size
+            if side[0].index is None:
+                who = f"{size - len(side)} of {size}"
+            else:
+                who = f"index {sorted(set(range(size)) - {found.index for found in side})} of {size}"
+            parts.append(f"{name!r} lacks {who}")
+    return (
+        f"pair {pair_name!r} was not complete within {timeout:g} s: {'; '.join(parts)}."
+        " Check that those workers run, and use the same pair name, names and store"
+    )

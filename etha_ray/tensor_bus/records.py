@@ -1,0 +1,148 @@
+"""What agents publish in the kvstore and in their state files: plain structs, encoded with msgspec.
+
+The kvstore holds these for rendezvous, under ``{namespace}/tensorbus/``:
+
+===========================================  =======================================================================
+``agent/{rank}``                             `AgentRecord` of the agent that serves this rank
+``pair/{pair}/{peer}/{slot}``                `MemberRecord` of one worker on one side of a pair
+``batch/{batch}/{pair}/{peer}/{index}``      `BatchRecord` of one worker's registration
+``manifest/{digest}``                        `Manifest`, stored once however many ranks share it
+``verdict/{registration}``                   `Verdict`: why this registration cannot be matched
+===========================================  =======================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import msgspec
+
+from etha_ray.errors import StoreError
+
+T = TypeVar("T")
+
+
+class AgentRecord(msgspec.Struct, frozen=True):
+    """Who an agent is and where it can be reached on its host.
+
+    ``incarnation`` differs after each start. ``host`` groups agents that may share memory; ``nonce_path`` and ``nonce`` let
+    another agent check that they really do.
+    """
+
+    rank: int
+    incarnation: str
+    pid: int
+    start_time: float
+    hostname: str
+    host: str
+    nonce_path: str
+    nonce: str
+    command_queue_path: str
+    state_path: str
+    device: str
+
+
+class MemberRecord(msgspec.Struct, frozen=True):
+    """One worker's place on its side of a pair.
+
+    ``attempt`` differs for each init_pair; a refusal is addressed to it. ``layout`` is `Layout.encode()`, None when the
+    worker gave no mesh.
+    """
+
+    attempt: str
+    peer: str
+    remote: str
+    world_size: int
+    layout: str | None
+    index: int | None
+    client_id: str
+    worker_pid: int
+    worker_start_time: float
+    agent: AgentRecord
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A registered tensor as others need to know it: ``shape`` is the global one if ``is_global``, else this rank's own."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    is_global: bool
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The tensors that one worker registered for one pair in one batch, in order."""
+
+    tensors: tuple[TensorSpec, ...]
+
+
+class BatchRecord(msgspec.Struct, frozen=True):
+    """One worker's registration of a batch for one pair.
+
+    ``agreed`` is the digest of everything the plan was made from, empty until this member has made its plan: members go on
+    only once all of them have published the same digest.
+    """
+
+    registration: str
+    index: int
+    manifest: str
+    agreed: str = ""
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Why a registration was refused: an error's class name and message."""
+
+    kind: str
+    message: str
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    """The bytes stored for ``record``."""
+    return msgspec.msgpack.encode(record)
+
+
+def decode(data: bytes, kind: type[T], key: str) -> T:
+    """Decode what was stored under ``key``. Raises `StoreError` when it is not a ``kind``."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise StoreError(
+            f"store key {key!r} does not hold a {kind.__name__} ({error}): another program, or another version of etha_ray,"
+            " writes to this namespace; give each its own namespace"
+        ) from error
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short digest of ``parts`` (strings, bytes, numbers, None, tuples of these)."""
+    return hashlib.sha256(msgspec.msgpack.encode(parts)).hexdigest()[:32]
+
+
+def part(name: str) -> str:
+    """``name`` as one part of a store key, whatever characters it has."""
+    return quote(name, safe="")
+
+
+def agent_key(rank: int) -> str:
+    """Where an agent's record is."""
+    return f"agent/{rank}"
+
+
+def pair_prefix(pair: str, peer: str) -> str:
+    """Where the members of one side of a pair are."""
+    return f"pair/{part(pair)}/{part(peer)}/"
+
+
+def batch_prefix(batch: str, pair: str, peer: str) -> str:
+    """Where the registrations of one side of a batch are, for one pair."""
+    return f"batch/{part(batch)}/{part(pair)}/{part(peer)}/"
+
+
+def manifest_key(digest: str) -> str:
+    """Where a manifest is."""
+    return f"manifest/{digest}"
+
+
+def verdict_key(registration: str) -> str:
+    """Where the refusal of a registration is, if it was refused."""
+    return f"verdict/{registration}"

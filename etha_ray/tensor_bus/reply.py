@@ -1,0 +1,224 @@
+"""How a client waits for the outcome of a command.
+
+The agent writes the outcome into its state file under the command's semaphore name, then posts the semaphore. Making a named
+semaphore costs more than a whole round trip, so a client keeps a few and uses each again once its outcome was read. One whose
+outcome is not waited for any more is removed instead: a late answer to it must not wake another command.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import posix_ipc
+
+from etha_ray.config import check_timeout
+from etha_ray.errors import AgentDiedError, AgentFailedError, BatchClosedError, QueueClosedError, error_class
+from etha_ray.report import TransferReport
+from etha_ray.tensor_bus.commands import Failed, Ok, decode_outcome
+from etha_ray.tensor_bus.semaphores import generate_semaphore_name, open_semaphore, unlink_quietly
+from etha_ray.tensor_bus.state_file import StateFile, outcome_key
+from etha_ray.tensor_bus.watch import AgentWatch
+
+_SLICE = 0.1
+"""Seconds after which a wait looks whether the agent still lives."""
+
+
+class Reply:
+    """The outcome of one command, once it is there. Safe to wait for from several threads."""
+
+    def __init__(self, pool: ReplyPool, semaphore: posix_ipc.Semaphore, command_id: int, what: str) -> None:
+        self._pool = pool
+        self._semaphore: posix_ipc.Semaphore | None = semaphore
+        self.name: str = semaphore.name
+        self.command_id = command_id
+        self.what = what
+        self._outcome: Ok | Failed | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def done(self) -> bool:
+        """Whether the outcome has been read."""
+        return self._outcome is not None
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until the outcome is there; False when ``timeout`` seconds are over.
+
+        Raises `AgentDiedError` within seconds of the agent's death, and `BatchClosedError` once the client is closed.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            if self._look(_SLICE if deadline is None else max(0.0, min(_SLICE, deadline - time.monotonic()))):
+                return True
+            try:
+                self._pool.watch.check()
+            except AgentDiedError:
+                if self._look(0.0):  # it answered before it went
+                    return True
+                raise
+            except QueueClosedError as error:
+                raise self._closed() from error
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+
+    def value(self) -> Any:
+        """The value of a command that succeeded; raises the error of one that failed."""
+        outcome = self._outcome
+        if isinstance(outcome, Ok):
+            return outcome.value
+        if outcome is None:
+            raise RuntimeError("the outcome has not been waited for")
+        kind = error_class(outcome.kind)
+        error = kind(outcome.message)
+        if outcome.traceback and kind is AgentFailedError:
+            error = kind(f"{outcome.message}\n\nin the agent:\n{outcome.traceback}")
+        raise error
+
+    def abandon(self) -> None:
+        """Give up waiting; the agent's answer, if it still comes, goes nowhere. May be called more than once."""
+        with self._lock:
+            semaphore, self._semaphore = self._semaphore, None
+        if semaphore is not None:
+            self._pool.discard(semaphore)
+
+    def _look(self, seconds: float) -> bool:
+        """Wait for a post, ``seconds`` at most, and read the outcome it is for."""
+        if not self._lock.acquire(timeout=seconds):
+            return self._outcome is not None  # another thread waits for the same outcome
+        try:
+            if self._outcome is not None:
+                return True
+            if self._semaphore is None:
+                raise self._closed()
+            try:
+                self._semaphore.acquire(seconds)
+            except (posix_ipc.BusyError, posix_ipc.SignalError):
+                return False
+            return self._read(self._semaphore)
+        finally:
+            self._lock.release()
+
+    def _read(self, semaphore: posix_ipc.Semaphore) -> bool:
+        try:
+            data = self._pool.state.get(outcome_key(self.name))
+        except QueueClosedError as error:
+            raise self._closed() from error
+        outcome = decode_outcome(data) if data is not None else None
+        if outcome is None or outcome.command_id != self.command_id:
+            return False  # posted by somebody else, such as a user's release(): the agent's own post is still to come
+        self._outcome, self._semaphore = outcome, None
+        self._pool.put_back(semaphore)
+        return True
+
+    def _closed(self) -> BatchClosedError:
+        return BatchClosedError(f"the client was closed before {self.what} was answered: make a new one")
+
+
+class ReplyPool:
+    """A client's semaphores. Thread-safe. In a forked child it touches none of them: they are the parent's."""
+
+    def __init__(self, state: StateFile, watch: AgentWatch) -> None:
+        self.state = state
+        self.watch = watch
+        self._free: list[posix_ipc.Semaphore] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pid = os.getpid()
+
+    def take(self, command_type: str, context_id: str, command_id: int) -> Reply:
+        """A reply for a new command; its ``name`` goes into the command."""
+        with self._lock:
+            semaphore = self._free.pop() if self._free else None
+        if semaphore is None:
+            semaphore = open_semaphore(generate_semaphore_name(command_type, context_id), create=True)
+        return Reply(self, semaphore, command_id, f"{command_type} for {context_id!r}")
+
+    def put_back(self, semaphore: posix_ipc.Semaphore) -> None:
+        """Keep a semaphore whose outcome was read."""
+        with self._lock:
+            if not self._closed:
+                self._free.append(semaphore)
+                return
+        self.discard(semaphore)
+
+    def discard(self, semaphore: posix_ipc.Semaphore) -> None:
+        """Remove a semaphore whose outcome will never be read."""
+        if os.getpid() == self._pid:
+            unlink_quietly(semaphore.name)
+            semaphore.close()
+
+    def close(self) -> None:
+        """Remove the kept semaphores. May be called more than once."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self._closed = True
+            free, self._free = self._free, []
+        for semaphore in free:
+            self.discard(semaphore)
+
+
+class OutcomeSemaphore(posix_ipc.Semaphore):  # type: ignore[misc]
+    """What `transfer` returns: a ``posix_ipc.Semaphore`` that also hands over the outcome.
+
+    ``acquire`` (and ``with``) waits as a semaphore's does and raises the typed error of a transfer that failed; `result` gives
+    the report. Its name belongs to the client, which uses it again, so ``unlink`` does nothing.
+    """
+
+    _reply: Reply
+
+    @classmethod
+    def of(cls, reply: Reply) -> OutcomeSemaphore:
+        """A second opening of the reply's semaphore. Raises `BatchClosedError` once the client is closed."""
+        try:
+            semaphore = cls(reply.name)
+        except posix_ipc.ExistentialError:
+            raise BatchClosedError(f"the client was closed before {reply.what} was answered: make a new one") from None
+        semaphore._reply = reply
+        return semaphore
+
+    def result(self, timeout: float | None = None) -> TransferReport:
+        """Wait for the outcome and return what was transferred. May be called again, from any thread.
+
+        Raises:
+            TimeoutError: the transfer is not over after ``timeout`` seconds. It goes on, and may be waited for again.
+            EthaRayError: the transfer failed; the class says how.
+            AgentDiedError: the agent died meanwhile.
+        """
+        if not self._reply.wait(check_timeout(timeout)):
+            raise TimeoutError(f"{self._reply.what} is not over after {timeout} s; it goes on: wait again, or close the batch")
+        return msgspec.convert(self._reply.value(), TransferReport)
+
+    def acquire(self, timeout: float | None = None) -> None:
+        """Wait for the outcome as ``posix_ipc.Semaphore.acquire`` does: ``BusyError`` after ``timeout`` seconds.
+
+        Unlike a plain semaphore it stays acquired, and it raises the error of a transfer that failed.
+        """
+        if not self._reply.wait(check_timeout(timeout)):
+            raise posix_ipc.BusyError(f"{self._reply.what} is not over after {timeout} s")
+        self._reply.value()
+
+    def done(self) -> bool:
+        """Whether the outcome is there, without waiting. Raises `AgentDiedError` when it will never come."""
+        return self._reply.wait(0.0)
+
+    def unlink(self) -> None:
+        """Does nothing: the client removes the name."""
+
+    def __enter__(self) -> OutcomeSemaphore:
+        self.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """Nothing is released: the transfer is over."""
+
+    def __del__(self) -> None:
+        reply = getattr(self, "_reply", None)
+        if reply is not None:
+            if not reply.done:
+                reply.abandon()
+            self.close()

@@ -1,0 +1,162 @@
+"""The agent's state LMDB: what its clients and the agents of the same host may read of it.
+
+One writer, the agent; any number of readers. It holds
+
+- ``agent:heartbeat``            wall clock seconds of the last beat, as text
+- ``agent:record``               `AgentRecord`
+- ``agent:stopped``              there once the agent was shut down; clients that still have the file open look for it
+- ``outcome:{semaphore}``        the encoded outcome of the command that named this semaphore
+- ``handles:{registration}``     memory handles of a batch, for the agents that will read this memory
+- ``pair:{pair}/state:match``    "matched" once a pair is complete
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lmdb
+import msgspec
+
+from etha_ray.tensor_bus.lmdb_file import open_file
+from etha_ray.tensor_bus.records import AgentRecord
+
+DATABASE = b"pair_state"
+_HEARTBEAT = b"agent:heartbeat"
+_RECORD = b"agent:record"
+_STOPPED = b"agent:stopped"
+_MAP_SIZE = 1 << 30
+
+
+class StateFile:
+    """A state LMDB, opened to write (``create=True``, the agent) or to read.
+
+    Safe to use from several threads, one of which may close it meanwhile. Every method but `close` raises `QueueClosedError`
+    after `close`.
+
+    Raises FileNotFoundError when it is opened to read and no agent has written there yet.
+    """
+
+    def __init__(self, path: str, *, create: bool = False) -> None:
+        self.path = path
+        self._create = create
+        self._file = open_file(path, map_size=_MAP_SIZE, max_dbs=2, create=create)
+        try:
+            self._attach()
+        except lmdb.NotFoundError:
+            self._file.close()
+            raise FileNotFoundError(f"{path} holds no agent's state yet") from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Store ``value``."""
+        with self._transaction(write=True) as txn:
+            txn.put(key, value)
+
+    def get(self, key: bytes) -> bytes | None:
+        """Read a value, None if there is none."""
+        with self._transaction() as txn:
+            value: bytes | None = txn.get(key)
+        return value
+
+    def delete(self, keys: list[bytes]) -> None:
+        """Remove keys; missing ones are passed over."""
+        with self._transaction(write=True) as txn:
+            for key in keys:
+                txn.delete(key)
+
+    def beat(self) -> None:
+        """Record that the agent is alive now."""
+        self.put(_HEARTBEAT, repr(time.time()).encode())
+
+    def heartbeat(self) -> float | None:
+        """Wall clock seconds of the agent's last beat, None if it never had one."""
+        value = self.get(_HEARTBEAT)
+        try:
+            return float(value) if value is not None else None
+        except ValueError:
+            return None
+
+    def record(self) -> AgentRecord | None:
+        """Who the agent is, None when it has not said or the bytes are not a record."""
+        value = self.get(_RECORD)
+        try:
+            return msgspec.msgpack.decode(value, type=AgentRecord) if value is not None else None
+        except msgspec.DecodeError:
+            return None
+
+    def take_over(self, seen: AgentRecord | None, record: AgentRecord) -> bool:
+        """Forget everything and say who the agent is from now on; False if that is no longer ``seen``."""
+        with self._transaction(write=True) as txn:
+            found = txn.get(_RECORD)
+            if found is not None and seen is not None and found != msgspec.msgpack.encode(seen):
+                return False
+            if found is not None and seen is None and _is_record(found):
+                return False
+            txn.drop(self.db, delete=False)
+            txn.put(_RECORD, msgspec.msgpack.encode(record))
+        return True
+
+    def put_stopped(self) -> None:
+        """Say that the agent was shut down."""
+        self.put(_STOPPED, b"1")
+
+    def stopped(self) -> bool:
+        """Whether the agent was shut down."""
+        return self.get(_STOPPED) is not None
+
+    def owns_path(self) -> bool:
+        """Whether the path still leads to this file."""
+        return self._file.owns_path()
+
+    def check_readers(self) -> None:
+        """Free the reader slots of processes that were killed while reading."""
+        with self._file.lock:
+            self._file.env.reader_check()
+
+    def close(self, *, destroy: bool = False) -> None:
+        """Close this opening; with ``destroy`` remove the file. May be called more than once."""
+        with self._file.lock:
+            if self._file.closed:
+                return
+            if destroy:
+                self._file.unlink()
+            self._file.close()
+
+    def _attach(self) -> None:
+        self.env = self._file.env
+        self.db = self.env.open_db(DATABASE, create=self._create)
+
+    @contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:
+        with self._file.lock:
+            if not self._file.attached:  # closed, or in a forked child
+                self._attach()
+            with self.env.begin(write=write, db=self.db) as txn:
+                yield txn
+
+
+def _is_record(data: bytes) -> bool:
+    try:
+        msgspec.msgpack.decode(data, type=AgentRecord)
+    except msgspec.DecodeError:
+        return False
+    return True
+
+
+def outcome_key(semaphore_name: str) -> bytes:
+    """Where the outcome of the command that named this semaphore is."""
+    return b"outcome:" + semaphore_name.encode()
+
+
+def handles_key(registration: str) -> bytes:
+    """Where the memory handles of a registration are."""
+    return b"handles:" + registration.encode()
+
+
+def pair_state_key(pair_name: str) -> bytes:
+    """Where a pair's match state is. LMDB keys end at 511 bytes, so long names are cut."""
+    return f"pair:{pair_name}/state:match".encode()[:511]

@@ -1,0 +1,99 @@
+"""Is the agent behind a state file alive? Asked by its clients, and by the agents it exchanges data with."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from etha_ray.config import FAILURE_TIMEOUT
+from etha_ray.errors import AgentDiedError, AgentNotFoundError
+from etha_ray.tensor_bus.processes import is_alive, pid_namespace
+from etha_ray.tensor_bus.records import AgentRecord
+from etha_ray.tensor_bus.state_file import StateFile
+
+_PAUSE = 0.02
+
+
+class AgentWatch:
+    """Tells whether the agent behind a state file is alive: its process, and a heartbeat that moves. From any thread."""
+
+    def __init__(self, state: StateFile, record: AgentRecord) -> None:
+        self._state = state
+        self.record = record
+        self._same_processes = record.host.endswith(f":{pid_namespace():08x}")
+        self._beat = state.heartbeat()
+        self._beat_seen = self._looked = time.monotonic()
+
+    def check(self) -> None:
+        """Raise `AgentDiedError` if the agent's process is gone or it has not beaten for the failure timeout."""
+        record = self.record
+        if self._same_processes and not is_alive(record.pid, record.start_time):
+            raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) died; a pool restarts it: make a new client and register again")
+        if self._state.stopped():
+            raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) was shut down: start it again, then make a new client")
+        found = self._state.record()
+        if found is None or found.incarnation != record.incarnation:
+            raise AgentDiedError(
+                f"agent {record.rank} (pid {record.pid}) is gone, and another was started in its place: make a new client and"
+                " register again"
+            )
+        now, beat = time.monotonic(), self._state.heartbeat()
+        # Where nobody has looked for long, this process may have been stopped together with the agent: both get their time.
+        if beat != self._beat or now - self._looked > FAILURE_TIMEOUT:
+            self._beat, self._beat_seen = beat, now
+        elif now - self._beat_seen > FAILURE_TIMEOUT:
+            raise AgentDiedError(
+                f"agent {record.rank} (pid {record.pid}) has not answered for {now - self._beat_seen:.1f} s:"
+                " it is stopped or stuck; restart it, then make a new client and register again"
+            )
+        self._looked = now
+
+
+def find_agent(agent_rank: int, state_path: str, queue_path: str, timeout: float | None) -> tuple[StateFile, AgentWatch]:
+    """Wait until the live agent of this rank is found behind these paths.
+
+    Raises `AgentNotFoundError`, which says what was found instead, after ``timeout`` seconds (None: never).
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        found = _live_agent(agent_rank, state_path, queue_path)
+        if not isinstance(found, str):
+            return found
+        if deadline is not None and time.monotonic() >= deadline:
+            raise AgentNotFoundError(
+                f"no agent {agent_rank} answers at {state_path} (queue {queue_path}) after {timeout:g} s: {found}."
+                " Start one with etha_ray.launch_agents(...) or `python -m etha_ray.tensor_bus.agent`, or check"
+                " AGENT_RANK and the paths"
+            )
+        time.sleep(_PAUSE)
+
+
+def _live_agent(agent_rank: int, state_path: str, queue_path: str) -> tuple[StateFile, AgentWatch] | str:
+    """Open the state file of a live agent, or say why there is none."""
+    try:
+        state = StateFile(state_path)
+    except FileNotFoundError:
+        return "there is no state file"
+    try:
+        record, beat = state.record(), state.heartbeat()
+        if record is None or beat is None:
+            reason = "the agent has not said who it is"
+        elif record.rank != agent_rank:
+            reason = f"agent {record.rank} serves there"
+        elif os.path.realpath(record.command_queue_path) != os.path.realpath(queue_path):
+            reason = f"that agent's queue is {record.command_queue_path}"
+        elif abs(time.time() - beat) > FAILURE_TIMEOUT:
+            reason = f"the last heartbeat of agent {record.rank} (pid {record.pid}) is {time.time() - beat:.1f} s old"
+        elif not os.path.exists(queue_path):
+            reason = "there is no command queue"
+        else:
+            watch = AgentWatch(state, record)
+            watch.check()
+            return state, watch
+    except AgentDiedError as error:
+        reason = str(error)
+    except BaseException:
+        state.close()
+        raise
+    state.close()
+    return reason

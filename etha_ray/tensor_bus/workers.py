@@ -1,0 +1,73 @@
+"""The worker processes that an agent serves, and which of them have died."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from etha_ray.errors import AgentDiedError
+from etha_ray.processes import is_alive, pid_namespace
+from etha_ray.tensor_bus.batch import Batch
+from etha_ray.tensor_bus.commands import BaseCommand, Hello
+from etha_ray.tensor_bus.pair import Pair
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Worker:
+    """One client of the agent, with its pairs and batches by name."""
+
+    client_id: str
+    pid: int
+    start_time: float
+    visible: bool
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    batches: dict[str, Batch] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process lives; one in another pid namespace cannot be looked up and counts as alive."""
+        return not self.visible or is_alive(self.pid, self.start_time)
+
+
+class Workers:
+    """The clients that have said hello. On the loop only."""
+
+    def __init__(self, agent_rank: int) -> None:
+        self._agent_rank = agent_rank
+        self._workers: dict[str, Worker] = {}
+
+    def add(self, hello: Hello) -> None:
+        """A client introduces itself."""
+        self._workers[hello.client_id] = Worker(
+            client_id=hello.client_id,
+            pid=hello.pid,
+            start_time=hello.start_time,
+            visible=hello.pid_namespace == pid_namespace(),
+        )
+
+    def of(self, command: BaseCommand) -> Worker:
+        """Who sent ``command``. Raises `AgentDiedError` for a client of an agent that ran here before."""
+        worker = self._workers.get(command.client_id)
+        if worker is None:
+            raise AgentDiedError(
+                f"agent {self._agent_rank} was restarted and does not know this client: make a new client and register again"
+            )
+        return worker
+
+    def find(self, client_id: str) -> Worker | None:
+        """The client with this id, if it is known."""
+        return self._workers.get(client_id)
+
+    def all(self) -> list[Worker]:
+        """Everyone."""
+        return list(self._workers.values())
+
+    def dead(self) -> list[Worker]:
+        """Those whose process has died."""
+        return [worker for worker in self._workers.values() if not worker.alive]
+
+    def remove(self, worker: Worker) -> None:
+        """Forget a client."""
+        self._workers.pop(worker.client_id, None)
