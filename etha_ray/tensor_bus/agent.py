@@ -19,20 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from etha_ray.config import DEFAULT_NAMESPACE, FAILURE_TIMEOUT, HEARTBEAT_INTERVAL, AgentPaths, agent_paths, worker_environment
-from etha_ray.errors import AgentBusyError, ConfigError, EthaRayError
+from etha_ray.errors import AgentBusyError, ConfigError
 from etha_ray.kvstore import KVStore, create_store
-from etha_ray.processes import process_start_time
+from etha_ray.processes import is_alive, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.host import HostNonce, host_identity
-from etha_ray.tensor_bus.jobs import Jobs
+from etha_ray.tensor_bus.jobs import Job, Jobs
 from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
 from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.service import BusService
 from etha_ray.tensor_bus.state_file import StateFile
-from etha_ray.tensor_bus.watch import AgentWatch
+from etha_ray.transport.base import OneSidedTransport
 from etha_ray.transport.mapped import MappedTransport
 
 logger = logging.getLogger(__name__)
+
+_HANDOVER = 5.0
+"""Seconds that a new agent waits for one that is shutting down at the same paths."""
 
 
 class TensorBusAgent:
@@ -44,6 +47,7 @@ class TensorBusAgent:
         paths: command queue and state file; by default those of ``rank`` in the default namespace.
         device: what it is pinned to, "cpu".
         threads: threads that copy; by default all cores of this process.
+        transport: what moves bytes, instead of a `MappedTransport` of ``threads``. Closed with the agent.
 
     Raises:
         AgentBusyError: another live agent serves these paths.
@@ -51,41 +55,53 @@ class TensorBusAgent:
     """
 
     def __init__(
-        self, rank: int, store: KVStore, *, paths: AgentPaths | None = None, device: str = "cpu", threads: int | None = None
+        self,
+        rank: int,
+        store: KVStore,
+        *,
+        paths: AgentPaths | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        transport: OneSidedTransport | None = None,
     ) -> None:
         self.rank = rank
         self.paths = paths or agent_paths(rank)
         self._store = store
-        self._state = _claim_state(rank, self.paths)
-        sweep_dead()
-        self._queue = CommandQueue(self.paths.command_queue)
-        self._nonce = HostNonce()
-        self.record = AgentRecord(
-            rank=rank,
-            incarnation=secrets.token_hex(16),
-            pid=os.getpid(),
-            start_time=process_start_time(os.getpid()) or 0.0,
-            hostname=socket.gethostname(),
-            host=host_identity(),
-            nonce_path=self._nonce.path,
-            nonce=self._nonce.value,
-            command_queue_path=self.paths.command_queue,
-            state_path=self.paths.state,
-            device=device,
-        )
-        self._jobs = Jobs(self._queue.wake)
-        self._transport = MappedTransport(threads or len(os.sched_getaffinity(0)))
-        self._service = BusService(self.record, store, self._state, self._queue, self._jobs, self._transport)
-        self._queue.on_corrupt = self._service.handle_corrupt
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        store.set_bytes(agent_key(rank), encode(self.record))
-        while left := self._queue.dequeue_batch(64):
-            for message in left:
-                self._service.handle_left_over(message)
-        self._state.put_record(self.record)
-        self._state.beat()
+        self._turned = time.monotonic()
+        with contextlib.ExitStack() as undo:
+            self._nonce = HostNonce()
+            undo.callback(self._nonce.close)
+            self.record = AgentRecord(
+                rank=rank,
+                incarnation=secrets.token_hex(16),
+                pid=os.getpid(),
+                start_time=process_start_time(os.getpid()) or 0.0,
+                hostname=socket.gethostname(),
+                host=host_identity(),
+                nonce_path=self._nonce.path,
+                nonce=self._nonce.value,
+                command_queue_path=self.paths.command_queue,
+                state_path=self.paths.state,
+                device=device,
+            )
+            self._state = _claim_state(self.record)
+            undo.callback(self._state.close, destroy=True)
+            sweep_dead()
+            self._queue = CommandQueue(self.paths.command_queue)
+            undo.callback(self._queue.close, destroy=True)
+            self._jobs = Jobs(self._queue.wake)
+            self._transport = transport or MappedTransport(threads or len(os.sched_getaffinity(0)))
+            self._service = BusService(self.record, store, self._state, self._jobs, self._transport)
+            self._queue.on_corrupt = self._service.handle_corrupt
+            store.set_bytes(agent_key(rank), encode(self.record))
+            while left := self._queue.dequeue_batch(64):
+                for message in left:
+                    self._service.handle_left_over(message)
+            self._state.beat()
+            undo.pop_all()
 
     def start(self) -> None:
         """Run the loop on a thread of its own; `stop` ends it."""
@@ -99,8 +115,7 @@ class TensorBusAgent:
         try:
             next_check = 0.0
             while not self._stopping.is_set():
-                self._handle_messages()
-                self._jobs.run_results()
+                self._turn()
                 now = time.monotonic()
                 self._service.expire(now)
                 if now >= next_check:
@@ -140,45 +155,65 @@ class TensorBusAgent:
             **self._service.counts(),
         }
 
-    def _handle_messages(self) -> None:
+    def _turn(self) -> None:
+        self._turned = time.monotonic()
         deadline = self._service.next_deadline()
         pause = HEARTBEAT_INTERVAL if deadline is None else min(HEARTBEAT_INTERVAL, max(0.001, deadline - time.monotonic()))
-        messages = self._queue.dequeue_batch(64, block=True, timeout=pause)
-        # All of them before any job's result: a sender's DataRevoked that came before a copy ended must be known by then.
-        while messages:
+        for message in self._queue.dequeue_batch(64, block=True, timeout=pause):
+            self._service.handle(message)
+        results = self._jobs.take()
+        if not results:
+            return
+        # First what came in before these results: a DataRevoked that was sent while a copy ran makes that copy worthless. No
+        # more than that, or clients that never pause would keep all results waiting.
+        left = self._queue.size()
+        while left > 0 and (messages := self._queue.dequeue_batch(min(left, 64))):
+            left -= len(messages)
             for message in messages:
                 self._service.handle(message)
-            messages = self._queue.dequeue_batch(64)
+        self._jobs.run(results)
 
     def _beat(self) -> None:
         beats = 0
         while not self._stopping.wait(HEARTBEAT_INTERVAL):
+            if time.monotonic() - self._turned > FAILURE_TIMEOUT:
+                continue  # the loop is stuck, and who waits for it should know
             self._state.beat()
             beats += 1
             if beats % 10 == 0:
                 self._state.check_readers()
 
     def _shut_down(self) -> None:
-        self._service.leave_all(f"agent {self.rank} was shut down")
-        self._transport.close()
-        with contextlib.suppress(EthaRayError):  # a store that is gone has nothing left to clean
-            self._store.delete(agent_key(self.rank))
-        self._state.put_stopped()
-        self._service.close()
-        self._queue.close(destroy=True)
-        self._state.close(destroy=True)
-        self._nonce.close()
-        self._stopped.set()
+        # The state file goes last: until then no other agent takes this one's place.
+        with contextlib.ExitStack() as steps:
+            steps.callback(self._stopped.set)
+            steps.callback(self._nonce.close)
+            steps.callback(self._state.close, destroy=True)
+            steps.callback(self._state.put_stopped)
+            steps.callback(self._queue.close, destroy=True)
+            steps.callback(self._service.close)
+            steps.callback(self._transport.close)
+            self._jobs.start("leave the store", lambda _: self._store.delete(agent_key(self.rank)), _log_error)
+            self._service.leave_all(f"agent {self.rank} was shut down")
+
+
+def _log_error(job: Job[bool]) -> None:
+    if job.error is not None:
+        logger.warning("could not leave the store: %s", job.error)
 
 
 def remove_files(paths: AgentPaths) -> bool:
     """Remove what an agent that was killed left on this host. False, and nothing is touched, while an agent lives there."""
     if Path(paths.state).exists():
         try:
-            state = _claim_state(-1, paths)
-        except AgentBusyError:
-            return False
-        state.close(destroy=True)
+            state = StateFile(paths.state, create=True)
+            record = state.record()
+            if record is not None and _lives(state, record):
+                state.close()
+                return False
+            state.close(destroy=True)
+        except FileNotFoundError:
+            logger.debug("%s was removed meanwhile", paths.state)
     if Path(paths.command_queue).exists():
         CommandQueue(paths.command_queue).close(destroy=True)
     sweep_dead()
@@ -197,24 +232,37 @@ def remove_dead_agents(namespace: str, first_rank: int) -> None:
             remove_files(agent_paths(int(number), namespace))
 
 
-def _claim_state(rank: int, paths: AgentPaths) -> StateFile:
+def _claim_state(record: AgentRecord) -> StateFile:
     """Open the state file for a new agent. Raises `AgentBusyError` while another agent lives there."""
-    Path(paths.state).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    state = StateFile(paths.state, create=True)
-    record, beat = state.record(), state.heartbeat()
-    if record is not None and beat is not None and not state.stopped() and abs(time.time() - beat) < FAILURE_TIMEOUT:
-        try:
-            AgentWatch(state, record).check()
-        except EthaRayError:
-            logger.info("agent %d (pid %d) died at %s; taking its place", record.rank, record.pid, paths.state)
-        else:
+    Path(record.state_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    deadline = time.monotonic() + _HANDOVER
+    while True:
+        state = StateFile(record.state_path, create=True)
+        found = state.record()
+        if found is not None and _lives(state, found):
+            leaving = state.stopped()
             state.close()
-            raise AgentBusyError(
-                f"agent {record.rank} (pid {record.pid}) already serves {paths.state}: shut it down, or give the pool of agent"
-                f" {rank} a namespace of its own"
-            )
-    state.clear()
-    return state
+            if not leaving or time.monotonic() >= deadline:
+                raise AgentBusyError(
+                    f"agent {found.rank} (pid {found.pid}) already serves {record.state_path}: shut it down (kill it, if it is"
+                    f" stuck), or give the pool of agent {record.rank} a namespace of its own"
+                )
+            time.sleep(0.01)
+            continue
+        if state.take_over(found, record) and state.owns_path():
+            if found is not None:
+                logger.info("agent %d (pid %d) died at %s; taking its place", found.rank, found.pid, record.state_path)
+            return state
+        state.close()
+
+
+def _lives(state: StateFile, record: AgentRecord) -> bool:
+    """Whether the agent that wrote this state file still runs: by its process where that can be looked up, else by its beat."""
+    if record.host == host_identity() and record.pid != os.getpid():
+        return is_alive(record.pid, record.start_time)
+    beat = state.heartbeat()
+    same_process = record.host == host_identity() and record.start_time == process_start_time(os.getpid())
+    return (same_process or record.host != host_identity()) and beat is not None and abs(time.time() - beat) < FAILURE_TIMEOUT
 
 
 def main(arguments: list[str] | None = None) -> None:

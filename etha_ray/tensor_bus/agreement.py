@@ -48,11 +48,11 @@ def agreed_shapes(
     if match.paired:
         for index, (mine, other) in enumerate(zip(local, remote, strict=True)):
             _compare(where, [f"{name}[{index}]" for name in names], [("", mine.tensors), ("", other.tensors)])
-        return [spec.shape for spec in local[match.index].tensors]
+        return [spec.local_shape for spec in local[match.index].tensors]
     here = _global_specs(where, match.local, local)
     there = _global_specs(where, match.remote, remote)
     _compare(where, names, [(_shown(match.local), here), (_shown(match.remote), there)])
-    return [spec.shape for spec in here]
+    return [spec.local_shape if spec.global_shape is None else spec.global_shape for spec in here]
 
 
 def _layout(members: Sequence[MemberRecord]) -> Layout:
@@ -77,27 +77,33 @@ def _global_specs(where: str, members: Sequence[MemberRecord], manifests: Sequen
     for position, columns in enumerate(zip(*(manifest.tensors for manifest in manifests), strict=True)):
         label = f"{where}, tensor {position}"
         for index, spec in enumerate(columns):
-            if spec.dtype != columns[0].dtype or (spec.is_global and columns[0].is_global and spec.shape != columns[0].shape):
+            if spec.dtype != columns[0].dtype or _stated(spec, columns[0]):
                 raise TensorMismatchError(
                     f"{label}: {peer}[{index}] holds {_spec(spec)} and {peer}[0] {_spec(columns[0])}:"
                     " register the same tensors, in the same order, on every rank"
                 )
         shape = _global_shape(label, peer, layout, tuple(columns))
-        specs.append(TensorSpec(dtype=columns[0].dtype, shape=shape, is_global=True))
+        specs.append(TensorSpec(dtype=columns[0].dtype, local_shape=(), global_shape=shape))
     return specs
 
 
+def _stated(spec: TensorSpec, first: TensorSpec) -> bool:
+    """Whether two DTensors state different global shapes."""
+    return spec.global_shape is not None and first.global_shape is not None and spec.global_shape != first.global_shape
+
+
 def _global_shape(label: str, peer: str, layout: Layout, columns: tuple[TensorSpec, ...]) -> tuple[int, ...]:
-    stated = {spec.shape for spec in columns if spec.is_global}
-    if len(stated) == 1 and all(spec.is_global for spec in columns):
-        shape = stated.pop()
-        _check_fits(label, peer, layout, shape)
-        return shape
-    local = tuple(layout.region(index, spec.shape).shape if spec.is_global else spec.shape for index, spec in enumerate(columns))
     try:
-        return _inferred(layout, local)
+        inferred = _inferred(layout, tuple(spec.local_shape for spec in columns))
     except LayoutError as error:
         raise LayoutError(f"{label} on {peer!r}: {error}") from error
+    for index, spec in enumerate(columns):
+        if spec.global_shape is not None and spec.global_shape != inferred:
+            raise LayoutError(
+                f"{label}: {peer}[{index}] holds {_spec(spec)}, and layout {layout} makes {list(inferred)} of the local shapes:"
+                " shard as DTensor does (torch.chunk)"
+            )
+    return inferred
 
 
 @lru_cache(maxsize=4096)
@@ -105,16 +111,13 @@ def _inferred(layout: Layout, local_shapes: tuple[tuple[int, ...], ...]) -> tupl
     return layout.global_shape(dict(enumerate(local_shapes)))
 
 
-def _check_fits(label: str, peer: str, layout: Layout, shape: tuple[int, ...]) -> None:
-    try:
-        layout.resolve(len(shape))
-    except LayoutError as error:
-        raise LayoutError(f"{label} on {peer!r}: {error}") from error
-
-
 def _spec(spec: TensorSpec) -> str:
-    kind = "global" if spec.is_global else "local"
-    return f"{spec.dtype} of {kind} shape {list(spec.shape)}"
+    whole = "" if spec.global_shape is None else f" (a DTensor of shape {list(spec.global_shape)})"
+    return f"{spec.dtype} of local shape {list(spec.local_shape)}{whole}"
+
+
+def _shape(spec: TensorSpec) -> list[int]:
+    return list(spec.local_shape if spec.global_shape is None else spec.global_shape)
 
 
 def _compare(where: str, names: Sequence[str], sides: Sequence[tuple[str, Sequence[TensorSpec]]]) -> None:
@@ -125,7 +128,7 @@ def _compare(where: str, names: Sequence[str], sides: Sequence[tuple[str, Sequen
             " register the same tensors, in the same order, on both sides"
         )
     for position, (one, two) in enumerate(zip(mine, other, strict=True)):
-        for what, left, right in (("shape", list(one.shape), list(two.shape)), ("dtype", one.dtype, two.dtype)):
+        for what, left, right in (("shape", _shape(one), _shape(two)), ("dtype", one.dtype, two.dtype)):
             if left != right:
                 raise TensorMismatchError(
                     f"{where}, tensor {position}: {names[0]} holds it{my_layout} with {what} {left}, {names[1]}"

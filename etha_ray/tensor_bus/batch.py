@@ -2,7 +2,7 @@
 
 States of a batch::
 
-    REGISTERING ──► READY ──► LOST      a member of the other side closed or died; `error` says which
+    REGISTERING ──► READY ──► LOST      another member closed or died; `error` says which
          └───────────┴──────► CLOSED
 
 States of a transfer::
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from etha_ray.errors import (
+    AgentFailedError,
     BatchClosedError,
     BatchTornError,
     EthaRayError,
@@ -108,6 +109,7 @@ class Batch:
     sequence: int = 0
     announced: dict[str, int] = field(default_factory=dict)
     transfer: _Transfer | None = None
+    early: dict[str, tuple[str, bool]] = field(default_factory=dict)
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------- worker's calls
@@ -138,29 +140,58 @@ class Batch:
                 self._tell(peer, DataRevoked, self.registration, registration, self.sequence)
         self._finish(error)
 
-    def close(self, reason: str, *, lost: bool, then: Callable[[], None]) -> None:
-        """Release everything and tell the other side; ``then`` runs once no byte moves any more."""
+    def close(self, error: EthaRayError, *, lost: bool, then: Callable[[], None]) -> None:
+        """Release everything and tell the other members; ``then`` runs once no byte moves and no job runs any more.
+
+        ``error`` ends what is under way. ``lost``: the worker or its agent goes away, rather than closing the batch.
+        """
         self.closing.append(then)
         if self.state is BatchState.CLOSED:
             return
-        if self.job is not None and self.state is BatchState.REGISTERING:
-            self.job.cancellation.cancel(reason)
-        self.cancel(BatchClosedError(reason))
-        self.state = BatchState.CLOSED
-        for peer in self.registered.others.values():
-            self.bus.tell(
-                peer.member.agent,
-                RegistrationClosed(batch_id=self.batch_id, closed=self.registration, target=peer.registration, reason=reason, lost=lost),
-            )
-        if self.transfer is None:
-            self._release()
+        if self.job is not None:
+            self.job.cancellation.cancel(str(error))
+        self.cancel(error)
+        self.state, self.error = BatchState.CLOSED, error
+        self._say_closed(str(error), lost)
+        self._release_if_idle()
+
+    def registration_over(self, job: Job[Registered]) -> BaseException | None:
+        """Take the end of the registration's job; returns why the batch cannot be used, if so."""
+        self.job = None
+        if job.value is not None:
+            self.registered = job.value
+        if self.state is BatchState.CLOSED:
+            assert self.error is not None
+            # All others may have seen this member agree, and take it for ready.
+            self._say_closed(str(self.error), lost=False)
+            self._release_if_idle()
+            return self.error
+        if job.value is None:
+            error = job.error if isinstance(job.error, EthaRayError) else AgentFailedError(f"the registration failed: {job.error}")
+            self.cancel(error)
+            return job.error
+        self.state = BatchState.READY
+        return None
+
+    def catch_up(self) -> None:
+        """Do what had to wait for the registration; after its caller has been answered."""
+        for registration, (reason, lost) in self.early.items():
+            if registration in self.registered.others:
+                self.lose(registration, reason, lost=lost)
+        if self.error is not None:
+            self.cancel(self.error)
+        self.advance()
+
+    @property
+    def deadline(self) -> float | None:
+        """When `expire` has something to do, by the monotonic clock."""
+        transfer = self.transfer
+        return None if transfer is None or transfer.state is TransferState.MOVING else transfer.deadline
 
     def expire(self, now: float) -> None:
-        """End a transfer whose time is up."""
-        transfer = self.transfer
-        if transfer is None or transfer.deadline is None or now < transfer.deadline:
-            return
-        if transfer.state is not TransferState.MOVING:
+        """End a transfer whose time is up; one that is MOVING ends by itself."""
+        transfer, deadline = self.transfer, self.deadline
+        if transfer is not None and deadline is not None and now >= deadline:
             self.cancel(TransferTimeoutError(self._who_is_missing(transfer)))
 
     # ------------------------------------------------------------------------------------------------- progress
@@ -168,8 +199,8 @@ class Batch:
     def advance(self) -> None:
         """Take the transfer under way as far as it goes now."""
         transfer = self.transfer
-        if transfer is None or self.state is not BatchState.READY:
-            return
+        if transfer is None or self.state not in (BatchState.READY, BatchState.LOST):
+            return  # LOST: a transfer that does not need the lost member goes on
         if transfer.state is TransferState.BLOCKED:
             if transfer.command.transfer_type == "send":
                 self._announce(transfer)
@@ -217,8 +248,7 @@ class Batch:
         else:
             self.bus.refuse(transfer.command, error)
         transfer.state = TransferState.OVER
-        if self.state is BatchState.CLOSED:
-            self._release()
+        self._release_if_idle()
 
     def _report(self, transfer: _Transfer) -> TransferReport:
         now, kind = time.monotonic(), transfer.command.transfer_type
@@ -264,15 +294,16 @@ class Batch:
         self._tear(f"{self._name(message.source)} gave up waiting")
 
     def lose(self, registration: str, reason: str, *, lost: bool) -> None:
-        """A member of the other side is gone."""
+        """Another member is gone."""
         name = self._name(registration)
         text = f"batch {self.batch_id!r}: {name} is gone ({reason}): close this batch, and register it again once that side is back"
         error: EthaRayError = PeerLostError(text) if lost else BatchClosedError(text)
         transfer = self.transfer
         needed = registration in self.registered.sources or registration in self.registered.targets
         if self.state is BatchState.REGISTERING:
-            assert self.job is not None
-            self.job.cancellation.cancel(text)
+            # Only a member that was ready says this, and then all have agreed.
+            self.early[registration] = (reason, lost)
+            self.work.confirm(registration)
         if self.state is not BatchState.READY:
             return
         self.state, self.error = BatchState.LOST, error
@@ -301,7 +332,16 @@ class Batch:
         message = kind(batch_id=self.batch_id, source=source, target=target, sequence=sequence)
         self.bus.tell(peer.member.agent, message)
 
-    def _release(self) -> None:
+    def _say_closed(self, reason: str, lost: bool) -> None:
+        for peer in self.registered.others.values():
+            self.bus.tell(
+                peer.member.agent,
+                RegistrationClosed(batch_id=self.batch_id, closed=self.registration, target=peer.registration, reason=reason, lost=lost),
+            )
+
+    def _release_if_idle(self) -> None:
+        if self.state is not BatchState.CLOSED or self.transfer is not None or self.job is not None:
+            return
         self.registered.close()
         callbacks, self.closing = self.closing, []
         for callback in callbacks:

@@ -38,7 +38,7 @@ def claim(store: KVStore, pair_name: str, member: MemberRecord, slot: str) -> st
         held = store.compare_and_set(key, expected, mine)
         if held == mine:
             return key
-        if not held:  # deleted between two looks
+        if held is None:  # deleted between two looks
             expected = None
             continue
         holder = decode(held, MemberRecord, key)
@@ -51,6 +51,13 @@ def claim(store: KVStore, pair_name: str, member: MemberRecord, slot: str) -> st
         expected = held
 
 
+def release(store: KVStore, key: str, member: MemberRecord) -> None:
+    """Give back the place that ``member`` took under ``key``, unless another has taken it since."""
+    held = store.get_bytes(key)
+    if held is not None and decode(held, MemberRecord, key).attempt == member.attempt:
+        store.delete(key)
+
+
 def members_of(store: KVStore, pair_name: str, peer: str) -> list[MemberRecord]:
     """The members of one side of a pair that are not known to be dead, in the order of their slots."""
     prefix = pair_prefix(pair_name, peer)
@@ -58,24 +65,28 @@ def members_of(store: KVStore, pair_name: str, peer: str) -> list[MemberRecord]:
     for key, value in sorted(store.list(prefix).items()):
         member = decode(value, MemberRecord, key)
         if is_gone(member):
-            store.delete(key)
+            release(store, key, member)
         else:
             found.append(member)
     return found
 
 
-def refuse(store: KVStore, registrations: Iterable[str], error: EthaRayError) -> None:
-    """Tell every one of ``registrations`` why it cannot be matched: whoever finds out first tells the others."""
+def refuse(store: KVStore, addressees: Iterable[str], error: EthaRayError) -> None:
+    """Tell attempts or registrations why they cannot be matched: whoever finds out first tells the others."""
     verdict = encode(Verdict(kind=type(error).__name__, message=str(error)))
-    for registration in registrations:
-        store.set_bytes(verdict_key(registration), verdict)
+    for addressee in addressees:
+        store.set_bytes(verdict_key(addressee), verdict)
 
 
-def raise_if_refused(store: KVStore, registration: str) -> None:
-    """Raise what `refuse` said to ``registration``, if it did."""
-    key = verdict_key(registration)
+def is_refused(store: KVStore, addressee: str) -> bool:
+    """Whether an attempt or registration was told so, and is about to withdraw."""
+    return store.exists(verdict_key(addressee))
+
+
+def raise_if_refused(store: KVStore, addressee: str) -> None:
+    """Raise what `refuse` said to ``addressee``, if it did."""
+    key = verdict_key(addressee)
     data = store.get_bytes(key)
     if data is not None:
-        store.delete(key)
         verdict = decode(data, Verdict, key)
         raise error_class(verdict.kind)(verdict.message)

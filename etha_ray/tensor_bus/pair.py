@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,8 +23,8 @@ from etha_ray.layout import Layout, MeshSpec
 from etha_ray.plan import Side
 from etha_ray.tensor_bus.commands import InitPair
 from etha_ray.tensor_bus.jobs import Backoff, Cancellation, Job
-from etha_ray.tensor_bus.members import claim, members_of, raise_if_refused, refuse
-from etha_ray.tensor_bus.records import MemberRecord
+from etha_ray.tensor_bus.members import claim, is_refused, members_of, raise_if_refused, refuse, release
+from etha_ray.tensor_bus.records import MemberRecord, verdict_key
 
 
 class PairState(enum.Enum):
@@ -42,6 +43,12 @@ class Match:
     remote: tuple[MemberRecord, ...]
     index: int
     key: str
+
+    @classmethod
+    def of(cls, member: MemberRecord, local: list[MemberRecord], remote: list[MemberRecord], key: str) -> Match:
+        """The match of ``member``, which is one of ``local`` and holds ``key``."""
+        index = [other.attempt for other in local].index(member.attempt)
+        return cls(local=tuple(local), remote=tuple(remote), index=index, key=key)
 
     @property
     def paired(self) -> bool:
@@ -73,6 +80,7 @@ class Pair:
     error: BaseException | None = None
     job: Job[Match] | None = None
     waiting: list[InitPair] = field(default_factory=list)
+    leaving: list[Callable[[], None]] = field(default_factory=list)
 
 
 def layout_of(command: InitPair) -> tuple[Layout | None, int | None]:
@@ -108,23 +116,64 @@ def match(store: KVStore, pair_name: str, member: MemberRecord, slot: str, timeo
         while True:
             raise_if_refused(store, member.attempt)
             local, remote = members_of(store, pair_name, member.peer), members_of(store, pair_name, member.remote)
-            try:
-                _check_alike(pair_name, local, remote)
-            except EthaRayError as error:
-                refuse(store, [other.attempt for other in (*local, *remote)], error)
-                raise_if_refused(store, member.attempt)
-                raise
-            if remote and len(local) == local[0].world_size and len(remote) == remote[0].world_size:
-                index = [other.attempt for other in local].index(member.attempt)
-                return Match(local=tuple(local), remote=tuple(remote), index=index, key=key)
+            if member.attempt not in [other.attempt for other in local]:
+                claim(store, pair_name, member, slot)  # removed by one who meant the dead worker that was here before
+            elif _find_misfit(store, pair_name, member, local, remote):
+                pass  # that one has been told, and is about to leave
+            elif _complete(local, remote):
+                return Match.of(member, local, remote, key)
             if len(local) + len(remote) != seen:
                 seen = len(local) + len(remote)
                 backoff.reset()
             if not backoff.wait():
                 raise PairTimeoutError(_missing(pair_name, member, local, remote, timeout))
     except BaseException:
-        store.delete(key)
+        release(store, key, member)
+        store.delete(verdict_key(member.attempt))
         raise
+
+
+def rematch(store: KVStore, pair_name: str, match: Match) -> tuple[Match | None, set[str]]:
+    """The pair as it is now, after members were replaced; None while it is not complete. Also the attempts that are in it."""
+    member = match.local[match.index]
+    local, remote = members_of(store, pair_name, member.peer), members_of(store, pair_name, member.remote)
+    attempts = {other.attempt for other in (*local, *remote)}
+    if member.attempt not in attempts or not _complete(local, remote):
+        return None, attempts
+    _check_alike(pair_name, local, remote)
+    return Match.of(member, local, remote, match.key), attempts
+
+
+def _complete(local: list[MemberRecord], remote: list[MemberRecord]) -> bool:
+    return bool(local and remote) and len(local) == local[0].world_size and len(remote) == remote[0].world_size
+
+
+def _find_misfit(store: KVStore, pair_name: str, member: MemberRecord, local: list[MemberRecord], remote: list[MemberRecord]) -> bool:
+    """Raise if members describe the pair differently, and tell them; True if it is one that was told so before."""
+    try:
+        _check_alike(pair_name, local, remote)
+    except EthaRayError as error:
+        others = [other for other in (*local, *remote) if other.attempt != member.attempt]
+        told = any(is_refused(store, other.attempt) for other in others)
+        # One that was told gives its place back first, then removes what it was told: it may have done both by now.
+        again = {other.attempt for name in (member.peer, member.remote) for other in members_of(store, pair_name, name)}
+        if told or not again.issuperset(other.attempt for other in others):
+            raise_if_refused(store, member.attempt)
+            return True
+        if not _fits_without(pair_name, member, local, remote):
+            refuse(store, [other.attempt for other in others], error)
+        raise
+    return False
+
+
+def _fits_without(pair_name: str, member: MemberRecord, local: list[MemberRecord], remote: list[MemberRecord]) -> bool:
+    """Whether the others are a complete pair, into which ``member`` does not belong."""
+    rest = [other for other in local if other.attempt != member.attempt]
+    try:
+        _check_alike(pair_name, rest, remote)
+    except EthaRayError:
+        return False
+    return _complete(rest, remote)
 
 
 def _side(members: tuple[MemberRecord, ...]) -> Side:

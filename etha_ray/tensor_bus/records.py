@@ -5,9 +5,9 @@ The kvstore holds these for rendezvous, under ``{namespace}/tensorbus/``:
 ===========================================  =======================================================================
 ``agent/{rank}``                             `AgentRecord` of the agent that serves this rank
 ``pair/{pair}/{peer}/{slot}``                `MemberRecord` of one worker on one side of a pair
-``batch/{batch}/{pair}/{peer}/{index}``      `BatchRecord` of one worker's registration
+``batch/{batch}/{pair}/{peer}/{attempt}``    `BatchRecord` of one worker's registration
 ``manifest/{digest}``                        `Manifest`, stored once however many ranks share it
-``verdict/{registration}``                   `Verdict`: why this registration cannot be matched
+``verdict/{attempt or registration}``        `Verdict`: why it cannot be matched; its addressee removes it
 ===========================================  =======================================================================
 """
 
@@ -64,11 +64,11 @@ class MemberRecord(msgspec.Struct, frozen=True):
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
-    """A registered tensor as others need to know it: ``shape`` is the global one if ``is_global``, else this rank's own."""
+    """A registered tensor as others need to know it: this rank's own shape, and the global one where a DTensor states it."""
 
     dtype: str
-    shape: tuple[int, ...]
-    is_global: bool
+    local_shape: tuple[int, ...]
+    global_shape: tuple[int, ...] | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -80,18 +80,18 @@ class Manifest(msgspec.Struct, frozen=True):
 class BatchRecord(msgspec.Struct, frozen=True):
     """One worker's registration of a batch for one pair.
 
-    ``agreed`` is the digest of everything the plan was made from, empty until this member has made its plan: members go on
-    only once all of them have published the same digest.
+    ``attempt`` is that of the worker's `MemberRecord`. ``agreed`` is the digest of everything the plan was made from, empty
+    until this member has made its plan: members go on only once all of them have published the same digest.
     """
 
     registration: str
-    index: int
+    attempt: str
     manifest: str
     agreed: str = ""
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Why a registration was refused: an error's class name and message."""
+    """Why an init_pair or a registration was refused: an error's class name and message."""
 
     kind: str
     message: str
@@ -143,6 +143,6 @@ def manifest_key(digest: str) -> str:
     return f"manifest/{digest}"
 
 
-def verdict_key(registration: str) -> str:
-    """Where the refusal of a registration is, if it was refused."""
-    return f"verdict/{registration}"
+def verdict_key(addressee: str) -> str:
+    """Where the refusal of an attempt or registration is, if it was refused."""
+    return f"verdict/{addressee}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,22 +17,20 @@ from typing import Any
 
 import msgspec
 
-from etha_ray.config import HEARTBEAT_INTERVAL
 from etha_ray.errors import (
     BatchClosedError,
     BatchExistsError,
     EthaRayError,
     MemoryHandleError,
-    PairMismatchError,
-    PairTimeoutError,
+    PeerLostError,
     TransferCancelledError,
     TransferInProgressError,
     UnknownBatchError,
     UnknownPairError,
 )
 from etha_ray.kvstore import KVStore
-from etha_ray.tensor_bus.batch import Batch, BatchState
-from etha_ray.tensor_bus.command_queue import CommandQueue, CorruptEntry
+from etha_ray.tensor_bus.batch import Batch
+from etha_ray.tensor_bus.command_queue import CorruptEntry
 from etha_ray.tensor_bus.commands import (
     BaseCommand,
     CancelTransfer,
@@ -51,15 +50,14 @@ from etha_ray.tensor_bus.commands import (
     RegistrationClosed,
     Transfer,
 )
-from etha_ray.tensor_bus.jobs import Job, Jobs
+from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.links import Links
-from etha_ray.tensor_bus.members import slot_of
 from etha_ray.tensor_bus.outcomes import Outcomes
-from etha_ray.tensor_bus.pair import Match, Pair, PairState, layout_of, match
-from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
+from etha_ray.tensor_bus.pairing import Pairing
+from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.registration import Registered, Registration, Request
 from etha_ray.tensor_bus.semaphores import unlink_quietly
-from etha_ray.tensor_bus.state_file import StateFile, pair_state_key
+from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.workers import Worker, Workers
 from etha_ray.transport.base import CopyProgram, OneSidedTransport
 
@@ -76,13 +74,12 @@ class BusService:
         record: who the agent is.
         store: where agents find one another.
         state: the agent's state file.
-        queue: the agent's command queue, into which it also puts messages to itself.
         jobs: what runs beside the loop.
         transport: what moves bytes.
     """
 
     def __init__(
-        self, record: AgentRecord, store: KVStore, state: StateFile, queue: CommandQueue, jobs: Jobs, transport: OneSidedTransport
+        self, record: AgentRecord, store: KVStore, state: StateFile, jobs: Jobs, transport: OneSidedTransport
     ) -> None:
         self.record = record
         self._store = store
@@ -91,10 +88,11 @@ class BusService:
         self._transport = transport
         self._outcomes = Outcomes(state)
         self._workers = Workers(record.rank)
-        self._links = Links(record, queue, self._on_agent_lost)
+        self._links = Links(record, self._loop_back, self._on_agent_lost)
         self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="etha-ray move")
+        self._pairing = Pairing(record, store, state, jobs, self._outcomes)
         self._by_registration: dict[str, Batch] = {}
-        self._members = 0
+        self._timed: dict[str, Batch] = {}
         self._handlers: dict[type[BaseCommand], Callable[[Any], None]] = {
             Ping: self._outcomes.ok,
             Hello: self._on_hello,
@@ -139,27 +137,25 @@ class BusService:
 
     def expire(self, now: float) -> None:
         """End the transfers whose time is up, by the monotonic clock."""
-        for batch in list(self._by_registration.values()):
+        for registration, batch in list(self._timed.items()):
             batch.expire(now)
+            if batch.transfer is None:
+                del self._timed[registration]
 
     def next_deadline(self) -> float | None:
         """When `expire` has something to do next."""
-        deadlines = [
-            batch.transfer.deadline
-            for batch in self._by_registration.values()
-            if batch.transfer is not None and batch.transfer.deadline is not None
-        ]
-        return min(deadlines, default=None)
+        return min((batch.deadline for batch in self._timed.values() if batch.deadline is not None), default=None)
 
     def check_others(self) -> None:
         """Find out which workers and agents have died."""
         self._links.check()
         for worker in self._workers.dead():
             logger.warning("agent %d: worker pid %d died", self.record.rank, worker.pid)
-            self._drop_worker(worker, f"worker pid {worker.pid} died", lost=True)
+            self._drop_worker(worker, PeerLostError(f"worker pid {worker.pid} died"), lost=True, then=lambda: None)
         for worker in self._workers.all():
             for pair in worker.pairs.values():
-                self._expire_waiting(pair)
+                self._pairing.expire_waiting(pair)
+        self._outcomes.clean(time.monotonic())
 
     def counts(self) -> dict[str, int]:
         """How many workers, pairs and batches there are. From any thread."""
@@ -173,7 +169,7 @@ class BusService:
     def leave_all(self, reason: str) -> None:
         """Close everything, as the agent shuts down; waits for the copies and jobs under way."""
         for worker in self._workers.all():
-            self._drop_worker(worker, reason, lost=True)
+            self._drop_worker(worker, TransferCancelledError(reason), lost=True, then=lambda: None)
         self._movers.shutdown(wait=True)
         self._jobs.close()
         self._links.close()
@@ -220,98 +216,32 @@ class BusService:
         if worker is None:
             self._outcomes.ok(command)
             return
-        self._drop_worker(worker, "its client was closed", lost=False, then=lambda: self._outcomes.ok(command))
+        closed = BatchClosedError("its client was closed")
+        self._drop_worker(worker, closed, lost=False, then=lambda: self._outcomes.ok(command))
 
-    def _drop_worker(self, worker: Worker, reason: str, *, lost: bool, then: Callable[[], None] | None = None) -> None:
-        """Close all that a worker has; ``then`` runs once no byte of it moves any more."""
+    def _drop_worker(self, worker: Worker, error: EthaRayError, *, lost: bool, then: Callable[[], None]) -> None:
+        """Close all that a worker has; ``then`` runs once no byte of it moves any more, and its places are free."""
         self._workers.remove(worker)
-        for pair in worker.pairs.values():
-            self._leave_pair(pair, reason)
-        remaining = len(worker.batches)
+        remaining = 1 + len(worker.pairs) + len(worker.batches)
 
-        def closed_one() -> None:
+        def one_less() -> None:
             nonlocal remaining
             remaining -= 1
-            if remaining <= 0:
-                if then is not None:
-                    then()
+            if remaining == 0:
+                then()
                 names = self._outcomes.forget(worker.client_id)
-                if lost:
+                if not worker.alive:
                     for name in names:
                         unlink_quietly(name)
 
+        for pair in worker.pairs.values():
+            self._pairing.leave(pair, str(error), one_less)
         for batch in list(worker.batches.values()):
-            self._close_batch(worker, batch, reason, lost=lost, then=closed_one)
-        if remaining == 0:
-            closed_one()
-
-    # ---------------------------------------------------------------------------------------------------- pairs
+            self._close_batch(worker, batch, error, lost=lost, then=one_less)
+        one_less()
 
     def _on_init_pair(self, command: InitPair) -> None:
-        worker = self._workers.of(command)
-        layout, index = layout_of(command)
-        member = MemberRecord(
-            attempt=secrets.token_hex(16),
-            peer=command.local_name,
-            remote=command.remote_name,
-            world_size=command.expected_world_size,
-            layout=None if layout is None else layout.encode(),
-            index=index,
-            client_id=command.client_id,
-            worker_pid=worker.pid,
-            worker_start_time=worker.start_time,
-            agent=self.record,
-        )
-        pair = worker.pairs.get(command.pair_name)
-        if pair is not None and pair.state is not PairState.FAILED:
-            _check_same(pair, member)
-            if pair.state is PairState.MATCHED:
-                self._outcomes.ok(command)
-            else:
-                pair.waiting.append(command)
-            return
-        self._members += 1
-        pair = Pair(
-            name=command.pair_name,
-            local_name=command.local_name,
-            remote_name=command.remote_name,
-            member=member,
-            slot=slot_of(member, self._members),
-            waiting=[command],
-        )
-        worker.pairs[pair.name] = pair
-        work = partial(match, self._store, pair.name, member, pair.slot, command.timeout)
-        pair.job = self._jobs.start(f"pair {pair.name}", work, partial(self._pair_over, pair))
-
-    def _pair_over(self, pair: Pair, job: Job[Match]) -> None:
-        pair.match, pair.error, pair.job = job.value, job.error, None
-        pair.state = PairState.MATCHED if pair.match is not None else PairState.FAILED
-        if pair.match is not None:
-            self._state.put(pair_state_key(pair.name), msgspec.msgpack.encode("matched"))
-        waiting, pair.waiting = pair.waiting, []
-        for command in waiting:
-            if pair.error is None:
-                self._outcomes.ok(command)
-            else:
-                self._outcomes.failed(command, pair.error)
-
-    def _expire_waiting(self, pair: Pair) -> None:
-        """Answer those who joined an init_pair that has no time limit, or a longer one, when their own time is up."""
-        for command in list(pair.waiting):
-            sent, timeout = command.timestamp, command.timeout
-            if sent is not None and timeout is not None and time.time() - sent > timeout + HEARTBEAT_INTERVAL:
-                pair.waiting.remove(command)
-                self._outcomes.failed(
-                    command,
-                    PairTimeoutError(f"pair {pair.name!r} was not complete within {timeout:g} s; an earlier init_pair still waits"),
-                )
-
-    def _leave_pair(self, pair: Pair, reason: str) -> None:
-        if pair.job is not None:
-            pair.job.cancellation.cancel(reason)
-        elif pair.match is not None:
-            key = pair.match.key
-            self._jobs.start(f"leave pair {pair.name}", lambda _: self._store.delete(key), _logged)
+        self._pairing.join(self._workers.of(command), command)
 
     # -------------------------------------------------------------------------------------------------- batches
 
@@ -332,8 +262,9 @@ class BusService:
             pairs={name: worker.pairs[name] for name, _ in tensors},
             tensors=tensors,
             timeout=command.timeout,
+            after=worker.closing.get(command.batch_id),
         )
-        work = Registration(self._store, self._state, self._transport, request)
+        work = Registration(self._store, self._state, self._transport, request, self._settle)
         batch = Batch(
             bus=self,
             batch_id=command.batch_id,
@@ -346,34 +277,38 @@ class BusService:
         batch.job = self._jobs.start(f"register {batch.batch_id}", work.run, partial(self._registration_over, worker, batch))
 
     def _registration_over(self, worker: Worker, batch: Batch, job: Job[Registered]) -> None:
-        batch.job = None
-        if batch.state is BatchState.CLOSED:
-            if job.value is not None:
-                job.value.close()
-                self._jobs.start(f"withdraw {batch.batch_id}", lambda _: batch.work.close(), _logged)
-            self._outcomes.failed(batch.command, BatchClosedError(f"batch {batch.batch_id!r} was closed while it was registered"))
-            return
-        if job.value is not None:
-            batch.registered, batch.state = job.value, BatchState.READY
+        error = batch.registration_over(job)
+        if error is None:
+            for peer in batch.registered.others.values():
+                self._links.follow(peer.member.agent)
             self._outcomes.ok(batch.command)
-            batch.advance()
+            batch.catch_up()
             return
-        error = job.error or TransferCancelledError(f"batch {batch.batch_id!r}: the registration ended without a result")
         self._outcomes.failed(batch.command, error)
-        batch.cancel(error if isinstance(error, EthaRayError) else TransferCancelledError(str(error)))
-        worker.batches.pop(batch.batch_id, None)
-        self._by_registration.pop(batch.registration, None)
+        if worker.batches.get(batch.batch_id) is batch:
+            del worker.batches[batch.batch_id]
+            del self._by_registration[batch.registration]
+
+    def _settle(self, cancellation: Cancellation) -> None:
+        """Wait until the loop has handled what is in the queue now. On a job's thread."""
+        handled = threading.Event()
+        self._jobs.post(handled.set)
+        while not handled.wait(0.05):
+            cancellation.check()
 
     def _on_transfer(self, command: Transfer) -> None:
         batch = self._batch(command, command.batch_id)
         if batch.error is not None:
-            raise batch.error
+            self._outcomes.failed(command, batch.error)
+            return
         if batch.transfer is not None:
             under_way = batch.transfer.command.transfer_type
             raise TransferInProgressError(
                 f"batch {batch.batch_id!r}: a {under_way} is under way; wait for it before the next {command.transfer_type}"
             )
         batch.start(command)
+        if batch.deadline is not None:
+            self._timed[batch.registration] = batch
 
     def _on_cancel(self, command: CancelTransfer) -> None:
         batch = self._batch(command, command.batch_id)
@@ -392,20 +327,27 @@ class BusService:
         if batch is None:
             self._outcomes.ok(command)
             return
-        reason = f"batch {batch.batch_id!r} was closed"
-        self._close_batch(worker, batch, reason, lost=False, then=lambda: self._outcomes.ok(command))
+        error = BatchClosedError(f"batch {batch.batch_id!r} was closed")
+        self._close_batch(worker, batch, error, lost=False, then=lambda: self._outcomes.ok(command))
 
-    def _close_batch(self, worker: Worker, batch: Batch, reason: str, *, lost: bool, then: Callable[[], None]) -> None:
+    def _close_batch(self, worker: Worker, batch: Batch, error: EthaRayError, *, lost: bool, then: Callable[[], None]) -> None:
+        """Close a batch; ``then`` runs once no byte moves any more, and nobody can find it in the store."""
         worker.batches.pop(batch.batch_id, None)
-        registered = batch.state in (BatchState.READY, BatchState.LOST)
+        withdrawn = worker.closing[batch.batch_id] = threading.Event()
 
         def released() -> None:
             self._by_registration.pop(batch.registration, None)
+            self._jobs.start(f"withdraw {batch.batch_id}", lambda _: batch.work.close(), over)
+
+        def over(job: Job[Any]) -> None:
+            if job.error is not None:
+                logger.warning("could not withdraw batch %r from the store: %s", batch.batch_id, job.error)
+            withdrawn.set()
+            if worker.closing.get(batch.batch_id) is withdrawn:
+                del worker.closing[batch.batch_id]
             then()
 
-        batch.close(reason, lost=lost, then=released)
-        if registered:
-            self._jobs.start(f"withdraw {batch.batch_id}", lambda _: batch.work.close(), _logged)
+        batch.close(error, lost=lost, then=released)
 
     def _batch(self, command: BaseCommand, batch_id: str) -> Batch:
         batch = self._workers.of(command).batches.get(batch_id)
@@ -432,24 +374,13 @@ class BusService:
         if batch is not None:
             batch.lose(message.closed, message.reason, lost=message.lost)
 
+    def _loop_back(self, message: Message) -> None:
+        # As a job's result, not through the queue: that may be full, and only this loop empties it.
+        self._jobs.post(partial(self.handle, message))
+
     def _on_agent_lost(self, incarnation: str, reason: str) -> None:
         for batch in list(self._by_registration.values()):
             for registration, peer in batch.registered.others.items():
                 if peer.member.agent.incarnation == incarnation:
                     batch.lose(registration, reason, lost=True)
 
-
-def _check_same(pair: Pair, member: MemberRecord) -> None:
-    known = pair.member
-    for what in ("peer", "remote", "world_size", "layout", "index"):
-        before, now = getattr(known, what), getattr(member, what)
-        if before != now:
-            raise PairMismatchError(
-                f"pair {pair.name!r} was initialised by this client with {what} {before!r}, now with {now!r}:"
-                " use another pair name, or a second client for the other side"
-            )
-
-
-def _logged(job: Job[Any]) -> None:
-    if job.error is not None:
-        logger.warning("could not withdraw from the store: %s", job.error)

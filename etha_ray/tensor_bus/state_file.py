@@ -59,8 +59,8 @@ class StateFile:
     def get(self, key: bytes) -> bytes | None:
         """Read a value, None if there is none."""
         with self._transaction() as txn:
-            value: bytes | None = txn.get(key)
-        return value
+            value = txn.get(key)
+        return None if value is None else bytes(value)
 
     def delete(self, keys: list[bytes]) -> None:
         """Remove keys; missing ones are passed over."""
@@ -83,18 +83,13 @@ class StateFile:
     def record(self) -> AgentRecord | None:
         """Who the agent is, None when it has not said or the bytes are not a record."""
         value = self.get(_RECORD)
-        try:
-            return msgspec.msgpack.decode(value, type=AgentRecord) if value is not None else None
-        except msgspec.DecodeError:
-            return None
+        return None if value is None else _decoded(value)
 
     def take_over(self, seen: AgentRecord | None, record: AgentRecord) -> bool:
         """Forget everything and say who the agent is from now on; False if that is no longer ``seen``."""
         with self._transaction(write=True) as txn:
             found = txn.get(_RECORD)
-            if found is not None and seen is not None and found != msgspec.msgpack.encode(seen):
-                return False
-            if found is not None and seen is None and _is_record(found):
+            if found is not None and _decoded(bytes(found)) != seen:
                 return False
             txn.drop(self.db, delete=False)
             txn.put(_RECORD, msgspec.msgpack.encode(record))
@@ -139,12 +134,11 @@ class StateFile:
                 yield txn
 
 
-def _is_record(data: bytes) -> bool:
+def _decoded(data: bytes) -> AgentRecord | None:
     try:
-        msgspec.msgpack.decode(data, type=AgentRecord)
+        return msgspec.msgpack.decode(data, type=AgentRecord)
     except msgspec.DecodeError:
-        return False
-    return True
+        return None
 
 
 def outcome_key(semaphore_name: str) -> bytes:

@@ -7,7 +7,7 @@ import time
 
 from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import AgentDiedError, AgentNotFoundError
-from etha_ray.tensor_bus.processes import is_alive, pid_namespace
+from etha_ray.processes import is_alive, pid_namespace
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.state_file import StateFile
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass, field
 
 from etha_ray.errors import AgentDiedError
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Worker:
-    """One client of the agent, with its pairs and batches by name."""
+    """One client of the agent, with its pairs and batches by name; ``closing`` are set once a batch is withdrawn."""
 
     client_id: str
     pid: int
@@ -24,6 +25,7 @@ class Worker:
     visible: bool
     pairs: dict[str, Pair] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
+    closing: dict[str, threading.Event] = field(default_factory=dict)
 
     @property
     def alive(self) -> bool:

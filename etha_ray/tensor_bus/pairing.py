@@ -1,0 +1,136 @@
+"""The pairs of an agent's workers: who joins, who leaves. Owned by the agent's loop, and touched by no other thread."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from etha_ray.config import HEARTBEAT_INTERVAL
+from etha_ray.errors import ConfigError, PairMismatchError, PairTimeoutError
+from etha_ray.kvstore import KVStore
+from etha_ray.tensor_bus.commands import InitPair
+from etha_ray.tensor_bus.jobs import Job, Jobs
+from etha_ray.tensor_bus.members import release, slot_of
+from etha_ray.tensor_bus.outcomes import Outcomes
+from etha_ray.tensor_bus.pair import Match, Pair, PairState, layout_of, match
+from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
+from etha_ray.tensor_bus.state_file import StateFile, pair_state_key
+from etha_ray.tensor_bus.workers import Worker
+
+logger = logging.getLogger(__name__)
+
+
+class Pairing:
+    """Lets workers join and leave pairs.
+
+    Args:
+        record: who the agent is.
+        store: where agents find one another.
+        state: the agent's state file.
+        jobs: what runs beside the loop.
+        outcomes: what answers commands.
+    """
+
+    def __init__(self, record: AgentRecord, store: KVStore, state: StateFile, jobs: Jobs, outcomes: Outcomes) -> None:
+        self._record = record
+        self._store = store
+        self._state = state
+        self._jobs = jobs
+        self._outcomes = outcomes
+        self._members = 0
+
+    def join(self, worker: Worker, command: InitPair) -> None:
+        """A worker takes its place in a pair; it is answered once both sides are complete."""
+        layout, index = layout_of(command)
+        if command.local_name == command.remote_name:
+            raise ConfigError(f"pair {command.pair_name!r}: both sides are called {command.local_name!r}: give each a name of its own")
+        member = MemberRecord(
+            attempt=secrets.token_hex(16),
+            peer=command.local_name,
+            remote=command.remote_name,
+            world_size=command.expected_world_size,
+            layout=None if layout is None else layout.encode(),
+            index=index,
+            client_id=command.client_id,
+            worker_pid=worker.pid,
+            worker_start_time=worker.start_time,
+            agent=self._record,
+        )
+        pair = worker.pairs.get(command.pair_name)
+        if pair is None or pair.state is PairState.FAILED:
+            self._members += 1
+            pair = Pair(command.pair_name, command.local_name, command.remote_name, member, slot_of(member, self._members))
+            worker.pairs[pair.name] = pair
+        else:
+            _check_same(pair, member)
+        pair.waiting.append(command)
+        if pair.job is None:
+            # Also for one that was matched: the other side may have left since, and is waited for then.
+            work = partial(match, self._store, pair.name, pair.member, pair.slot, command.timeout)
+            pair.job = self._jobs.start(f"pair {pair.name}", work, partial(self._over, pair))
+
+    def leave(self, pair: Pair, reason: str, then: Callable[[], None]) -> None:
+        """Give a worker's place back; ``then`` runs once the place is free."""
+        pair.leaving.append(then)
+        if pair.job is not None:
+            pair.job.cancellation.cancel(reason)
+        else:
+            self._give_back(pair)
+
+    def expire_waiting(self, pair: Pair) -> None:
+        """Answer those who joined an init_pair that has no time limit, or a longer one, when their own time is up."""
+        for command in list(pair.waiting):
+            sent, timeout = command.timestamp, command.timeout
+            if sent is not None and timeout is not None and time.time() - sent > timeout + HEARTBEAT_INTERVAL:
+                pair.waiting.remove(command)
+                self._outcomes.failed(
+                    command,
+                    PairTimeoutError(f"pair {pair.name!r} was not complete within {timeout:g} s; an earlier init_pair still waits"),
+                )
+
+    def _over(self, pair: Pair, job: Job[Match]) -> None:
+        pair.match, pair.error, pair.job = job.value, job.error, None
+        pair.state = PairState.MATCHED if pair.match is not None else PairState.FAILED
+        if pair.match is not None:
+            self._state.put(pair_state_key(pair.name), msgspec.msgpack.encode("matched"))
+        waiting, pair.waiting = pair.waiting, []
+        for command in waiting:
+            if pair.error is None:
+                self._outcomes.ok(command)
+            else:
+                self._outcomes.failed(command, pair.error)
+        if pair.leaving:
+            self._give_back(pair)
+
+    def _give_back(self, pair: Pair) -> None:
+        held = pair.match
+        callbacks, pair.leaving = pair.leaving, []
+
+        def over(job: Job[Any]) -> None:
+            if job.error is not None:
+                logger.warning("could not leave pair %r in the store: %s", pair.name, job.error)
+            for callback in callbacks:
+                callback()
+
+        if held is None:
+            for callback in callbacks:
+                callback()
+        else:
+            self._jobs.start(f"leave pair {pair.name}", lambda _: release(self._store, held.key, pair.member), over)
+
+
+def _check_same(pair: Pair, member: MemberRecord) -> None:
+    known = pair.member
+    for what in ("peer", "remote", "world_size", "layout", "index"):
+        before, now = getattr(known, what), getattr(member, what)
+        if before != now:
+            raise PairMismatchError(
+                f"pair {pair.name!r} was initialised by this client with {what} {before!r}, now with {now!r}:"
+                " use another pair name, or a second client for the other side"
+            )
