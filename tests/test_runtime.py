@@ -73,8 +73,9 @@ def test_tensors_cross_between_actors(pool: etha_ray.AgentPool, namespace: str) 
 
 def test_health_is_answered_while_a_transfer_waits(pool: etha_ray.AgentPool, namespace: str) -> None:
     sender, receiver = workers(namespace)
+    rank, _ = ray.get(sender.rank.remote())
+    agent = ray.get_actor(f"{namespace}/agent{rank}", namespace="etha_ray")
     sending = sender.transfer.remote("send")
-    agent = ray.get_actor(f"{namespace}/agent{ray.get(sender.rank.remote())[0]}", namespace="etha_ray")
     assert ray.get([agent.health.remote() for _ in range(20)], timeout=30) == [True] * 20
     assert ray.wait([sending], timeout=0)[0] == []
     assert ray.get([receiver.transfer.remote("recv"), sending]) == [12, 12]

@@ -205,15 +205,12 @@ def _log_error(job: Job[bool]) -> None:
 def remove_files(paths: AgentPaths) -> bool:
     """Remove what an agent that was killed left on this host. False, and nothing is touched, while an agent lives there."""
     if Path(paths.state).exists():
-        try:
-            state = StateFile(paths.state, create=True)
-            record = state.record()
-            if record is not None and _lives(state, record):
-                state.close()
-                return False
-            state.close(destroy=True)
-        except FileNotFoundError:
-            logger.debug("%s was removed meanwhile", paths.state)
+        state = StateFile(paths.state, create=True)
+        record = state.record()
+        if record is not None and _lives(state, record):
+            state.close()
+            return False
+        state.close(destroy=True)
     if Path(paths.command_queue).exists():
         CommandQueue(paths.command_queue).close(destroy=True)
     sweep_dead()

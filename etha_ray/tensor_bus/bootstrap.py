@@ -60,7 +60,8 @@ def bootstrap_client(
     agents, workers take them in turn.
 
     Args:
-        path_naming_fn: gives (command queue path, state path) for a rank. Default: the paths of the pool's convention.
+        path_naming_fn: gives (command queue path, state path) for a rank. Default: TENSOR_BUS_COMMAND_QUEUE_PATH and
+            TENSOR_BUS_STATE_PATH, else the paths of the pool's convention.
         connection_timeout: seconds to wait for the agent.
 
     Returns:
@@ -95,11 +96,11 @@ def bootstrap_client(
 
 def _find_agent(environment: WorkerEnvironment) -> tuple[int, int | None, Literal["direct", "offset", "ray"], AgentPaths]:
     if environment.agent_rank is not None:
-        return environment.agent_rank, None, "direct", agent_paths(environment.agent_rank, environment.namespace)
+        return environment.agent_rank, None, "direct", _paths(environment.agent_rank, environment)
     if environment.local_rank is not None:
         offset = environment.agent_rank_offset or 0
         rank = environment.local_rank + offset
-        return rank, offset, "offset", agent_paths(rank, environment.namespace)
+        return rank, offset, "offset", _paths(rank, environment)
     from etha_ray.tensor_bus.ray_lookup import find_agent_on_node  # imports ray only if this process already did
 
     found = find_agent_on_node(environment.namespace)
@@ -109,3 +110,8 @@ def _find_agent(environment: WorkerEnvironment) -> tuple[int, int | None, Litera
             f" or run inside a Ray worker on a node with agents (etha_ray.launch_agents, namespace {environment.namespace!r})"
         )
     return found.rank, None, "ray", AgentPaths(command_queue=found.command_queue_path, state=found.state_path)
+
+
+def _paths(rank: int, environment: WorkerEnvironment) -> AgentPaths:
+    usual = agent_paths(rank, environment.namespace)
+    return AgentPaths(environment.command_queue_path or usual.command_queue, environment.state_path or usual.state)

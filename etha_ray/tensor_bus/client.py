@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import secrets
 import threading
@@ -18,11 +19,14 @@ import torch
 
 from etha_ray.config import FAILURE_TIMEOUT, agent_paths, check_timeout, worker_environment
 from etha_ray.errors import (
+    AgentDiedError,
     BatchClosedError,
     BatchExistsError,
+    BatchUnmatchedError,
     ConfigError,
     EthaRayError,
-    LayoutError,
+    QueueClosedError,
+    QueueFullError,
     TransferTimeoutError,
     UnknownBatchError,
     UnknownPairError,
@@ -30,6 +34,7 @@ from etha_ray.errors import (
 from etha_ray.layout import Layout, MeshSpec
 from etha_ray.memory import ExportedTensors, encode_handle, export_tensors
 from etha_ray.processes import pid_namespace, process_start_time
+from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import (
     CancelTransfer,
@@ -47,82 +52,44 @@ from etha_ray.tensor_bus.commands import (
 from etha_ray.tensor_bus.reply import OutcomeSemaphore, Reply, ReplyPool
 from etha_ray.tensor_bus.semaphores import generate_semaphore_name
 from etha_ray.tensor_bus.state_file import StateFile
-from etha_ray.tensor_bus.tensors import describe, dtensor_layout, global_shape
+from etha_ray.tensor_bus.tensors import check_dtensor, check_label, describe, global_shape
 from etha_ray.tensor_bus.watch import find_agent
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.placement_types import Placement
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["BatchHandler", "TensorBusClient", "generate_semaphore_name"]
 
 _GRACE = 0.5
 """Seconds that a client waits beyond a command's own timeout, for the agent to say who was missing."""
 
+_SLICE = 0.5
+"""Seconds after which a command that finds the queue full looks whether the agent still lives."""
 
-class BatchHandler:
-    """The tensors of one `TensorBusClient.register_tensors`, ready to be transferred any number of times.
-
-    Holds its client by a weak reference. Not closed when it is dropped: the batch lives until `close`, or until its client
-    is closed.
-    """
-
-    def __init__(self, client: TensorBusClient, batch_id: str, pair_names: list[str]) -> None:
-        self._client_ref = weakref.ref(client)
-        self.batch_id = batch_id
-        self.pair_names = pair_names
-
-    @property
-    def client(self) -> TensorBusClient:
-        """The client that made this handler. Raises RuntimeError once it is gone."""
-        client = self._client_ref()
-        if client is None:
-            raise RuntimeError(
-                f"the TensorBusClient of batch {self.batch_id!r} has been garbage collected: keep a reference to it as long"
-                " as its batches are in use"
-            )
-        return client
-
-    def wait_ready(self, timeout: float = 30.0) -> None:
-        """Wait until the other side has registered this batch too; only needed after ``register_tensors(blocking=False)``.
-
-        Raises what `TensorBusClient.register_tensors` raises.
-        """
-        self.client._wait_registered(self.batch_id, timeout)
-
-    def transfer(self, transfer_type: Literal["send", "recv"], blocking: bool = False, timeout: float = 30.0) -> posix_ipc.Semaphore:
-        """Transfer all tensors of this batch; see `TensorBusClient.transfer`."""
-        return self.client.transfer(self.batch_id, transfer_type, blocking=blocking, timeout=timeout)
-
-    def query_transfer_signal(self, blocking: bool = True, timeout: float = 30.0) -> bool:
-        """Whether the sender's data is ready or sent and not yet received; see `TensorBusClient.query_transfer_signal`."""
-        return self.client.query_transfer_signal(self.batch_id, blocking=blocking, timeout=timeout)
-
-    def close(self, blocking: bool = True, timeout: float = 30.0) -> None:
-        """Release the batch in the agent: a transfer under way is cancelled, the other side is told.
-
-        May be called more than once. Raises TimeoutError if ``blocking`` and the agent does not answer in time.
-        """
-        self.client._close_batch(self.batch_id, blocking=blocking, timeout=timeout)
-
-    def __repr__(self) -> str:
-        client = self._client_ref()
-        where = "client gone" if client is None else f"agent {client.agent_rank}"
-        return f"BatchHandler({self.batch_id!r}, pairs={self.pair_names}, {where})"
+_AT_ONCE = 0.1
+"""Seconds that a query which does not wait gives the agent."""
 
 
 class _Batch:
-    """What the client keeps of a registered batch: the memory it exported, and the registration's reply until it is read."""
+    """What the client keeps of a registered batch: the memory it exported, and the registration's reply until it is read.
 
-    def __init__(self, exported: ExportedTensors, registration: Reply) -> None:
+    ``timed``: the agent ends the registration when its time is up; otherwise it goes on until the batch is closed.
+    """
+
+    def __init__(self, exported: ExportedTensors, registration: Reply, *, timed: bool) -> None:
         self.exported = exported
         self.registration: Reply | None = registration
+        self.timed = timed
 
 
 class TensorBusClient:
     """A worker's connection to its agent.
 
-    Several threads may use one client. After a fork the child must make its own.
+    Several threads may use one client. After a fork the child must make its own: using the parent's raises `QueueClosedError`.
+    A client that is dropped without `close` leaves too.
 
     Args:
         agent_rank: the agent's rank.
@@ -151,22 +118,34 @@ class TensorBusClient:
         self.agent_rank = agent_rank
         self.agent_state_lmdb_path: str = agent_state_lmdb_path or environment.state_path or paths.state
         queue_path = lmdb_command_queue_path or environment.command_queue_path or paths.command_queue
-        self.client_id = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._pid = os.getpid()
+        self.client_id = f"{self._pid}-{secrets.token_hex(8)}"
         self._command_ids = itertools.count(1)
         self._batches: dict[str, _Batch] = {}
-        self._pair_layouts: dict[str, Layout | None] = {}
+        self._pairs: dict[str, tuple[Layout | None, MeshSpec | None]] = {}
         self._lock = threading.RLock()
 
         self._state, watch = find_agent(agent_rank, self.agent_state_lmdb_path, queue_path, timeout)
+        try:
+            self.command_queue = CommandQueue(queue_path)
+        except BaseException:
+            self._state.close()
+            raise
         self.state_env, self.state_db = self._state.env, self._state.db
         self.device = watch.record.device
-        self.command_queue = CommandQueue(queue_path)
         self._pool = ReplyPool(self._state, watch)
-        self._finalizer = weakref.finalize(self, _release, self._pool, self.command_queue, self._state)
+        self._finalizer = weakref.finalize(self, _leave, self._pool, self.command_queue, self._state, self.client_id)
+        # A process that ends without `close` has not left by choice, and its agent will find it dead.
+        self._finalizer.atexit = False
+        weakref.finalize(self, self._pool.close)
         self._closed = False
-        start_time = process_start_time(os.getpid()) or 0.0
-        hello = Hello(pid=os.getpid(), start_time=start_time, pid_namespace=pid_namespace())
-        self._call(hello, "hello", str(agent_rank), max(connection_timeout, FAILURE_TIMEOUT))
+        hello = Hello(pid=self._pid, start_time=process_start_time(self._pid) or 0.0, pid_namespace=pid_namespace())
+        try:
+            self._call(hello, "hello", str(agent_rank), None if timeout is None else max(timeout, FAILURE_TIMEOUT))
+        except BaseException:
+            self._closed = True
+            self._finalizer()
+            raise
 
     # ------------------------------------------------------------------------------------------------- public
 
@@ -191,7 +170,8 @@ class TensorBusClient:
             device_mesh: a torch ``DeviceMesh``, or a `MeshSpec` for workers without a process group. None on both sides
                 pairs the ranks in order.
             placements: one ``Shard`` or ``Replicate`` per mesh dimension: how this side holds every tensor of the pair.
-            blocking: wait until both sides are complete.
+            blocking: wait until both sides are complete. Without, the agent waits as long as it takes, and `register_tensors`
+                raises what goes wrong.
             timeout: seconds to wait.
 
         Raises:
@@ -202,6 +182,10 @@ class TensorBusClient:
             AgentDiedError: (a ConnectionError) the agent died meanwhile.
         """
         check_timeout(timeout)
+        for what, name in (("pair name", pair_name), ("local name", local_name), ("remote name", remote_name)):
+            check_label(what, name)
+        if local_name == remote_name:
+            raise ConfigError(f"pair {pair_name!r}: both sides are called {local_name!r}: give each a name of its own")
         layout, spec = describe(pair_name, expected_world_size, device_mesh, placements)
         command = InitPair(
             pair_name=pair_name,
@@ -213,11 +197,11 @@ class TensorBusClient:
             command.mesh_shape_payload = msgspec.msgpack.encode(spec.shape)
             command.placements_payload = msgspec.msgpack.encode(layout.placements)
             command.coordinate_payload = msgspec.msgpack.encode(spec.coordinate)
-        self._pair_layouts[pair_name] = layout
         if blocking:
             self._call(command, "init_pair", pair_name, timeout)
         else:
-            self._start(command, "init_pair", pair_name, None).abandon()
+            self._start(command, "init_pair", pair_name, None, timeout).abandon()
+        self._pairs[pair_name] = layout, spec
 
     def register_tensors(
         self,
@@ -248,6 +232,7 @@ class TensorBusClient:
             BatchUnmatchedError: (a TimeoutError) the other side did not register in time; says who is missing.
         """
         check_timeout(timeout)
+        check_label("batch id", batch_id)
         if not tensors:
             raise ConfigError(f"batch {batch_id!r}: the list of tensors is empty; give at least one (tensor, pair name)")
         if bucket_size is not None and bucket_size <= 0:
@@ -255,17 +240,23 @@ class TensorBusClient:
         with self._lock:
             if batch_id in self._batches:
                 raise BatchExistsError(f"batch {batch_id!r} is registered already: close its handler first, or use another id")
+            for position, entry in enumerate(tensors):
+                if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], torch.Tensor)):
+                    raise ConfigError(f"batch {batch_id!r}: entry {position} is a {type(entry).__name__}; give (tensor, pair name)")
             labels = [f"tensor {position} of batch {batch_id!r}" for position in range(len(tensors))]
             for label, (tensor, pair_name) in zip(labels, tensors, strict=True):
-                self._check_dtensor(label, tensor, pair_name)
+                if pair_name not in self._pairs:
+                    known = sorted(self._pairs) or "none"
+                    raise UnknownPairError(f"{label}: pair {pair_name!r} is not known here; call init_pair first. Known pairs: {known}")
+                check_dtensor(label, tensor, pair_name, *self._pairs[pair_name])
             exported = export_tensors([tensor for tensor, _ in tensors], labels=labels)
             entries = [
                 (pair_name, RegisteredTensor(encode_handle(handle), global_shape(tensor)).encode())
                 for (tensor, pair_name), handle in zip(tensors, exported.handles, strict=True)
             ]
             command = RegisterTensors(batch_id=batch_id, tensors=entries, bucket_size=bucket_size)
-            reply = self._start(command, "register_tensors", batch_id, timeout if blocking else None)
-            self._batches[batch_id] = _Batch(exported, reply)
+            reply = self._start(command, "register_tensors", batch_id, timeout if blocking else None, timeout)
+            self._batches[batch_id] = _Batch(exported, reply, timed=blocking)
         if blocking:
             self._wait_registered(batch_id, timeout)
         pair_names = list(dict.fromkeys(pair_name for _, pair_name in tensors))
@@ -304,12 +295,15 @@ class TensorBusClient:
         check_timeout(timeout)
         if transfer_type not in ("send", "recv"):
             raise ConfigError(f'transfer type {transfer_type!r} is not known: give "send" or "recv"')
-        self._known(batch_id)
+        batch = self._known(batch_id)
+        if batch.registration is not None and batch.registration.wait(0.0):
+            self._wait_registered(batch_id, timeout)  # raises what made the registration fail
         command = Transfer(batch_id=batch_id, transfer_type=transfer_type)
-        reply = self._start(command, "transfer", batch_id, timeout if blocking else None)
+        reply = self._start(command, "transfer", batch_id, timeout if blocking else None, timeout)
+        semaphore = OutcomeSemaphore.of(reply)
         if blocking:
             self._finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id))
-        return OutcomeSemaphore.of(reply)
+        return semaphore
 
     def query_transfer_signal(self, batch_id: str, blocking: bool = True, timeout: float = 30.0) -> bool:
         """Whether the sender's data for this batch is ready, or sent, and not yet received.
@@ -319,8 +313,7 @@ class TensorBusClient:
 
         Args:
             batch_id: a registered batch.
-            blocking: wait for the agent's answer; without, the answer is that of the state at the last blocking query or
-                transfer that this client made, False before.
+            blocking: wait ``timeout`` seconds for the agent's answer. Without, 0.1 s at most, and no answer counts as False.
             timeout: seconds to wait for the agent.
 
         Raises:
@@ -330,16 +323,25 @@ class TensorBusClient:
         check_timeout(timeout)
         self._known(batch_id)
         command = QueryStatus(batch_id=batch_id, state_name="transfer_signal")
-        return bool(self._call(command, "query", batch_id, timeout if blocking else min(timeout, 1.0)))
+        if blocking:
+            return bool(self._call(command, "query", batch_id, timeout))
+        reply = self._start(command, "query", batch_id, None, _AT_ONCE)
+        if reply.wait(_AT_ONCE):
+            return bool(reply.value())
+        reply.abandon()
+        return False
 
     def ping(self, timeout: float = 30.0) -> None:
         """Make one round trip to the agent. Raises TimeoutError or AgentDiedError."""
         self._call(Ping(), "ping", "agent", timeout)
 
     def close(self) -> None:
-        """Leave: batches are closed, the agent forgets this worker. May be called more than once."""
+        """Leave: batches are closed, what is under way ends with `BatchClosedError`, the agent forgets this worker.
+
+        May be called more than once, from any thread.
+        """
         with self._lock:
-            if self._closed:
+            if self._closed or os.getpid() != self._pid:
                 return
             self._closed = True
             batches, self._batches = self._batches, {}
@@ -348,7 +350,8 @@ class TensorBusClient:
                 self._finish(self._start(Goodbye(), "goodbye", "agent", FAILURE_TIMEOUT, closing=True), FAILURE_TIMEOUT)
             for batch in batches.values():
                 batch.exported.close()
-            self._finalizer()
+            self._finalizer.detach()
+            _release(self._pool, self.command_queue, self._state)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"batches={sorted(self._batches)}"
@@ -356,7 +359,22 @@ class TensorBusClient:
 
     # ----------------------------------------------------------------------------------------------- commands
 
-    def _start(self, command: Message, command_type: str, context: str, timeout: float | None, *, closing: bool = False) -> Reply:
+    def _start(
+        self,
+        command: Message,
+        command_type: str,
+        context: str,
+        timeout: float | None,
+        patience: float | None = None,
+        *,
+        closing: bool = False,
+    ) -> Reply:
+        """Hand a command to the agent.
+
+        ``timeout`` is how long the agent may take; ``patience``, by default the same, how long a full queue is waited for.
+        """
+        if os.getpid() != self._pid:
+            raise QueueClosedError(f"this client belongs to process {self._pid}: after a fork, make a new one in the child")
         if self._closed and not closing:
             raise BatchClosedError(f"the client of agent {self.agent_rank} is closed: make a new one")
         reply = self._pool.take(command_type, context, next(self._command_ids))
@@ -366,12 +384,26 @@ class TensorBusClient:
         command.timestamp = time.time()
         command.timeout = timeout
         try:
-            self.command_queue.enqueue(command, timeout=timeout)
-        except EthaRayError:
+            self._enqueue(command, timeout if patience is None else patience)
+        except BaseException:
             reply.abandon()
-            self._pool.watch.check()
             raise
         return reply
+
+    def _enqueue(self, command: Message, patience: float | None) -> None:
+        deadline = None if patience is None else time.monotonic() + patience
+        while True:
+            remaining = _SLICE if deadline is None else max(0.0, min(_SLICE, deadline - time.monotonic()))
+            try:
+                self.command_queue.enqueue(command, timeout=remaining)
+            except QueueFullError:
+                self._pool.watch.check()
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+            except QueueClosedError:
+                raise BatchClosedError(f"the client of agent {self.agent_rank} is closed: make a new one") from None
+            else:
+                return
 
     def _finish(self, reply: Reply, timeout: float | None, *, cancel: CancelTransfer | None = None) -> Any:
         """Wait for a command that carries its own timeout: the agent answers it with who was missing, and a client that
@@ -384,7 +416,8 @@ class TensorBusClient:
         if not answered:
             self._give_up(reply, cancel)
             raise TransferTimeoutError(
-                f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s: it is overloaded or stuck"
+                f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s: it still copies, is overloaded, or waits"
+                " for a store that does not answer"
             )
         return reply.value()
 
@@ -393,27 +426,47 @@ class TensorBusClient:
         if cancel is not None and not self._closed:
             cancel.client_id = self.client_id
             cancel.command_id = reply.command_id
-            self.command_queue.enqueue(cancel, timeout=1.0)
+            with contextlib.suppress(EthaRayError):  # what is under way is an error already
+                self.command_queue.enqueue(cancel, timeout=1.0)
 
-    def _call(self, command: Message, command_type: str, context: str, timeout: float) -> Any:
+    def _call(self, command: Message, command_type: str, context: str, timeout: float | None) -> Any:
         return self._finish(self._start(command, command_type, context, timeout), timeout)
 
     # ------------------------------------------------------------------------------------------------ batches
 
-    def _wait_registered(self, batch_id: str, timeout: float) -> None:
+    def _wait_registered(self, batch_id: str, timeout: float | None) -> None:
+        check_timeout(timeout)
         batch = self._known(batch_id)
         reply = batch.registration
         if reply is None:
             return
         try:
-            self._finish(reply, timeout)
-        except BaseException:
-            with self._lock:
-                dropped = self._batches.pop(batch_id, None)
-            if dropped is not None:
-                dropped.exported.close()
+            if batch.timed:
+                self._finish(reply, timeout)
+            elif reply.wait(timeout):
+                reply.value()
+            else:
+                raise BatchUnmatchedError(
+                    f"batch {batch_id!r} was not registered by everyone within {timeout} s, and goes on waiting: call"
+                    " register_tensors with this batch id on every rank of both sides, then wait again, or close the batch"
+                )
+        except BaseException as error:
+            if reply.done or not isinstance(error, BatchUnmatchedError):
+                self._forget(batch_id, batch, tell=not reply.done)
             raise
         batch.registration = None
+
+    def _forget(self, batch_id: str, batch: _Batch, *, tell: bool) -> None:
+        """Drop a batch that could not be registered; ``tell`` the agent where it may still try."""
+        with self._lock:
+            if self._batches.get(batch_id) is batch:
+                del self._batches[batch_id]
+        if tell:
+            if batch.registration is not None:
+                batch.registration.abandon()
+            with contextlib.suppress(EthaRayError):  # the caller gets the error that led here
+                self._start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, _AT_ONCE).abandon()
+        batch.exported.close()
 
     def _close_batch(self, batch_id: str, *, blocking: bool, timeout: float) -> None:
         check_timeout(timeout)
@@ -423,12 +476,16 @@ class TensorBusClient:
             return
         if batch.registration is not None and not batch.registration.done:
             batch.registration.abandon()
-        reply = self._start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, timeout)
-        if blocking:
-            self._finish(reply, timeout)
-        else:
-            reply.abandon()
-        batch.exported.close()
+        try:
+            reply = self._start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, timeout)
+            if blocking:
+                self._finish(reply, timeout)
+            else:
+                reply.abandon()
+        except AgentDiedError as error:
+            logger.debug("batch %r went with its agent: %s", batch_id, error)
+        finally:
+            batch.exported.close()
 
     def _known(self, batch_id: str) -> _Batch:
         if self._closed:
@@ -441,21 +498,13 @@ class TensorBusClient:
             )
         return batch
 
-    def _check_dtensor(self, label: str, tensor: torch.Tensor, pair_name: str) -> None:
-        if pair_name not in self._pair_layouts:
-            known = sorted(self._pair_layouts) or "none"
-            raise UnknownPairError(f"{label}: pair {pair_name!r} is not known here; call init_pair first. Known pairs: {known}")
-        found = dtensor_layout(tensor)
-        wanted = self._pair_layouts[pair_name]
-        if found is None:
-            return
-        ndim = tensor.ndim
-        if wanted is None or wanted.resolve(ndim) != found.resolve(ndim):
-            described = "no mesh" if wanted is None else wanted.encode()
-            raise LayoutError(
-                f"{label} is a DTensor laid out as {found.encode()} with shape {tuple(tensor.shape)}, and pair {pair_name!r} was"
-                f" initialised with {described}: redistribute the tensor, or register it on a pair of its own layout"
-            )
+
+def _leave(pool: ReplyPool, queue: CommandQueue, state: StateFile, client_id: str) -> None:
+    """Say goodbye for a client that was dropped without `close`."""
+    with contextlib.suppress(EthaRayError):  # a full queue or a dead agent: the process's end will do
+        if pool.in_owner:
+            queue.enqueue(Goodbye(client_id=client_id), block=False)
+    _release(pool, queue, state)
 
 
 def _release(pool: ReplyPool, queue: CommandQueue, state: StateFile) -> None:

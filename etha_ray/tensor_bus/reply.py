@@ -129,6 +129,11 @@ class ReplyPool:
         self._closed = False
         self._pid = os.getpid()
 
+    @property
+    def in_owner(self) -> bool:
+        """Whether this is the process that made it, and not a forked child."""
+        return os.getpid() == self._pid
+
     def take(self, command_type: str, context_id: str, command_id: int) -> Reply:
         """A reply for a new command; its ``name`` goes into the command."""
         with self._lock:
@@ -147,13 +152,13 @@ class ReplyPool:
 
     def discard(self, semaphore: posix_ipc.Semaphore) -> None:
         """Remove a semaphore whose outcome will never be read."""
-        if os.getpid() == self._pid:
+        if self.in_owner:
             unlink_quietly(semaphore.name)
             semaphore.close()
 
     def close(self) -> None:
         """Remove the kept semaphores. May be called more than once."""
-        if os.getpid() != self._pid:
+        if not self.in_owner:
             return
         with self._lock:
             self._closed = True

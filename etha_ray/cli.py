@@ -1,0 +1,81 @@
+"""The command line: ``etha-ray bench roundtrip | sync | small``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from etha_ray.bench import BenchResult, run_roundtrip, run_small, run_sync
+from etha_ray.bench.processes import leaving_on_sigterm
+from etha_ray.errors import EthaRayError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Moves tensors between two groups of processes.")
+bench = typer.Typer(no_args_is_help=True, help="Measure on this machine, each figure beside its baseline in the same run.")
+app.add_typer(bench, name="bench")
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@app.callback()
+def _root() -> None:
+    """Moves tensors between two groups of processes, from any device mesh and placement to any other."""
+
+
+@bench.command()
+def roundtrip(
+    count: Annotated[int, typer.Option(help="Round trips to measure.")] = 20_000,
+    as_json: _Json = False,
+) -> None:
+    """A command that does nothing, worker to agent and back, against a Ray actor call."""
+    _show(lambda: run_roundtrip(count), as_json)
+
+
+@bench.command()
+def sync(
+    shape: Annotated[str, typer.Option(help='The model: "qwen3-0.6b", or "tiny" to try it out.')] = "qwen3-0.6b",
+    src: Annotated[int, typer.Option(help="Ranks that hold FSDP shards.")] = 2,
+    dst: Annotated[int, typer.Option(help="Ranks that hold tensor-parallel shards.")] = 2,
+    dtype: Annotated[str, typer.Option(help="Element type.")] = "bfloat16",
+    steps: Annotated[int, typer.Option(help="Syncs to measure.")] = 15,
+    as_json: _Json = False,
+) -> None:
+    """A model's weights, FSDP shards to tensor-parallel shards, against the copy limit and Ray's object store."""
+    _show(lambda: run_sync(shape, src, dst, dtype, steps), as_json)
+
+
+@bench.command()
+def small(
+    tensors: Annotated[int, typer.Option(help="How many tensors of 4 KiB.")] = 10_000,
+    steps: Annotated[int, typer.Option(help="Syncs of them to measure.")] = 20,
+    single_count: Annotated[int, typer.Option(help="Transfers of one tensor of 1 MiB to measure.")] = 1000,
+    as_json: _Json = False,
+) -> None:
+    """Many tensors of 4 KiB in one sync, and one tensor of 1 MiB end to end."""
+    _show(lambda: run_small(tensors, steps, single_count), as_json)
+
+
+def _show(run: Callable[[], BenchResult], as_json: bool) -> None:
+    try:
+        with leaving_on_sigterm():
+            result = run()
+    except EthaRayError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    if as_json:
+        sys.stdout.write(json.dumps(result.as_dict()) + "\n")
+    else:
+        Console().print(result.table())
+
+
+def main() -> None:
+    """Entry point of the ``etha-ray`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What `register_tensors` hands out: the tensors of one batch, ready to be transferred."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Literal
+
+import posix_ipc
+
+if TYPE_CHECKING:
+    from etha_ray.tensor_bus.client import TensorBusClient
+
+
+class BatchHandler:
+    """The tensors of one `TensorBusClient.register_tensors`, ready to be transferred any number of times.
+
+    Holds its client by a weak reference. Not closed when it is dropped: the batch lives until `close`, or until its client
+    is closed.
+    """
+
+    def __init__(self, client: TensorBusClient, batch_id: str, pair_names: list[str]) -> None:
+        self._client_ref = weakref.ref(client)
+        self.batch_id = batch_id
+        self.pair_names = pair_names
+
+    @property
+    def client(self) -> TensorBusClient:
+        """The client that made this handler. Raises RuntimeError once it is gone."""
+        client = self._client_ref()
+        if client is None:
+            raise RuntimeError(
+                f"the TensorBusClient of batch {self.batch_id!r} has been garbage collected: keep a reference to it as long"
+                " as its batches are in use"
+            )
+        return client
+
+    def wait_ready(self, timeout: float = 30.0) -> None:
+        """Wait until the other side has registered this batch too; only needed after ``register_tensors(blocking=False)``.
+
+        Raises what `TensorBusClient.register_tensors` raises. After `BatchUnmatchedError` (a TimeoutError) the registration goes
+        on: wait again, or close.
+        """
+        self.client._wait_registered(self.batch_id, timeout)
+
+    def transfer(self, transfer_type: Literal["send", "recv"], blocking: bool = False, timeout: float = 30.0) -> posix_ipc.Semaphore:
+        """Transfer all tensors of this batch; see `TensorBusClient.transfer`."""
+        return self.client.transfer(self.batch_id, transfer_type, blocking=blocking, timeout=timeout)
+
+    def query_transfer_signal(self, blocking: bool = True, timeout: float = 30.0) -> bool:
+        """Whether the sender's data is ready or sent and not yet received; see `TensorBusClient.query_transfer_signal`."""
+        return self.client.query_transfer_signal(self.batch_id, blocking=blocking, timeout=timeout)
+
+    def close(self, blocking: bool = True, timeout: float = 30.0) -> None:
+        """Release the batch in the agent: a transfer under way is cancelled, the other side is told.
+
+        May be called more than once; nothing is left to do once the agent is gone. Raises TimeoutError if ``blocking`` and the
+        agent does not answer in time, and RuntimeError if the client is gone.
+        """
+        self.client._close_batch(self.batch_id, blocking=blocking, timeout=timeout)
+
+    def __repr__(self) -> str:
+        client = self._client_ref()
+        where = "client gone" if client is None else f"agent {client.agent_rank}"
+        return f"BatchHandler({self.batch_id!r}, pairs={self.pair_names}, {where})"
