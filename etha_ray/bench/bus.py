@@ -76,19 +76,16 @@ def spans(times: Sequence[Sequence[tuple[float, float]]]) -> list[float]:
 def open_bus(ranks: int) -> Iterator[Bus]:
     """A bus of ``ranks`` agents and as many workers. All of it is gone when the block is left, however it is left."""
     progress(f"starting {ranks} agents and {ranks} workers")
-    folder = Path(tempfile.mkdtemp(prefix="etha_ray_bench_"))
-    paths = [AgentPaths(str(folder / f"command{rank}.lmdb"), str(folder / f"state{rank}.lmdb")) for rank in range(ranks)]
-    try:
-        store = TorchTCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        try:
-            with Workers() as agents, Workers() as clients:
-                yield _connect(folder, paths, store.port, agents, clients)
-        finally:
-            store.close()
-    finally:
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="etha_ray_bench_"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        paths = [AgentPaths(str(folder / f"command{rank}.lmdb"), str(folder / f"state{rank}.lmdb")) for rank in range(ranks)]
         for each in paths:
-            remove_files(each)
-        shutil.rmtree(folder, ignore_errors=True)
+            stack.callback(remove_files, each)
+        store = TorchTCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        stack.callback(store.close)
+        agents, clients = stack.enter_context(Workers()), stack.enter_context(Workers())
+        yield _connect(folder, paths, store.port, agents, clients)
 
 
 def _connect(folder: Path, paths: Sequence[AgentPaths], port: int, agents: Workers, clients: Workers) -> Bus:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +34,7 @@ def open_ray(actors: int, object_bytes: int = 0) -> Iterator[None]:
         yield
         return
     progress("starting Ray for the baseline")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
         address="local",
         num_cpus=actors,
@@ -41,6 +44,8 @@ def open_ray(actors: int, object_bytes: int = 0) -> Iterator[None]:
         logging_level=logging.ERROR,
     )
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own ends the process where it stands, and nothing is cleaned up
         yield
     finally:
         ray.shutdown()

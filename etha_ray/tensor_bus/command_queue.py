@@ -35,7 +35,7 @@ import posix_ipc
 from etha_ray.errors import ConfigError, QueueClosedError, QueueError, QueueFullError
 from etha_ray.tensor_bus.commands import BaseCommand, Message, decode_command, encode_command
 from etha_ray.tensor_bus.lmdb_file import open_file
-from etha_ray.tensor_bus.semaphores import open_semaphore, queue_semaphore_name, unlink_quietly
+from etha_ray.tensor_bus.semaphores import acquire, open_semaphore, queue_semaphore_name, unlink_quietly
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +260,10 @@ class CommandQueue:
     def _attach(self) -> None:
         """Open the database here: at first, and again in a forked child. Called with the lock held."""
         self._env = self._file.env
-        self._db = self._env.open_db(_DATABASE)
+        # In a transaction: without one open_db waits for LMDB's write lock with the GIL held, which a thread of this process
+        # that has the lock may be waiting for.
+        with self._env.begin(write=True) as txn:
+            self._db = self._env.open_db(_DATABASE, txn=txn)
         self._sleepers = 0
 
     def _stored_capacity(self, capacity: int) -> int:
@@ -360,7 +363,7 @@ class CommandQueue:
                 self._attach()
             self._sleepers += 1
         try:
-            semaphore.acquire(min(remaining, _SLICE_S))
+            acquire(semaphore, min(remaining, _SLICE_S))
         except (posix_ipc.BusyError, posix_ipc.SignalError):
             return True  # the slice is over, or a signal came and its handler has run
         finally:

@@ -7,6 +7,7 @@ outcome is not waited for any more is removed instead: a late answer to it must 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from etha_ray.config import check_timeout
 from etha_ray.errors import AgentDiedError, AgentFailedError, BatchClosedError, QueueClosedError, error_class
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.commands import Failed, Ok, decode_outcome
-from etha_ray.tensor_bus.semaphores import generate_semaphore_name, open_semaphore, unlink_quietly
+from etha_ray.tensor_bus.semaphores import acquire, generate_semaphore_name, open_semaphore, unlink_quietly
 from etha_ray.tensor_bus.state_file import StateFile, outcome_key
 from etha_ray.tensor_bus.watch import AgentWatch
 
@@ -95,7 +96,7 @@ class Reply:
             if self._semaphore is None:
                 raise self._closed()
             try:
-                self._semaphore.acquire(seconds)
+                acquire(self._semaphore, seconds)
             except (posix_ipc.BusyError, posix_ipc.SignalError):
                 return False
             return self._read(self._semaphore)
@@ -125,6 +126,7 @@ class ReplyPool:
         self.state = state
         self.watch = watch
         self._free: list[posix_ipc.Semaphore] = []
+        self._names: set[str] = set()
         self._lock = threading.Lock()
         self._closed = False
         self._pid = os.getpid()
@@ -140,6 +142,7 @@ class ReplyPool:
             semaphore = self._free.pop() if self._free else None
         if semaphore is None:
             semaphore = open_semaphore(generate_semaphore_name(command_type, context_id), create=True)
+            self._names.add(semaphore.name)
         return Reply(self, semaphore, command_id, f"{command_type} for {context_id!r}")
 
     def put_back(self, semaphore: posix_ipc.Semaphore) -> None:
@@ -153,11 +156,12 @@ class ReplyPool:
     def discard(self, semaphore: posix_ipc.Semaphore) -> None:
         """Remove a semaphore whose outcome will never be read."""
         if self.in_owner:
+            self._names.discard(semaphore.name)
             unlink_quietly(semaphore.name)
             semaphore.close()
 
     def close(self) -> None:
-        """Remove the kept semaphores. May be called more than once."""
+        """Remove all semaphores, also those of replies that are still waited for. May be called more than once."""
         if not self.in_owner:
             return
         with self._lock:
@@ -165,6 +169,8 @@ class ReplyPool:
             free, self._free = self._free, []
         for semaphore in free:
             self.discard(semaphore)
+        while self._names:
+            unlink_quietly(self._names.pop())
 
 
 class OutcomeSemaphore(posix_ipc.Semaphore):  # type: ignore[misc]
@@ -210,6 +216,11 @@ class OutcomeSemaphore(posix_ipc.Semaphore):  # type: ignore[misc]
     def done(self) -> bool:
         """Whether the outcome is there, without waiting. Raises `AgentDiedError` when it will never come."""
         return self._reply.wait(0.0)
+
+    def close(self) -> None:
+        """Close this opening; the outcome can still be asked for. May be called more than once."""
+        with contextlib.suppress(posix_ipc.ExistentialError):
+            super().close()
 
     def unlink(self) -> None:
         """Does nothing: the client removes the name."""

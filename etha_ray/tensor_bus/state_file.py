@@ -53,8 +53,12 @@ class StateFile:
 
     def put(self, key: bytes, value: bytes) -> None:
         """Store ``value``."""
-        with self._transaction(write=True) as txn:
-            txn.put(key, value)
+        # Every command's outcome passes here and through `get`: no context manager of ours around the transaction.
+        with self._file.lock:
+            if not self._file.attached:
+                self._attach()
+            with self.env.begin(self.db, write=True) as txn:
+                txn.put(key, value)
 
     def get(self, key: bytes) -> bytes | None:
         """Read a value, None if there is none."""
@@ -123,7 +127,10 @@ class StateFile:
 
     def _attach(self) -> None:
         self.env = self._file.env
-        self.db = self.env.open_db(DATABASE, create=self._create)
+        # In a transaction: without one open_db waits for LMDB's write lock with the GIL held, which a thread of this process
+        # that has the lock may be waiting for.
+        with self.env.begin(write=True) as txn:
+            self.db = self.env.open_db(DATABASE, txn=txn, create=self._create)
 
     @contextmanager
     def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:

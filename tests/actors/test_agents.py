@@ -1,0 +1,37 @@
+"""The application that keeps agents."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from typer.testing import CliRunner
+
+import etha_ray
+from actors import agents
+from tests.conftest import left_behind
+
+from .application import read_until, start
+
+
+def test_agents_serve_other_processes_until_they_are_told_to_end(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = start("actors.agents", "--devices", "cpu,cpu", "--namespace", namespace)
+    output = read_until(process, "Interrupt to end it")
+    assert namespace in output
+    monkeypatch.setenv("ETHA_RAY_NAMESPACE", namespace)
+    for rank in (0, 1):
+        monkeypatch.setenv("AGENT_RANK", str(rank))
+        client, _ = etha_ray.bootstrap_client()
+        client.ping()
+        client.close()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert left_behind(namespace, [process.pid]) == []
+
+
+def test_a_cluster_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    ended = CliRunner().invoke(agents.app)
+    assert ended.exit_code == 2
+    assert "RAY_ADDRESS=http://127.0.0.1:8265 is not the address of a Ray cluster" in ended.output

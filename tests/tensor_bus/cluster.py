@@ -1,0 +1,370 @@
+"""Agents, clients and worker processes for the tests of the bus.
+
+`LocalCluster` runs agents on threads of the test's own process, `ProcessCluster` runs them as processes. Both check at their end
+that nothing is left of them in /dev/shm or on disk. `Worker` is a process that calls functions for a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Replicate, Shard
+
+from etha_ray.config import AgentPaths, agent_paths
+from etha_ray.kvstore import MemoryStore
+from etha_ray.layout import MeshSpec
+from etha_ray.tensor_bus.agent import TensorBusAgent
+from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+from etha_ray.tensor_bus.semaphores import queue_semaphore_name
+from etha_ray.transport import OneSidedTransport
+
+LONG = 30.0
+"""Seconds that are never reached, unless something that must happen does not."""
+
+SHM = Path("/dev/shm")
+# Loads torch once: its children are there in milliseconds, and inherit no threads.
+fresh = multiprocessing.get_context("forkserver")
+fresh.set_forkserver_preload(["etha_ray.tensor_bus.agent", "etha_ray.tensor_bus.client", "torch.distributed.tensor"])
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """Run the calls at the same time; what each returned, or the exception that it raised."""
+    results: list[Any] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = calls[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * LONG)
+    assert not any(thread.is_alive() for thread in threads), "a call hangs"
+    return results
+
+
+def succeed(*calls: Callable[[], Any]) -> list[Any]:
+    """Like `together`, but an exception is raised."""
+    results = together(*calls)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def eventually(condition: Callable[[], bool], timeout: float = LONG) -> None:
+    """Wait until ``condition`` holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def left_in_shm(pids: set[int], paths: list[AgentPaths]) -> list[str]:
+    """What these processes and the queues at these paths have in /dev/shm."""
+    queues = {f"sem.{queue_semaphore_name(path.command_queue, role).removeprefix('/')}" for path in paths for role in ("items", "space")}
+    marks = [mark for pid in pids for mark in (f"_{pid}_", f".{pid}.")]
+    ours = ("sem.command_", "etha_ray.", "torch_")
+    return [name for name in os.listdir(SHM) if name in queues or (name.startswith(ours) and any(mark in name for mark in marks))]
+
+
+class Side:
+    """One worker's part of a pair: its client, its place, and its local tensors of the global ones."""
+
+    def __init__(self, client: TensorBusClient, name: str, other: str, size: int, spec: MeshSpec | None, placements: list[Any] | None) -> None:
+        self.client, self.name, self.other, self.size, self.spec, self.placements = client, name, other, size, spec, placements
+
+    def join(self, pair: str = "pair", **more: Any) -> None:
+        self.client.init_pair(pair, self.name, self.other, self.size, self.spec, self.placements, **{"timeout": LONG, **more})
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """A copy of this worker's part of a global tensor."""
+        return whole.clone() if self.spec is None else local_part(whole, self.spec, self.placements or [])
+
+
+def local_part(whole: torch.Tensor, spec: MeshSpec, placements: list[Any]) -> torch.Tensor:
+    """DTensor's rule by torch.chunk itself, so that it says nothing about the code under test."""
+    part = whole
+    for size, at, placement in zip(spec.shape, spec.coordinate, placements, strict=True):
+        if isinstance(placement, Shard):
+            chunks = part.chunk(size, placement.dim)
+            part = chunks[at] if at < len(chunks) else part.narrow(placement.dim, 0, 0)
+        else:
+            assert isinstance(placement, Replicate)
+    return part.clone()
+
+
+class LocalCluster:
+    """Agents on threads of this process, and clients of them."""
+
+    def __init__(self, count: int, transport: OneSidedTransport | None = None, threads: int = 1, ranks: list[int] | None = None) -> None:
+        self.folder = tempfile.mkdtemp(prefix="etha_ray_test_")
+        self.store = MemoryStore(secrets.token_hex(8))
+        self.ranks = ranks or list(range(count))
+        self.paths = {rank: AgentPaths(f"{self.folder}/c{rank}.lmdb", f"{self.folder}/s{rank}.lmdb") for rank in self.ranks}
+        self.agents = {rank: self.start_agent(rank, transport, threads) for rank in self.ranks}
+        self.clients: list[TensorBusClient] = []
+
+    def start_agent(self, rank: int, transport: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
+        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], threads=threads, transport=transport)
+        agent.start()
+        return agent
+
+    def client(self, rank: int = 0) -> TensorBusClient:
+        client = TensorBusClient(rank, self.paths[rank].command_queue, self.paths[rank].state, LONG)
+        self.clients.append(client)
+        return client
+
+    def side(self, name: str, other: str, ranks: list[int], mesh: tuple[int, ...] | None, placements: list[Any] | None) -> list[Side]:
+        """Clients on these agents, one for each mesh position."""
+        sides = []
+        for index, rank in enumerate(ranks):
+            spec = None if mesh is None else MeshSpec(mesh, tuple(int(at) for at in torch.unravel_index(torch.tensor(index), mesh)))
+            sides.append(Side(self.client(rank), name, other, len(ranks), spec, placements))
+        return sides
+
+    def pair(self, name: str = "pair", ranks: tuple[int, int] = (0, 1)) -> tuple[TensorBusClient, TensorBusClient]:
+        """Two clients without meshes, "a" and "b", joined."""
+        one, two = self.client(ranks[0]), self.client(ranks[1])
+        succeed(lambda: one.init_pair(name, "a", "b", 1, timeout=LONG), lambda: two.init_pair(name, "b", "a", 1, timeout=LONG))
+        return one, two
+
+    def batch(
+        self, source: torch.Tensor | None = None, target: torch.Tensor | None = None, batch_id: str = "batch", ranks: tuple[int, int] = (0, 1)
+    ) -> tuple[BatchHandler, BatchHandler, torch.Tensor, torch.Tensor]:
+        """A pair with a registered batch: handlers of "a" and "b", and their tensors. Give tensors to choose them."""
+        one, two = self.pair(f"pair of {batch_id}", ranks)
+        source = torch.arange(12.0).reshape(3, 4) if source is None else source
+        target = torch.zeros_like(source) if target is None else target
+        first, second = succeed(
+            lambda: one.register_tensors(batch_id, [(source, f"pair of {batch_id}")], timeout=LONG),
+            lambda: two.register_tensors(batch_id, [(target, f"pair of {batch_id}")], timeout=LONG),
+        )
+        return first, second, source, target
+
+    def close(self) -> None:
+        try:
+            succeed(*[client.close for client in self.clients])
+            succeed(*[agent.stop for agent in self.agents.values()])
+            left = left_in_shm({os.getpid()}, list(self.paths.values()))
+            assert left == [], left
+            assert os.listdir(self.folder) == []
+            assert self.store.list() == {key: value for key, value in self.store.list().items() if key.startswith(("manifest/", "verdict/"))}
+        finally:
+            shutil.rmtree(self.folder)
+            self.store.close()
+
+
+@contextlib.contextmanager
+def local_cluster(count: int = 2, **more: Any) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(count, **more)
+    try:
+        yield cluster
+    except BaseException:
+        for agent in cluster.agents.values():
+            with contextlib.suppress(TimeoutError):
+                agent.stop()
+        shutil.rmtree(cluster.folder, ignore_errors=True)
+        raise
+    cluster.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _run_agent(arguments: list[str]) -> None:
+    from etha_ray.tensor_bus.agent import main
+
+    main(arguments)
+
+
+class ProcessCluster:
+    """Agents that are processes, meeting in a TCP store that this process serves."""
+
+    def __init__(self, count: int, *, as_modules: bool = False) -> None:
+        from etha_ray.kvstore.tcp import TorchTCPStore
+
+        self.namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+        self.master = TorchTCPStore("127.0.0.1", 0, None, True, LONG, namespace=self.namespace)
+        self.url = f"tcp://127.0.0.1:{self.master.port}?master=0"
+        self.paths = [agent_paths(rank, self.namespace) for rank in range(count)]
+        self.as_modules = as_modules
+        self.pids: list[int] = []
+        self.every_pid: set[int] = set()
+        self.workers: list[Worker] = []
+        self._processes: dict[int, Any] = {}
+        for rank in range(count):
+            self.start_agent(rank)
+
+    def start_agent(self, rank: int) -> None:
+        arguments = ["--store", self.url, "--rank", str(rank), "--namespace", self.namespace, "--threads", "1"]
+        process: Any
+        if self.as_modules:
+            process = subprocess.Popen([sys.executable, "-m", "etha_ray.tensor_bus.agent", *arguments])
+        else:
+            process = fresh.Process(target=_run_agent, args=(arguments,), daemon=True)
+            process.start()
+        self.every_pid.add(process.pid)
+        self._processes[process.pid] = process
+        self.pids[rank : rank + 1] = [process.pid]
+
+    def worker(self) -> Worker:
+        worker = Worker()
+        self.every_pid.add(worker.pid)
+        self.workers.append(worker)
+        return worker
+
+    def client(self, rank: int) -> TensorBusClient:
+        return TensorBusClient(rank, self.paths[rank].command_queue, self.paths[rank].state, LONG)
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        self.wait(pid)
+
+    def wait(self, pid: int) -> None:
+        process = self._processes.get(pid)
+        if isinstance(process, subprocess.Popen):
+            process.wait(LONG)
+        elif process is not None:
+            process.join(LONG)
+        for worker in self.workers:
+            if worker.pid == pid:
+                worker.process.join(LONG)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+                os.kill(pid, signal.SIGTERM)
+        for pid in self.pids:
+            self.wait(pid)
+        for pid in self.every_pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.master.close()
+
+    def check_clean(self) -> None:
+        """After `close`: nothing is left."""
+        assert left_in_shm(self.every_pid, self.paths) == []
+        folder = Path(self.paths[0].state).parent
+        assert os.listdir(folder) == []
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def process_cluster(count: int = 2, *, as_modules: bool = False) -> Iterator[ProcessCluster]:
+    cluster = ProcessCluster(count, as_modules=as_modules)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+    cluster.check_clean()
+
+
+class Worker:
+    """A process that calls functions ``f(state, *args)`` for a test; ``state`` is a dict that it keeps between calls."""
+
+    def __init__(self) -> None:
+        self._pipe, end = fresh.Pipe()
+        self.process = fresh.Process(target=_work, args=(end,), daemon=True)
+        self.process.start()
+        end.close()
+        assert self.process.pid is not None
+        self.pid: int = self.process.pid
+
+    def start(self, function: Callable[..., Any], *args: Any) -> None:
+        self._pipe.send((function, args))
+
+    def result(self, timeout: float = LONG) -> Any:
+        assert self._pipe.poll(timeout), "the worker does not answer"
+        value = self._pipe.recv()
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        self.start(function, *args)
+        return self.result()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self.process.join(LONG)
+        self._pipe.close()
+
+
+def _work(pipe: Any) -> None:
+    torch.set_num_threads(1)
+    state: dict[str, Any] = {}
+    while (call := pipe.recv()) is not None:
+        function, args = call
+        try:
+            result = function(state, *args)
+        except BaseException as error:
+            result = error
+        pipe.send(result)
+    client = state.get("client")
+    if client is not None:
+        client.close()
+
+
+# --- what workers do
+
+
+def connect(state: dict[str, Any], rank: int, paths: AgentPaths) -> int:
+    state["client"] = TensorBusClient(rank, paths.command_queue, paths.state, LONG)
+    state["handlers"], state["tensors"] = {}, {}
+    return os.getpid()
+
+
+def join_pair(state: dict[str, Any], pair: str, name: str, other: str, size: int, spec: MeshSpec | None, placements: list[Any] | None) -> None:
+    state["client"].init_pair(pair, name, other, size, spec, placements, timeout=LONG)
+
+
+def register(state: dict[str, Any], batch_id: str, tensors: list[tuple[torch.Tensor, str]], timeout: float = LONG) -> None:
+    copies = [(tensor.clone(), pair) for tensor, pair in tensors]
+    state["tensors"][batch_id] = [tensor for tensor, _ in copies]
+    state["handlers"][batch_id] = state["client"].register_tensors(batch_id, copies, timeout=timeout)
+
+
+def transfer(state: dict[str, Any], batch_id: str, direction: str, timeout: float = LONG) -> Any:
+    return state["handlers"][batch_id].transfer(direction, blocking=True, timeout=timeout).result(0)
+
+
+def start_transfer(state: dict[str, Any], batch_id: str, direction: str) -> None:
+    state["semaphore"] = state["handlers"][batch_id].transfer(direction)
+
+
+def close_batch(state: dict[str, Any], batch_id: str) -> None:
+    state["handlers"].pop(batch_id).close()
+
+
+def fill(state: dict[str, Any], batch_id: str, add: float) -> None:
+    for tensor in state["tensors"][batch_id]:
+        tensor.add_(add)
+
+
+def read(state: dict[str, Any], batch_id: str) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in state["tensors"][batch_id]]
