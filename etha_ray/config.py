@@ -61,6 +61,12 @@ def agent_paths(agent_rank: int, namespace: str = DEFAULT_NAMESPACE) -> AgentPat
     return AgentPaths(command_queue=f"{stem}_command.lmdb", state=f"{stem}_state.lmdb")
 
 
+def namespace_folders() -> list[Path]:
+    """The folders of this user's namespaces on this host, the default one's (/tmp) not among them."""
+    root = Path("/tmp") / f"etha_ray_{os.getuid()}"
+    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() and not root.is_symlink() else []
+
+
 @dataclass(frozen=True)
 class WorkerEnvironment:
     """What the environment says about this worker process.

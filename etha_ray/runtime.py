@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from etha_ray.config import DEFAULT_NAMESPACE, AgentPaths, agent_paths, check_name
 from etha_ray.errors import AgentBusyError, AgentFailedError, ConfigError
 from etha_ray.kvstore import create_store
-from etha_ray.tensor_bus.agent import TensorBusAgent, remove_dead_agents, remove_files
+from etha_ray.tensor_bus.agent import TensorBusAgent
+from etha_ray.tensor_bus.leftovers import remove_dead_agents, remove_files
 from etha_ray.tensor_bus.ray_lookup import PoolEntry, write_pool
 
 logger = logging.getLogger(__name__)

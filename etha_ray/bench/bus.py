@@ -17,7 +17,7 @@ from etha_ray.bench.processes import BenchError, WorkerProcess, Workers, call_al
 from etha_ray.bench.workload import SideName, Workload
 from etha_ray.config import AgentPaths
 from etha_ray.kvstore.tcp import TorchTCPStore
-from etha_ray.tensor_bus.agent import remove_files
+from etha_ray.tensor_bus.leftovers import remove_files
 
 _HEAD_START = 0.02
 """Seconds in which all workers get to know when to begin."""

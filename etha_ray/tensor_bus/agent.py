@@ -21,10 +21,11 @@ from typing import Any
 from etha_ray.config import DEFAULT_NAMESPACE, FAILURE_TIMEOUT, HEARTBEAT_INTERVAL, AgentPaths, agent_paths, worker_environment
 from etha_ray.errors import AgentBusyError, ConfigError
 from etha_ray.kvstore import KVStore, create_store
-from etha_ray.processes import is_alive, process_start_time
+from etha_ray.processes import process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.host import HostNonce, host_identity
 from etha_ray.tensor_bus.jobs import Job, Jobs
+from etha_ray.tensor_bus.leftovers import leave_folder, lives
 from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
 from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.service import BusService
@@ -187,6 +188,7 @@ class TensorBusAgent:
         # The state file goes last: until then no other agent takes this one's place.
         with contextlib.ExitStack() as steps:
             steps.callback(self._stopped.set)
+            steps.callback(leave_folder, self.paths)
             steps.callback(self._nonce.close)
             steps.callback(self._state.close, destroy=True)
             steps.callback(self._state.put_stopped)
@@ -202,33 +204,6 @@ def _log_error(job: Job[bool]) -> None:
         logger.warning("could not leave the store: %s", job.error)
 
 
-def remove_files(paths: AgentPaths) -> bool:
-    """Remove what an agent that was killed left on this host. False, and nothing is touched, while an agent lives there."""
-    if Path(paths.state).exists():
-        state = StateFile(paths.state, create=True)
-        record = state.record()
-        if record is not None and _lives(state, record):
-            state.close()
-            return False
-        state.close(destroy=True)
-    if Path(paths.command_queue).exists():
-        CommandQueue(paths.command_queue).close(destroy=True)
-    sweep_dead()
-    return True
-
-
-def remove_dead_agents(namespace: str, first_rank: int) -> None:
-    """Remove what agents of a killed pool left on this host, of ``first_rank`` and above: a smaller pool never takes their place.
-
-    Live agents and other users' files are left alone.
-    """
-    folder = Path(agent_paths(0, namespace).state).parent
-    for path in folder.glob("agent_rank*_state.lmdb"):
-        number = path.name.removeprefix("agent_rank").removesuffix("_state.lmdb")
-        if number.isdigit() and int(number) >= first_rank and path.stat().st_uid == os.geteuid():
-            remove_files(agent_paths(int(number), namespace))
-
-
 def _claim_state(record: AgentRecord) -> StateFile:
     """Open the state file for a new agent. Raises `AgentBusyError` while another agent lives there."""
     Path(record.state_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -236,7 +211,7 @@ def _claim_state(record: AgentRecord) -> StateFile:
     while True:
         state = StateFile(record.state_path, create=True)
         found = state.record()
-        if found is not None and _lives(state, found):
+        if found is not None and lives(state, found):
             leaving = state.stopped()
             state.close()
             if not leaving or time.monotonic() >= deadline:
@@ -251,15 +226,6 @@ def _claim_state(record: AgentRecord) -> StateFile:
                 logger.info("agent %d (pid %d) died at %s; taking its place", found.rank, found.pid, record.state_path)
             return state
         state.close()
-
-
-def _lives(state: StateFile, record: AgentRecord) -> bool:
-    """Whether the agent that wrote this state file still runs: by its process where that can be looked up, else by its beat."""
-    if record.host == host_identity() and record.pid != os.getpid():
-        return is_alive(record.pid, record.start_time)
-    beat = state.heartbeat()
-    same_process = record.host == host_identity() and record.start_time == process_start_time(os.getpid())
-    return (same_process or record.host != host_identity()) and beat is not None and abs(time.time() - beat) < FAILURE_TIMEOUT
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -298,9 +298,7 @@ class Registration:
     def _others(self, sets: dict[str, _Set]) -> set[str]:
         return {registration for name in sets for registration in _registrations(sets[name])} - {self._request.registration}
 
-    def _prepare(
-        self, matches: dict[str, Match], own: dict[str, list[torch.Tensor]], sets: dict[str, _Set], result: Registered
-    ) -> None:
+    def _prepare(self, matches: dict[str, Match], own: dict[str, list[torch.Tensor]], sets: dict[str, _Set], result: Registered) -> None:
         """Compare, plan, open the senders' memory and prepare the copies."""
         copies: list[Copy] = []
         fresh = Registered()

@@ -78,9 +78,7 @@ class BusService:
         transport: what moves bytes.
     """
 
-    def __init__(
-        self, record: AgentRecord, store: KVStore, state: StateFile, jobs: Jobs, transport: OneSidedTransport
-    ) -> None:
+    def __init__(self, record: AgentRecord, store: KVStore, state: StateFile, jobs: Jobs, transport: OneSidedTransport) -> None:
         self.record = record
         self._store = store
         self._state = state
@@ -383,4 +381,3 @@ class BusService:
             for registration, peer in batch.registered.others.items():
                 if peer.member.agent.incarnation == incarnation:
                     batch.lose(registration, reason, lost=True)
-

@@ -1,0 +1,94 @@
+"""What agents leave that were killed, and what removes it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from etha_ray.config import agent_paths
+from etha_ray.tensor_bus.client import TensorBusClient
+from etha_ray.tensor_bus.leftovers import remove_dead_agents, remove_files
+from tests.conftest import left_behind
+
+START = 60.0
+
+
+class Agent:
+    """An agent in a process of its own."""
+
+    def __init__(self, namespace: str, rank: int) -> None:
+        self.paths = agent_paths(rank, namespace)
+        command = [sys.executable, "-m", "etha_ray.tensor_bus.agent", "--store", "memory://", "--rank", str(rank), "--namespace", namespace]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        TensorBusClient(rank, self.paths.command_queue, self.paths.state, connection_timeout=START).close()
+
+    def kill(self) -> int:
+        self.process.kill()
+        self.process.wait()
+        return self.process.pid
+
+
+@pytest.fixture
+def namespaces() -> Iterator[tuple[str, str]]:
+    names = f"left-{uuid.uuid4().hex[:8]}", f"left-{uuid.uuid4().hex[:8]}"
+    yield names
+    for name in names:
+        for rank in range(2):
+            remove_files(agent_paths(rank, name))
+
+
+def test_an_agent_that_is_told_to_end_leaves_nothing(namespaces: tuple[str, str]) -> None:
+    agent = Agent(namespaces[0], 0)
+    assert len(left_behind(namespaces[0], [agent.process.pid])) >= 5
+    agent.process.send_signal(signal.SIGTERM)
+    assert agent.process.wait(START) == 0
+    assert left_behind(namespaces[0], [agent.process.pid]) == []
+    assert not Path(agent.paths.state).parent.exists()
+
+
+def test_files_of_a_killed_agent_are_removed(namespaces: tuple[str, str]) -> None:
+    agent = Agent(namespaces[0], 0)
+    pid = agent.kill()
+    assert left_behind(namespaces[0], [pid])
+    assert remove_files(agent.paths)
+    assert left_behind(namespaces[0], [pid]) == []
+    assert remove_files(agent.paths)
+
+
+def test_a_live_agent_keeps_its_files(namespaces: tuple[str, str]) -> None:
+    agent = Agent(namespaces[0], 1)
+    assert not remove_files(agent.paths)
+    remove_dead_agents(namespaces[0], first_rank=0)
+    remove_dead_agents(namespaces[1], first_rank=0)
+    client = TensorBusClient(1, agent.paths.command_queue, agent.paths.state)
+    client.ping()
+    client.close()
+    agent.kill()
+
+
+def test_a_new_pool_removes_those_whose_place_nobody_takes(namespaces: tuple[str, str]) -> None:
+    own, other = namespaces
+    agents = [Agent(own, 0), Agent(own, 1), Agent(other, 0)]
+    pids = [agent.kill() for agent in agents]
+    remove_dead_agents(own, first_rank=1)
+    assert left_behind(other, pids[2:]) == []
+    assert Path(agents[0].paths.state).exists()  # the new pool's agent 0 takes this one over
+    assert not Path(agents[1].paths.state).exists()
+
+
+def test_other_users_files_are_left_alone(namespaces: tuple[str, str]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a file of another user")
+    agent = Agent(namespaces[0], 0)
+    agent.kill()
+    os.chown(agent.paths.state, 12345, -1)
+    remove_dead_agents(namespaces[1], first_rank=0)
+    assert Path(agent.paths.state).exists()
+    os.chown(agent.paths.state, 0, -1)
