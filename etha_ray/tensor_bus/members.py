@@ -71,9 +71,13 @@ def members_of(store: KVStore, pair_name: str, peer: str) -> list[MemberRecord]:
     return found
 
 
-def refuse(store: KVStore, addressees: Iterable[str], error: EthaRayError) -> None:
-    """Tell attempts or registrations why they cannot be matched: whoever finds out first tells the others."""
-    verdict = encode(Verdict(kind=type(error).__name__, message=str(error)))
+def refuse(store: KVStore, addressees: Iterable[str], error: EthaRayError, told: Iterable[str] = ()) -> None:
+    """Tell attempts or registrations why they cannot be matched: whoever finds out first tells the others.
+
+    ``told`` know it already; who is told by this passes it on to those it knows beyond them.
+    """
+    addressees = set(addressees)
+    verdict = encode(Verdict(kind=type(error).__name__, message=str(error), told=tuple(sorted(addressees.union(told)))))
     for addressee in addressees:
         store.set_bytes(verdict_key(addressee), verdict)
 
@@ -83,10 +87,12 @@ def is_refused(store: KVStore, addressee: str) -> bool:
     return store.exists(verdict_key(addressee))
 
 
-def raise_if_refused(store: KVStore, addressee: str) -> None:
-    """Raise what `refuse` said to ``addressee``, if it did."""
+def raise_if_refused(store: KVStore, addressee: str, known: Iterable[str] = ()) -> None:
+    """Raise what `refuse` said to ``addressee``, if it did, and pass it on to those ``known`` here who were not told."""
     key = verdict_key(addressee)
     data = store.get_bytes(key)
     if data is not None:
         verdict = decode(data, Verdict, key)
-        raise error_class(verdict.kind)(verdict.message)
+        error = error_class(verdict.kind)(verdict.message)
+        refuse(store, set(known).difference(verdict.told), error, verdict.told)
+        raise error

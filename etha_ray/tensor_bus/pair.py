@@ -161,7 +161,7 @@ def _find_misfit(store: KVStore, pair_name: str, member: MemberRecord, local: li
             raise_if_refused(store, member.attempt)
             return True
         if not _fits_without(pair_name, member, local, remote):
-            refuse(store, [other.attempt for other in others], error)
+            refuse(store, [other.attempt for other in others], error, [member.attempt])
         raise
     return False
 

@@ -91,10 +91,11 @@ class BatchRecord(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Why an init_pair or a registration was refused: an error's class name and message."""
+    """Why an init_pair or a registration was refused: an error's class name and message, and who knows it."""
 
     kind: str
     message: str
+    told: tuple[str, ...] = ()
 
 
 def encode(record: msgspec.Struct) -> bytes:

@@ -231,10 +231,12 @@ class Registration:
         cancellation: Cancellation,
     ) -> None:
         prepared: dict[str, str] = {}
+        known: set[str] = set()
         problem: EthaRayError | None = None
         while True:
-            raise_if_refused(self._store, self._request.registration)
+            raise_if_refused(self._store, self._request.registration, known)
             found = {name: self._records(name, matches) for name in matches}
+            known = {record.registration for sides in found.values() for side in sides for record in side if record is not None}
             sets = _complete_sets(found)
             digests = {name: set_digest(self._request.batch_id, name, matches[name], *sets[name]) for name in sets}
             if prepared and digests != prepared:
@@ -249,7 +251,8 @@ class Registration:
                 except EthaRayError as error:
                     self._publish_agreed({})
                     if not isinstance(error, HandleExpiredError) and self._is_final(matches, sets):
-                        refuse(self._store, self._others(sets), error)
+                        mine = self._request.registration
+                        refuse(self._store, known - {mine}, error, [mine])
                         raise
                     problem = error
                 else:
@@ -294,9 +297,6 @@ class Registration:
         # One that was refused removes its record first, then the refusal: it may have done both since the set was read.
         again = _complete_sets({name: self._records(name, matches) for name in matches})
         return again.keys() == sets.keys() and all(_registrations(again[name]) == _registrations(sets[name]) for name in sets)
-
-    def _others(self, sets: dict[str, _Set]) -> set[str]:
-        return {registration for name in sets for registration in _registrations(sets[name])} - {self._request.registration}
 
     def _prepare(self, matches: dict[str, Match], own: dict[str, list[torch.Tensor]], sets: dict[str, _Set], result: Registered) -> None:
         """Compare, plan, open the senders' memory and prepare the copies."""

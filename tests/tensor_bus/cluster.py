@@ -179,6 +179,8 @@ def local_cluster(count: int = 2, **more: Any) -> Iterator[LocalCluster]:
     try:
         yield cluster
     except BaseException:
+        for client in cluster.clients:
+            client.close()
         for agent in cluster.agents.values():
             with contextlib.suppress(TimeoutError):
                 agent.stop()
