@@ -189,6 +189,7 @@ class TensorBusAgent:
         with contextlib.ExitStack() as steps:
             steps.callback(self._stopped.set)
             steps.callback(leave_folder, self.paths)
+            steps.callback(sweep_dead)
             steps.callback(self._nonce.close)
             steps.callback(self._state.close, destroy=True)
             steps.callback(self._state.put_stopped)

@@ -52,7 +52,7 @@ from etha_ray.tensor_bus.commands import (
 from etha_ray.tensor_bus.reply import OutcomeSemaphore, Reply, ReplyPool
 from etha_ray.tensor_bus.semaphores import generate_semaphore_name
 from etha_ray.tensor_bus.state_file import StateFile
-from etha_ray.tensor_bus.tensors import check_dtensor, check_label, describe, global_shape
+from etha_ray.tensor_bus.tensors import check_dtensor, check_label, check_writable, describe, global_shape
 from etha_ray.tensor_bus.watch import find_agent
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ class TensorBusClient:
                 if pair_name not in self._pairs:
                     known = sorted(self._pairs) or "none"
                     raise UnknownPairError(f"{label}: pair {pair_name!r} is not known here; call init_pair first. Known pairs: {known}")
+                check_writable(label, tensor)
                 check_dtensor(label, tensor, pair_name, *self._pairs[pair_name])
             exported = export_tensors([tensor for tensor, _ in tensors], labels=labels)
             entries = [

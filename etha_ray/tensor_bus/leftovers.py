@@ -26,7 +26,7 @@ def lives(state: StateFile, record: AgentRecord) -> bool:
     """Whether the agent that wrote this state file still runs: by its process where that can be looked up, else by its beat."""
     if record.host == host_identity() and record.pid != os.getpid():
         return is_alive(record.pid, record.start_time)
-    beat = state.heartbeat()
+    beat = state.heartbeat() or state.claimed()
     same_process = record.host == host_identity() and record.start_time == process_start_time(os.getpid())
     return (same_process or record.host != host_identity()) and beat is not None and abs(time.time() - beat) < FAILURE_TIMEOUT
 

@@ -161,6 +161,8 @@ def _find_misfit(store: KVStore, pair_name: str, member: MemberRecord, local: li
             raise_if_refused(store, member.attempt)
             return True
         if not _fits_without(pair_name, member, local, remote):
+            # This one first: who is told, leaves and comes back at once must see that this place is about to be given back.
+            refuse(store, [member.attempt], error, [other.attempt for other in others])
             refuse(store, [other.attempt for other in others], error, [member.attempt])
         raise
     return False

@@ -20,7 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import msgspec
 import torch
@@ -252,6 +252,8 @@ class Registration:
                     self._publish_agreed({})
                     if not isinstance(error, HandleExpiredError) and self._is_final(matches, sets):
                         mine = self._request.registration
+                        # This one first: who is told and registers again at once must see that this record is to go.
+                        refuse(self._store, [mine], error, known)
                         refuse(self._store, known - {mine}, error, [mine])
                         raise
                     problem = error
@@ -340,14 +342,17 @@ class Registration:
         bytes_to = bytes_out(part)
         for index, record in enumerate(remote):
             member = match.remote[index]
-            peer = Peer(record.registration, f"{member.peer}[{index}]", member, 0)
+            name = f"{member.peer}[{index}]"
+            known = fresh.others.get(record.registration)
+            if known is not None and known.name != name:
+                name = f"{known.name}+{name}"  # in several pairs of this batch
+            fresh.others[record.registration] = Peer(record.registration, name, member, 0)
             for table, counts in ((fresh.sources, bytes_from), (fresh.targets, bytes_to)):
-                if index in counts:
-                    if not shares_memory(member.agent):
-                        raise NoTransportError(_no_transport(part, member))
-                    before = table[record.registration].bytes if record.registration in table else 0
-                    table[record.registration] = replace(peer, bytes=before + counts[index])
-            fresh.others[record.registration] = peer
+                before = table[record.registration].bytes if record.registration in table else None
+                if index in counts or before is not None:
+                    table[record.registration] = Peer(record.registration, name, member, (before or 0) + counts.get(index, 0))
+                if index in counts and not shares_memory(member.agent):
+                    raise NoTransportError(_no_transport(part, member))
         return copies
 
     def _missing(self, matches: dict[str, Match], found: dict[str, _Records]) -> str:

@@ -4,6 +4,7 @@ One writer, the agent; any number of readers. It holds
 
 - ``agent:heartbeat``            wall clock seconds of the last beat, as text
 - ``agent:record``               `AgentRecord`
+- ``agent:claimed``              wall clock seconds at which the agent took this place; its heart beats once it serves
 - ``agent:stopped``              there once the agent was shut down; clients that still have the file open look for it
 - ``outcome:{semaphore}``        the encoded outcome of the command that named this semaphore
 - ``handles:{registration}``     memory handles of a batch, for the agents that will read this memory
@@ -26,6 +27,7 @@ DATABASE = b"pair_state"
 _HEARTBEAT = b"agent:heartbeat"
 _RECORD = b"agent:record"
 _STOPPED = b"agent:stopped"
+_CLAIMED = b"agent:claimed"
 _MAP_SIZE = 1 << 30
 
 
@@ -78,7 +80,14 @@ class StateFile:
 
     def heartbeat(self) -> float | None:
         """Wall clock seconds of the agent's last beat, None if it never had one."""
-        value = self.get(_HEARTBEAT)
+        return self._seconds(_HEARTBEAT)
+
+    def claimed(self) -> float | None:
+        """Wall clock seconds at which the agent took this place, None if none has."""
+        return self._seconds(_CLAIMED)
+
+    def _seconds(self, key: bytes) -> float | None:
+        value = self.get(key)
         try:
             return float(value) if value is not None else None
         except ValueError:
@@ -97,6 +106,7 @@ class StateFile:
                 return False
             txn.drop(self.db, delete=False)
             txn.put(_RECORD, msgspec.msgpack.encode(record))
+            txn.put(_CLAIMED, repr(time.time()).encode())
         return True
 
     def put_stopped(self) -> None:

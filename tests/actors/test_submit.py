@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +36,16 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     }
     names = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
-    options += [f"--dashboard-port={dashboard}", "--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats"]
+    # A folder of its own: in the default one Ray notes this cluster as the machine's, and a later ray.init would look for it.
+    # The path is short, as it becomes part of sockets' names.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    options += [
+        f"--temp-dir={folder}",
+        f"--dashboard-port={dashboard}",
+        "--num-cpus=2",
+        "--object-store-memory=100000000",
+        "--disable-usage-stats",
+    ]
     log = tmp_path / "head.log"
     with log.open("w") as output:
         head = subprocess.Popen([RAY, "start", "--head", "--block", *options], env=settings, stdout=output, stderr=subprocess.STDOUT)
@@ -52,6 +63,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         head.wait(timeout=60)
         for process in psutil.wait_procs(processes, timeout=20)[1]:
             process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.timeout(300)

@@ -30,6 +30,7 @@ from etha_ray.kvstore import MemoryStore
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+from etha_ray.tensor_bus.leftovers import remove_files
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 from etha_ray.transport import OneSidedTransport
 
@@ -89,7 +90,9 @@ def left_in_shm(pids: set[int], paths: list[AgentPaths]) -> list[str]:
 class Side:
     """One worker's part of a pair: its client, its place, and its local tensors of the global ones."""
 
-    def __init__(self, client: TensorBusClient, name: str, other: str, size: int, spec: MeshSpec | None, placements: list[Any] | None) -> None:
+    def __init__(
+        self, client: TensorBusClient, name: str, other: str, size: int, spec: MeshSpec | None, placements: list[Any] | None
+    ) -> None:
         self.client, self.name, self.other, self.size, self.spec, self.placements = client, name, other, size, spec, placements
 
     def join(self, pair: str = "pair", **more: Any) -> None:
@@ -148,7 +151,11 @@ class LocalCluster:
         return one, two
 
     def batch(
-        self, source: torch.Tensor | None = None, target: torch.Tensor | None = None, batch_id: str = "batch", ranks: tuple[int, int] = (0, 1)
+        self,
+        source: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
+        batch_id: str = "batch",
+        ranks: tuple[int, int] = (0, 1),
     ) -> tuple[BatchHandler, BatchHandler, torch.Tensor, torch.Tensor]:
         """A pair with a registered batch: handlers of "a" and "b", and their tensors. Give tensors to choose them."""
         one, two = self.pair(f"pair of {batch_id}", ranks)
@@ -167,7 +174,7 @@ class LocalCluster:
             left = left_in_shm({os.getpid()}, list(self.paths.values()))
             assert left == [], left
             assert os.listdir(self.folder) == []
-            assert self.store.list() == {key: value for key, value in self.store.list().items() if key.startswith(("manifest/", "verdict/"))}
+            assert [key for key in self.store.list() if not key.startswith(("manifest/", "verdict/"))] == []
         finally:
             shutil.rmtree(self.folder)
             self.store.close()
@@ -215,6 +222,7 @@ class ProcessCluster:
         self.every_pid: set[int] = set()
         self.workers: list[Worker] = []
         self._processes: dict[int, Any] = {}
+        self._killed = False
         for rank in range(count):
             self.start_agent(rank)
 
@@ -240,6 +248,7 @@ class ProcessCluster:
         return TensorBusClient(rank, self.paths[rank].command_queue, self.paths[rank].state, LONG)
 
     def kill(self, pid: int) -> None:
+        self._killed |= pid in self._processes
         os.kill(pid, signal.SIGKILL)
         self.wait(pid)
 
@@ -266,13 +275,15 @@ class ProcessCluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.master.close()
+        if self._killed:  # an agent that was killed cleans nothing up: that is the next pool's first act
+            for paths in self.paths:
+                assert remove_files(paths)
 
     def check_clean(self) -> None:
         """After `close`: nothing is left."""
         assert left_in_shm(self.every_pid, self.paths) == []
         folder = Path(self.paths[0].state).parent
-        assert os.listdir(folder) == []
-        folder.rmdir()
+        assert not folder.exists()
 
 
 @contextlib.contextmanager
@@ -341,7 +352,9 @@ def connect(state: dict[str, Any], rank: int, paths: AgentPaths) -> int:
     return os.getpid()
 
 
-def join_pair(state: dict[str, Any], pair: str, name: str, other: str, size: int, spec: MeshSpec | None, placements: list[Any] | None) -> None:
+def join_pair(
+    state: dict[str, Any], pair: str, name: str, other: str, size: int, spec: MeshSpec | None, placements: list[Any] | None
+) -> None:
     state["client"].init_pair(pair, name, other, size, spec, placements, timeout=LONG)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import posix_ipc
 import pytest
@@ -143,7 +144,7 @@ class TestSignal:
 class TestLifetime:
     def test_handler_outliving_its_client(self) -> None:
         with local_cluster() as cluster:
-            first, second, source, target = cluster.batch()
+            first, second, _source, _target = cluster.batch()
             assert "agent 0" in repr(first)
             cluster.clients.remove(first.client)
             gc.collect()
@@ -207,7 +208,7 @@ class TestLifetime:
 
     def test_closing_under_many_waiting_threads(self) -> None:
         with local_cluster() as cluster:
-            first, second, _, _ = cluster.batch()
+            first, _second, _, _ = cluster.batch()
             waiting = first.transfer("send")
             results = together(*[lambda: waiting.result(LONG)] * 4, lambda: (time.sleep(0.05), first.client.close()))
             assert [type(result) for result in results[:4]] == [BatchClosedError] * 4
@@ -268,7 +269,7 @@ class TestLifetime:
             cluster.agents[0].stop()
             thread.join(LONG)
             assert "shut down" in str(results[0])
-            with pytest.raises(Exception, match="agent 0.*shut down"):
+            with pytest.raises(Exception, match=r"agent 0.*shut down"):
                 sent.result(LONG)
             with pytest.raises(AgentDiedError, match="shut down"):
                 first.client.ping()
@@ -305,11 +306,9 @@ class TestOneThread:
                 second = two.register_tensors("x", [(torch.zeros(3), "p")], blocking=False)
                 sent = first.transfer("send")
                 for handler in (first, second) if ask == "wait" else (second,):
+                    call = handler.wait_ready if ask == "wait" else partial(handler.transfer, "send", blocking=True)
                     with pytest.raises(ValueError, match=r"tensor 0.*\[2\].*\[3\]|tensor 0.*\[3\].*\[2\]"):
-                        if ask == "wait":
-                            handler.wait_ready(LONG)
-                        else:
-                            handler.transfer("send", blocking=True, timeout=LONG)
+                        call(timeout=LONG)
                 with pytest.raises(ValueError, match="tensor 0"):
                     sent.result(LONG)
                 first.close()

@@ -1,0 +1,157 @@
+"""Registering again and again: races of members that do not wait for one another."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import Shard
+
+from etha_ray.errors import BatchClosedError
+from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+from tests.tensor_bus.cluster import LONG, local_cluster, succeed
+
+
+def cycles(client: TensorBusClient, tensor: torch.Tensor, count: int, seed: int, *, blocking: bool = True) -> None:
+    rng = random.Random(seed)
+    for _ in range(count):
+        handler = client.register_tensors("x", [(tensor, "pair")], timeout=LONG)
+        if rng.random() < 0.2:
+            time.sleep(rng.random() * 0.004)
+        handler.close(blocking=blocking)
+
+
+@pytest.mark.parametrize(("ranks", "blocking"), [((0, 1), True), ((0, 1), False), ((0, 0), True)])
+def test_rapid_cycles_of_one_batch_id(ranks: tuple[int, int], blocking: bool) -> None:
+    """Nobody waits for the other side but in register_tensors, and each call there has its partner."""
+    with local_cluster() as cluster:
+        one, two = cluster.pair(ranks=ranks)
+        succeed(
+            lambda: cycles(one, torch.ones(3), 200, 1, blocking=blocking), lambda: cycles(two, torch.zeros(3), 200, 2, blocking=blocking)
+        )
+
+
+def test_cycles_of_three_members_with_transfers() -> None:
+    with local_cluster() as cluster:
+        sides = [*cluster.side("a", "b", [0, 1], (2,), [Shard(0)]), *cluster.side("b", "a", [0], None, None)]
+        succeed(*[side.join for side in sides])
+        whole = torch.arange(10.0)
+
+        def run(index: int) -> None:
+            for step in range(40):
+                tensor = sides[index].cut(whole + step) if index < 2 else torch.zeros(10)
+                handler = sides[index].client.register_tensors("x", [(tensor, "pair")], timeout=LONG)
+                handler.transfer("send" if index < 2 else "recv", blocking=True, timeout=LONG)
+                if index == 2:
+                    assert torch.equal(tensor, whole + step)
+                handler.close()
+
+        succeed(*[lambda index=index: run(index) for index in range(3)])
+
+
+def test_shapes_that_change_with_the_id_kept() -> None:
+    """What is left of the last registration is no mismatch."""
+    with local_cluster() as cluster:
+        one, two = cluster.pair()
+
+        def run(client: TensorBusClient, value: float) -> None:
+            for size in range(1, 60):
+                client.register_tensors("x", [(torch.full((size,), value), "pair")], timeout=LONG).close()
+
+        succeed(lambda: run(one, 1.0), lambda: run(two, 0.0))
+
+
+def test_mismatch_then_match_many_times() -> None:
+    with local_cluster() as cluster:
+        one, two = cluster.pair()
+
+        def run(client: TensorBusClient, wrong: int) -> list[str]:
+            raised = []
+            for _ in range(20):
+                try:
+                    client.register_tensors("x", [(torch.zeros(wrong), "pair")], timeout=LONG).close()
+                except ValueError as error:
+                    raised.append(type(error).__name__)
+                client.register_tensors("x", [(torch.zeros(9), "pair")], timeout=LONG).close()
+            return raised
+
+        assert succeed(lambda: run(one, 2), lambda: run(two, 3)) == [["TensorMismatchError"] * 20] * 2
+
+
+def test_pair_mismatch_then_match_many_times() -> None:
+    both_told = threading.Barrier(2)
+
+    def run(client: TensorBusClient, name: str, other: str, wrong: int) -> None:
+        for number in range(10):
+            with pytest.raises(ValueError, match="paired in order"):
+                client.init_pair(f"p{number}", name, other, wrong, timeout=LONG)
+            both_told.wait(LONG)
+            client.init_pair(f"p{number}", name, other, 1, timeout=LONG)
+
+    with local_cluster() as cluster:
+        one, two = cluster.client(0), cluster.client(1)
+        succeed(lambda: run(one, "a", "b", 2), lambda: run(two, "b", "a", 3))
+
+
+def test_both_sides_close_at_once() -> None:
+    with local_cluster() as cluster:
+        one, two = cluster.pair()
+        for number in range(30):
+            handlers: list[BatchHandler] = succeed(
+                lambda: one.register_tensors("x", [(torch.ones(3), "pair")], timeout=LONG),
+                lambda: two.register_tensors("x", [(torch.zeros(3), "pair")], timeout=LONG),
+            )
+            sent = handlers[0].transfer("send") if number % 2 else None
+            succeed(*[handler.close for handler in handlers])
+            if sent is not None:
+                with pytest.raises(BatchClosedError):
+                    sent.result(LONG)
+
+
+def test_clients_come_and_go() -> None:
+    """A place that was given back is free at once."""
+    with local_cluster() as cluster:
+
+        def run(rank: int, name: str, other: str) -> None:
+            for number in range(25):
+                client = cluster.client(rank)
+                client.init_pair("pair", name, other, 1, timeout=LONG)
+                tensor = torch.full((4,), float(number)) if name == "a" else torch.zeros(4)
+                handler = client.register_tensors("x", [(tensor, "pair")], timeout=LONG)
+                handler.transfer("send" if name == "a" else "recv", blocking=True, timeout=LONG)
+                assert torch.equal(tensor, torch.full((4,), float(number)))
+                barrier.wait(LONG)
+                client.close()
+
+        barrier = threading.Barrier(2)
+        succeed(lambda: run(0, "a", "b"), lambda: run(1, "b", "a"))
+
+
+def test_many_tensors_and_batches() -> None:
+    with local_cluster() as cluster:
+        one, two = cluster.pair()
+        base, room = torch.arange(3000.0), torch.zeros(3000)
+        mine: list[Any] = [(part, "pair") for part in base.split(1)]
+        theirs: list[Any] = [(part, "pair") for part in room.split(1)]
+        first, second = succeed(
+            lambda: one.register_tensors("many", mine, timeout=LONG), lambda: two.register_tensors("many", theirs, timeout=LONG)
+        )
+        first.transfer("send")
+        assert second.transfer("recv").result(LONG).bytes == base.nbytes
+        assert torch.equal(base, room)
+        more = succeed(
+            *[lambda n=n: one.register_tensors(f"b{n}", mine[n : n + 1], timeout=LONG) for n in range(20)],
+            *[lambda n=n: two.register_tensors(f"b{n}", theirs[n : n + 1], timeout=LONG) for n in range(20)],
+        )
+        base.mul_(2)
+        sent = [handler.transfer("send") for handler in more[:20]]
+        for handler in reversed(more[20:]):
+            handler.transfer("recv").result(LONG)
+        for semaphore in sent:
+            semaphore.result(LONG)  # type: ignore[attr-defined]
+        assert torch.equal(base[:20], room[:20])
+        assert not torch.equal(base[20:], room[20:])
