@@ -24,17 +24,15 @@ import math
 import os
 import struct
 import time
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import lmdb
-import msgspec
 import posix_ipc
 
 from etha_ray.errors import ConfigError, QueueClosedError, QueueError, QueueFullError
-from etha_ray.tensor_bus.commands import BaseCommand, Message, decode_command, encode_command
+from etha_ray.tensor_bus.commands import BaseCommand, Message
 from etha_ray.tensor_bus.lmdb_file import open_file
+from etha_ray.tensor_bus.queue_entry import CorruptEntry, cost_of, pack_entry, unpack_entry
 from etha_ray.tensor_bus.semaphores import acquire, open_semaphore, queue_semaphore_name, unlink_quietly
 
 logger = logging.getLogger(__name__)
@@ -52,22 +50,7 @@ _SPACE_WANTED = 1
 _WAKE = 2
 
 _POSITION = struct.Struct(">Q")
-# An entry is its header, the sender's semaphore name, and the encoded command.
-_HEADER = struct.Struct("<IIQH")  # checksum of what follows up to the command, checksum of the command, command id, name length
-_CHECKSUM = struct.Struct("<I")
-_AFTER_CHECKSUM = struct.Struct("<IQH")
-
 _State = tuple[int, int, int, int, int]  # flags, head, tail, capacity, used
-
-
-@dataclass(frozen=True)
-class CorruptEntry:
-    """An entry that had to be dropped. The sender's fields are None if they could not be read either."""
-
-    position: int
-    semaphore_name: str | None
-    command_id: int | None
-    reason: str
 
 
 class CommandQueue:
@@ -118,8 +101,8 @@ class CommandQueue:
         if not isinstance(msg, BaseCommand):
             raise ConfigError(f"a {type(msg).__name__} cannot go into the command queue; it takes the commands of tensor_bus.commands")
         deadline = _deadline(timeout)
-        entry = _pack_entry(msg)
-        if _cost(entry) > _ENTRY_BYTES:
+        entry = pack_entry(msg)
+        if cost_of(entry) > _ENTRY_BYTES:
             raise QueueFullError(
                 f"a {type(msg).__name__} of {len(entry)} bytes cannot fit into the command queue at {self.lmdb_path}, which holds "
                 f"{_ENTRY_BYTES} bytes; split it, for instance into batches of fewer tensors"
@@ -191,7 +174,7 @@ class CommandQueue:
             with self._env.begin(self._db, write=True) as txn:
                 _, head, tail, _, _ = self._read_state(txn)
                 entry = txn.get(_POSITION.pack(head)) if tail > head else None
-        message = None if entry is None else _unpack_entry(head, entry)
+        message = None if entry is None else unpack_entry(head, entry)
         return None if isinstance(message, CorruptEntry) else message
 
     def clear(self) -> None:
@@ -288,7 +271,7 @@ class CommandQueue:
 
     def _append(self, entry: bytes, *, block: bool, waited: bool, tries: int = 4) -> int | None:
         """Commit the entry and return its position; None if it has no room, and then room is asked for if ``block``."""
-        cost = _cost(entry)
+        cost = cost_of(entry)
         with self._lock:
             if not self._file.attached:
                 self._attach()
@@ -342,7 +325,7 @@ class CommandQueue:
                 for position in range(head, min(head + max_count, tail)):
                     entry = txn.pop(_POSITION.pack(position))
                     entries.append(entry)
-                    used -= 0 if entry is None else _cost(entry)
+                    used -= 0 if entry is None else cost_of(entry)
                 after = head + len(entries)
                 # Entries that were damaged may have another length now: an empty queue sets the account right.
                 used = 0 if after == tail else max(used, 0)
@@ -389,7 +372,7 @@ class CommandQueue:
         )
 
     def _unpack(self, position: int, entry: bytes | None) -> Message | None:
-        message = _unpack_entry(position, entry)
+        message = unpack_entry(position, entry)
         if not isinstance(message, CorruptEntry):
             return message
         start = "nothing" if entry is None else entry[:32].hex(" ")
@@ -418,36 +401,3 @@ def _post(semaphore: posix_ipc.Semaphore) -> None:
 
 def _write_state(txn: lmdb.Transaction, flags: int, head: int, tail: int, capacity: int, used: int) -> None:
     txn.put(_STATE_KEY, _STATE.pack(flags, head, tail, capacity, used))
-
-
-def _cost(entry: bytes) -> int:
-    """Bytes of the map that an entry takes at most: small ones share pages that may be half full, large ones have their own."""
-    size = len(entry)
-    return 2 * (size + 32) if size < 2000 else size + 4096
-
-
-def _pack_entry(msg: Message) -> bytes:
-    # What is needed to answer the sender has a checksum of its own, and so outlives a damaged body.
-    body = encode_command(msg)
-    name = (msg.semaphore_name or "").encode()
-    prefix = _AFTER_CHECKSUM.pack(zlib.crc32(body), msg.command_id & 0xFFFFFFFFFFFFFFFF, len(name)) + name
-    return _CHECKSUM.pack(zlib.crc32(prefix)) + prefix + body
-
-
-def _unpack_entry(position: int, entry: bytes | None) -> Message | CorruptEntry:
-    if entry is None:
-        return CorruptEntry(position, None, None, "the entry is missing")
-    if len(entry) < _HEADER.size:
-        return CorruptEntry(position, None, None, f"{len(entry)} bytes are too few")
-    header_checksum, body_checksum, command_id, name_length = _HEADER.unpack_from(entry)
-    start = _HEADER.size + name_length
-    if zlib.crc32(entry[_CHECKSUM.size : start]) != header_checksum:
-        return CorruptEntry(position, None, None, "its header does not match its checksum")
-    name = str(entry[_HEADER.size : start], "utf-8") or None
-    body = entry[start:]
-    if zlib.crc32(body) != body_checksum:
-        return CorruptEntry(position, name, command_id, "its body does not match its checksum")
-    try:
-        return decode_command(body)
-    except msgspec.DecodeError as error:
-        return CorruptEntry(position, name, command_id, f"it is no valid command: {error}")

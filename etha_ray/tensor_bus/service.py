@@ -30,7 +30,6 @@ from etha_ray.errors import (
 )
 from etha_ray.kvstore import KVStore
 from etha_ray.tensor_bus.batch import Batch
-from etha_ray.tensor_bus.command_queue import CorruptEntry
 from etha_ray.tensor_bus.commands import (
     BaseCommand,
     CancelTransfer,
@@ -54,6 +53,7 @@ from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.pairing import Pairing
+from etha_ray.tensor_bus.queue_entry import CorruptEntry
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.registration import Registered, Registration, Request
 from etha_ray.tensor_bus.semaphores import unlink_quietly

@@ -23,8 +23,9 @@ import pytest
 
 from etha_ray.errors import ConfigError, QueueClosedError, QueueError, QueueFullError, UnsafePathError
 from etha_ray.tensor_bus import command_queue
-from etha_ray.tensor_bus.command_queue import CommandQueue, CorruptEntry
+from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import CleanupBatch, Message, Ping, QueryStatus, RegisterTensors, Transfer
+from etha_ray.tensor_bus.queue_entry import CorruptEntry
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 
 fork = multiprocessing.get_context("fork")
