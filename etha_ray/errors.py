@@ -45,6 +45,7 @@ Each class also inherits the builtin a caller would catch without knowing etha_r
         ├── StoreUnavailableError   ConnectionError   the store cannot be reached
         ├── StoreTimeoutError       TimeoutError      a key did not appear in time
         ├── StoreClosedError        RuntimeError      used after close
+        ├── LeaseExpiredError       RuntimeError      not renewed in time: its keys are gone
         └── ValueTooLargeError      ValueError        over the backend's limit
 """
 
@@ -213,6 +214,10 @@ class StoreTimeoutError(StoreError, TimeoutError):
 
 class StoreClosedError(StoreError):
     """The store was closed."""
+
+
+class LeaseExpiredError(StoreError):
+    """A lease was not renewed in time, or was closed: its keys are gone."""
 
 
 class ValueTooLargeError(StoreError, ValueError):
