@@ -1,16 +1,12 @@
 """The interface of every key-value store, and all of it that does not depend on the backend.
 
-A key lives under ``{namespace}/{component}/{key}``. Namespace and component have ``%`` and ``/`` percent-escaped, so that the first
-two slashes always end them: namespace ``a`` with component ``b/c`` and namespace ``a/b`` with component ``c`` are different places, and a
-namespace that is a prefix of another sees nothing of it. The key itself is kept as it is; any text is a key.
-
-A backend implements the primitives at the end of `KVStore`, which take the whole key. Checking of arguments, waiting, arithmetic and
-the order of closing are here, once.
+How keys are written is in `keys`. A backend implements the primitives at the end of `KVStore`, which take the whole key. Checking of
+arguments, waiting, arithmetic and the order of closing are here, once; leases and watches in `lease` and `watch`.
 """
 
 from __future__ import annotations
 
-import re
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -18,16 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias, TypeVar
 
-from etha_ray.errors import ConfigError, StoreClosedError, StoreError, StoreTimeoutError, ValueTooLargeError
+from etha_ray.errors import ConfigError, StoreClosedError, StoreTimeoutError, ValueTooLargeError
+from etha_ray.kvstore.keys import added, as_bytes, check_encodable, escape, matcher, short, text_as_bytes
+from etha_ray.kvstore.lease import Grant, Lease
+from etha_ray.kvstore.watch import Watch
 
 T = TypeVar("T")
 KeyNames: TypeAlias = list[str]
 """A sorted list of keys. Named here because inside the class `list` is the method."""
 Change: TypeAlias = Callable[["bytes | None"], "bytes | None"]
 """Given the stored value (None if missing): the value to store, or None to leave everything as it is."""
+Sleep: TypeAlias = Callable[[float], None]
+"""Sleeps until a change, at the latest until the deadline it is given; see `KVStore._changes`."""
 
-_INTEGER = re.compile(rb"-?[0-9]{1,19}")
-_INT64 = range(-(2**63), 2**63)
+_POLL_SHARE = 1 / 8
 
 
 class KVStore(ABC):
@@ -51,17 +51,20 @@ class KVStore(ABC):
     max_key_bytes: int | None = None
     """The longest whole key, namespace and component included, in UTF-8."""
     poll_from: float = 0.001
-    poll_to: float = 0.02
-    """Seconds between two looks of a wait in a backend that has to poll: the first pause and, after doubling, the longest."""
+    poll_to: float = 0.01
+    """Seconds between two looks of a wait in a backend that has to poll: the first pause and the longest. In between a pause is an eighth
+    of the time waited so far, so that polling prolongs no wait by much."""
 
     def __init__(self, namespace: str = "default", component: str = "tensorbus") -> None:
         """Raises `ConfigError` for an empty namespace or component."""
         self.namespace = namespace
         self.component = component
-        self._home = f"{_escape('namespace', namespace)}/"
-        _escape("component", component)
+        self._home = f"{escape('namespace', namespace)}/"
+        escape("component", component)
         self._closing = threading.Event()
+        self._bell = threading.Condition()
         self._close_lock = threading.Lock()
+        self._leases: set[Lease] = set()
 
     def __repr__(self) -> str:
         state = "closed" if self._closing.is_set() else "open"
@@ -69,9 +72,7 @@ class KVStore(ABC):
 
     def set(self, key: str, value: str, *, component: str | None = None) -> None:
         """Stores ``value`` as UTF-8, replacing what was there. Raises `ValueTooLargeError` above the backend's limit."""
-        if not isinstance(value, str):
-            raise TypeError(f"value of key {key!r} must be str, not {type(value).__name__}; set_bytes takes bytes")
-        self.set_bytes(key, value.encode(), component=component)
+        self.set_bytes(key, text_as_bytes(key, value), component=component)
 
     def set_bytes(self, key: str, data: bytes, *, component: str | None = None) -> None:
         """Stores ``data``, replacing what was there. Raises `ValueTooLargeError` above the backend's limit."""
@@ -116,7 +117,7 @@ class KVStore(ABC):
         ``expected`` is not None. Raises `ValueTooLargeError` above the backend's limit.
         """
         full = self._full(key, component)
-        wanted = None if expected is None else _as_bytes(key, expected)
+        wanted = None if expected is None else as_bytes(key, expected)
         target = self._checked(key, desired)
         return self._update(full, lambda stored: target if stored == wanted else None)
 
@@ -145,7 +146,7 @@ class KVStore(ABC):
         Raises `StoreTimeoutError` (a `TimeoutError`) naming the key, the seconds and what was there instead.
         """
         full = self._full(key, component)
-        wanted = _as_bytes(key, expected)
+        wanted = as_bytes(key, expected)
         last: bytes | None = None
 
         def look() -> bytes | None:
@@ -153,7 +154,7 @@ class KVStore(ABC):
             last = self._get(full)
             return last if last == wanted else None
 
-        return self._wait(full, look, timeout, lambda: f"key {key!r} did not become {_short(wanted)}, it is {_short(last)}")
+        return self._wait(full, look, timeout, lambda: f"key {key!r} did not become {short(wanted)}, it is {short(last)}")
 
     def wait_for_keys(
         self,
@@ -174,7 +175,7 @@ class KVStore(ABC):
         Raises `StoreTimeoutError` (a `TimeoutError`) naming the pattern, the seconds and the keys that were there; `ConfigError` if
         ``expected_count`` is negative, or more than the candidates that match the pattern.
         """
-        matches = re.compile(".*".join(re.escape(part) for part in key_pattern.split("*")), re.DOTALL).fullmatch
+        matches = matcher(key_pattern)
         fixed = key_pattern.split("*", 1)[0]
         wanted = None if value is None else value.encode()
         candidates = None if candidate_keys is None else sorted({key for key in candidate_keys if matches(key)})
@@ -195,21 +196,47 @@ class KVStore(ABC):
             return found if len(found) >= expected_count else None
 
         def missing() -> str:
-            asked = "" if value is None else f" with value {_short(value.encode())}"
+            asked = "" if value is None else f" with value {short(value.encode())}"
             return f"{len(found)} of {expected_count} keys {key_pattern!r}{asked} appeared ({', '.join(found[:8]) or 'none'})"
 
         return self._wait(self._full(fixed, component), look, timeout, missing)
 
+    def watch(self, prefix: str = "", *, component: str | None = None) -> Watch:
+        """The component's keys that start with ``prefix``, and every change of them from now on; see `Watch`."""
+        return Watch(self, prefix, self.component if component is None else component)
+
+    def lease(self, ttl: float, *, renew: bool = True) -> Lease:
+        """A `Lease`: what is set under it vanishes ``ttl`` seconds after its last renewal, in every process.
+
+        With ``renew`` a thread renews it until it is closed, this store is closed, or the process ends, and keeps trying while the store
+        cannot be reached. Without, the caller calls `Lease.renew`. A backend may grant a longer time than asked for: `Lease.ttl`.
+
+        Raises `ConfigError` unless ``ttl`` is above 0 and finite.
+        """
+        self._check_open()
+        if not 0 < ttl < math.inf:
+            raise ConfigError(f"ttl {ttl} of a lease must be above 0 seconds, and finite")
+        lease = Lease(self, ttl, renew)
+        with self._close_lock:
+            self._leases.add(lease)
+        if self._closing.is_set():
+            lease.close()
+            self._check_open()
+        return lease
+
     def close(self, cleanup: bool = True) -> None:
         """Closes this store object; with ``cleanup`` the namespace's keys, of every component and every user, are removed first.
 
-        Pass ``cleanup=False`` where others still use the namespace. Waits under way in other threads raise `StoreClosedError`. Closing
-        twice is fine, and a backend that is already gone is no error.
+        Pass ``cleanup=False`` where others still use the namespace; the keys of this object's own leases are removed all the same. Waits
+        under way in other threads raise `StoreClosedError`. Closing twice is fine, and a backend that is already gone is no error.
         """
         with self._close_lock:
             if self._closing.is_set():
                 return
             self._closing.set()
+            self._wake()
+            for lease in tuple(self._leases):
+                lease.close()
             self._close(self._home if cleanup else None)
 
     def _check_open(self) -> None:
@@ -220,8 +247,8 @@ class KVStore(ABC):
         self._check_open()
         if not isinstance(key, str):
             raise TypeError(f"a key must be str, not {type(key).__name__}: {key!r}")
-        _encodable("key", key)
-        full = f"{self._home}{_escape('component', self.component if component is None else component)}/{key}"
+        check_encodable("key", key)
+        full = f"{self._home}{escape('component', self.component if component is None else component)}/{key}"
         if self.max_key_bytes is not None and len(full.encode()) > self.max_key_bytes:
             raise ConfigError(
                 f"key {key[:60]!r}... has {len(full.encode())} bytes with its namespace and component; {type(self).__name__} takes at "
@@ -230,7 +257,7 @@ class KVStore(ABC):
         return full
 
     def _checked(self, key: str, data: bytes) -> bytes:
-        value = _as_bytes(key, data)
+        value = as_bytes(key, data)
         self._check_size(key, len(value))
         return value
 
@@ -254,28 +281,38 @@ class KVStore(ABC):
                 wait_for_change(deadline)
                 self._check_open()
 
-    def _changes(self, prefix: str) -> AbstractContextManager[Callable[[float], None]]:
+    def _changes(self, prefix: str) -> AbstractContextManager[Sleep]:
         """What a wait sleeps on; a backend that can tell of changes overrides it.
 
         Entering begins to watch the keys under ``prefix``. The callable inside returns at the latest at the deadline it is given (of
-        `time.monotonic`), when the store is closed, or when a key has changed since it last returned (or since entering): a change
-        between a look and the sleep must not be lost. Returning too early is allowed.
+        `time.monotonic`), or when a key has changed or run out, `_wake` was called, or the store was closed since it last returned (or
+        since entering): a change between a look and the sleep must not be lost. Returning too early is allowed.
         """
         return self._polling()
 
+    def _wake(self) -> None:
+        """Has every wait of this store object look again, as if something had changed; called from any thread.
+
+        A backend that overrides `_changes` overrides it, too.
+        """
+        with self._bell:
+            self._bell.notify_all()
+
     @contextmanager
-    def _polling(self) -> Iterator[Callable[[float], None]]:
-        pause = self.poll_from
+    def _polling(self) -> Iterator[Sleep]:
+        start = time.monotonic()
 
         def sleep(deadline: float) -> None:
-            nonlocal pause
-            self._closing.wait(max(0.0, min(pause, deadline - time.monotonic())))
-            pause = min(2 * pause, self.poll_to)
+            now = time.monotonic()
+            pause = min(max(self.poll_from, (now - start) * _POLL_SHARE), self.poll_to)
+            with self._bell:
+                if not self._closing.is_set():
+                    self._bell.wait(max(0.0, min(pause, deadline - now)))
 
         yield sleep
 
     def _add(self, key: str, full: str, n: int) -> int:
-        total = self._update(full, lambda stored: b"%d" % self._sum(key, stored, n))
+        total = self._update(full, lambda stored: b"%d" % added(key, stored, n))
         assert total is not None  # the change above always stores something
         return int(total)
 
@@ -286,16 +323,6 @@ class KVStore(ABC):
             return value
 
         self._update(full, extended)
-
-    def _sum(self, key: str, stored: bytes | None, n: int) -> int:
-        if stored is None:
-            stored = b"0"
-        if not _INTEGER.fullmatch(stored) or int(stored) not in _INT64:
-            raise StoreError(f"cannot add to key {key!r}: it holds {_short(stored)}, not a 64-bit decimal number; delete or set it first")
-        total = int(stored) + n
-        if total not in _INT64:
-            raise StoreError(f"cannot add {n} to key {key!r}: {stored.decode()} + {n} does not fit into 64 bits")
-        return total
 
     @abstractmethod
     def _where(self) -> str:
@@ -328,33 +355,9 @@ class KVStore(ABC):
     def _delete_prefix(self, prefix: str) -> int: ...
 
     @abstractmethod
+    def _grant(self, ttl: float) -> Grant:
+        """A new lease whose keys stay ``ttl`` seconds, or somewhat longer, after its last renewal."""
+
+    @abstractmethod
     def _close(self, cleanup_prefix: str | None) -> None:
-        """Removes everything under ``cleanup_prefix`` unless it is None, wakes the waits, and lets go of the backend."""
-
-
-def _escape(what: str, name: str) -> str:
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"{what} must be a text that is not empty, not {name!r}")
-    _encodable(what, name)
-    return name.replace("%", "%25").replace("/", "%2F")
-
-
-def _encodable(what: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{what} {text!r} has no UTF-8 form: {error.reason}") from None
-
-
-def _as_bytes(key: str, value: str | bytes) -> bytes:
-    if isinstance(value, str):
-        return value.encode()
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value)
-    raise TypeError(f"value of key {key!r} must be bytes, not {type(value).__name__}")
-
-
-def _short(value: bytes | None) -> str:
-    if value is None:
-        return "missing"
-    return repr(value) if len(value) <= 60 else f"{value[:60]!r}... ({len(value)} bytes)"
+        """Removes everything under ``cleanup_prefix`` unless it is None, and lets go of the backend."""

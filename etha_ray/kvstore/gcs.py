@@ -5,7 +5,7 @@ comparison of values. Each of them is atomic. Three kinds of entries make atomic
 owner:
 
 - **value** ``v/{key}`` = a random 16-byte mark, then the value as it is. `set` overwrites it: one round trip. It alone decides whether
-  the key exists, so `delete` and `exists` are one round trip as well.
+  the key exists, so deleting it is one round trip as well.
 - **slots** ``s/{namespace}/{mark}/{n}`` for n = 1, 2, ...: the updates (`add`, `append`, `compare_and_set`) of the value that has this
   mark, each holding the whole new value. A slot is only ever put if absent, so each number has one winner, and n + 1 is only tried by who
   has read n: the slots have no gaps, and the highest is the value.
@@ -39,7 +39,8 @@ from itertools import count
 from typing import Protocol
 
 from etha_ray.errors import OptionalDependencyError, StoreUnavailableError
-from etha_ray.kvstore.base import Change, KVStore
+from etha_ray.kvstore.base import Change
+from etha_ray.kvstore.lease_records import RecordLeases
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +63,19 @@ class _Kv(Protocol):
     def internal_kv_put(self, key: bytes, value: bytes, overwrite: bool, namespace: bytes, timeout: float) -> int: ...
     def internal_kv_del(self, key: bytes, del_by_prefix: bool, namespace: bytes, timeout: float) -> int: ...
     def internal_kv_keys(self, prefix: bytes, namespace: bytes, timeout: float) -> list[bytes]: ...
-    def internal_kv_exists(self, key: bytes, namespace: bytes, timeout: float) -> bool: ...
 
 
-class GcsStore(KVStore):
+class GcsStore(RecordLeases):
     """A `KVStore` on Ray's GCS, for drivers, tasks and actors of one cluster; the keys live as long as the cluster.
 
-    `set`, `get`, `exists` and `delete` are one round trip to the GCS (about 0.3 ms on one host); a key that `add`, `append` or
+    `set`, `get` and `exists` are one round trip to the GCS (about 0.3 ms on one host), `delete` is two; a key that `add`, `append` or
     `compare_and_set` has updated takes two to read. A wait polls every 1 to 10 ms. Survives the death of any process but the GCS's.
+    Leases are kept by records, see `lease_records`.
     In Ray's local_mode, where all is one process, the keys are in its memory.
     """
 
     # The GCS's gRPC takes 512 MiB a message, and reading an updated key may bring its first and its last value in one.
     max_value_bytes = 250 * 2**20
-    poll_to = 0.01
 
     def __init__(self, namespace: str = "default", component: str = "tensorbus", timeout: float = 3600.0) -> None:
         """``timeout`` bounds, in seconds, how long one request waits for a GCS that does not answer.
@@ -91,7 +91,7 @@ class GcsStore(KVStore):
     def _where(self) -> str:
         return "gcs://"
 
-    def _get(self, full: str) -> bytes | None:
+    def _stored_get(self, full: str) -> bytes | None:
         read = self._read(full)
         return None if read is None else read.value
 
@@ -99,15 +99,11 @@ class GcsStore(KVStore):
         with self._calls() as kv:
             kv.internal_kv_put(_value_key(full), os.urandom(_MARK) + data, True, _TABLE, self.timeout)
 
-    def _exists(self, full: str) -> bool:
-        with self._calls() as kv:
-            return kv.internal_kv_exists(_value_key(full), _TABLE, self.timeout)
-
-    def _delete(self, full: str) -> bool:
+    def _stored_delete(self, full: str) -> bool:
         with self._calls() as kv:
             return kv.internal_kv_del(_value_key(full), False, _TABLE, self.timeout) == 1
 
-    def _update(self, full: str, change: Change) -> bytes | None:
+    def _stored_update(self, full: str, change: Change) -> bytes | None:
         for losses in count():
             if losses:  # many that update one key at once would lose most of their tries to one another
                 time.sleep(random.uniform(0, min(losses * _BACK_OFF, self.poll_to)))
@@ -178,7 +174,7 @@ class GcsStore(KVStore):
     def _slot_key(self, mark: bytes, number: int) -> bytes:
         return _SLOT + b"%s%s/%d" % (self._home.encode(), mark.hex().encode(), number)
 
-    def _list(self, prefix: str) -> dict[str, bytes]:
+    def _stored_list(self, prefix: str) -> dict[str, bytes]:
         with self._calls() as kv:
             names = [key[len(_VALUE) :].decode() for key in kv.internal_kv_keys(_value_key(prefix), _TABLE, self.timeout)]
         values: dict[str, bytes | None] = {}
@@ -191,14 +187,14 @@ class GcsStore(KVStore):
             found = self._multi_get([key for name in names for key in (_value_key(name), _flag_key(name))])
         except StoreUnavailableError:
             # Together they may be more than one message holds; if that is not the cause, the first of these raises it again.
-            return {name: self._get(name) for name in names}
+            return {name: self._stored_get(name) for name in names}
         heads = {name: found.get(_value_key(name)) for name in names}
         return {
-            name: self._get(name) if head is not None and _flag_key(name) in found else head and head[_MARK:]
+            name: self._stored_get(name) if head is not None and _flag_key(name) in found else head and head[_MARK:]
             for name, head in heads.items()
         }
 
-    def _delete_prefix(self, prefix: str) -> int:
+    def _stored_delete_prefix(self, prefix: str) -> int:
         with self._calls() as kv:
             return kv.internal_kv_del(_value_key(prefix), True, _TABLE, self.timeout)
 
@@ -275,9 +271,6 @@ class _LocalKv:
     def internal_kv_keys(self, prefix: bytes, namespace: bytes, timeout: float) -> list[bytes]:
         with self._lock:
             return [name for name in self._entries if name.startswith(prefix)]
-
-    def internal_kv_exists(self, key: bytes, namespace: bytes, timeout: float) -> bool:
-        return key in self._entries
 
 
 _LOCAL = _LocalKv()

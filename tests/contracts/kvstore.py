@@ -1,58 +1,33 @@
-"""What every key-value store does. A backend's tests inherit `KVStoreContract` and give it ``make_store`` and ``add_in_parallel``."""
+"""What every key-value store does. A backend's tests inherit `KVStoreContract` and give it ``make_store`` and ``store_in_a_process``.
+
+Here are keys, values, atomic updates, listing and closing; waits, watches and leases have files of their own.
+"""
 
 from __future__ import annotations
 
 import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from etha_ray.errors import ConfigError, StoreClosedError, StoreError, StoreTimeoutError, ValueTooLargeError
+from etha_ray.errors import ConfigError, StoreClosedError, StoreError, ValueTooLargeError
 from etha_ray.kvstore import KVStore
+from tests.contracts.kvstore_fixtures import AddInParallel, MakeStore, StoreFixtures
+from tests.contracts.kvstore_leases import LeaseContract
+from tests.contracts.kvstore_waits import WaitContract
+from tests.contracts.kvstore_watches import WatchContract
+from tests.contracts.store_processes import StoreInAProcess, in_processes
 
-MakeStore = Callable[..., KVStore]
-AddInParallel = Callable[[str, str, int, int], None]
-"""(namespace, key, workers, count): adds 1 to the key ``count`` times from each of ``workers`` processes (threads, for memory)."""
+__all__ = ["AddInParallel", "KVStoreContract", "MakeStore", "StoreFixtures", "StoreInAProcess", "in_processes"]
 
 AWKWARD = ["a/b", "/a", "a/", "//", "*", "a*b", "?", "a?", "[", "[a-z]", "a]", "%2F", "a b", ".", "..", ""]
 AWKWARD += ["nul\0nul", "naïve", "日本", "\n", "😀"]
 BYTES = [b"", b"\0", b"\xff\xfe", b"/*?[", "日本".encode(), bytes(range(256)), b"1"]
 
 
-class KVStoreContract:
-    """``make_store(namespace=..., component=...)`` makes stores of one backend that meet; the suite closes them."""
-
-    PARALLEL = (8, 25)
-
-    @pytest.fixture
-    def make_store(self) -> Iterator[MakeStore]:
-        raise NotImplementedError
-
-    @pytest.fixture
-    def add_in_parallel(self) -> AddInParallel:
-        raise NotImplementedError
-
-    @pytest.fixture
-    def namespace(self) -> str:
-        return f"ns-{uuid.uuid4().hex[:12]}"
-
-    @pytest.fixture
-    def store(self, make_store: MakeStore, namespace: str) -> KVStore:
-        return make_store(namespace=namespace)
-
-    @pytest.fixture
-    def other(self, make_store: MakeStore, namespace: str) -> KVStore:
-        """A second store object of the same namespace."""
-        return make_store(namespace=namespace)
-
-    @pytest.fixture
-    def background(self) -> Iterator[ThreadPoolExecutor]:
-        with ThreadPoolExecutor(16) as pool:
-            yield pool
+class KVStoreContract(WaitContract, WatchContract, LeaseContract):
+    """All of it; see `StoreFixtures` for what a backend's tests give."""
 
     # --- one key ---------------------------------------------------------------------------------------------------------------------
 
@@ -160,9 +135,8 @@ class KVStoreContract:
         assert store.add("n", -1) == 2**63 - 2
 
     def test_parallel_adds_are_exact(self, store: KVStore, namespace: str, add_in_parallel: AddInParallel) -> None:
-        workers, count = self.PARALLEL
-        add_in_parallel(namespace, "n", workers, count)
-        assert store.get("n") == str(workers * count).encode()
+        add_in_parallel(namespace, "n", 8, 500)
+        assert store.get("n") == b"4000"
 
     def test_threads_of_one_store_add_exactly(self, store: KVStore, background: ThreadPoolExecutor) -> None:
         results = list(background.map(lambda _: [store.add("n", 1) for _ in range(10)], range(8)))
@@ -305,137 +279,7 @@ class KVStoreContract:
         with pytest.raises(ConfigError, match=r"namespace|component"):
             make_store(namespace=namespace_, component=component)
 
-    # --- waits -----------------------------------------------------------------------------------------------------------------------
-
-    def test_wait_started_after_the_put(self, store: KVStore, other: KVStore) -> None:
-        other.set("k", "v")
-        assert store.wait_for_key("k", 0) == b"v"
-        assert store.wait_for_value("k", "v", 0) == b"v"
-        assert store.wait_for_value("k", b"v", 0) == b"v"
-
-    def test_wait_started_before_the_put(self, store: KVStore, other: KVStore, background: ThreadPoolExecutor) -> None:
-        waits = [background.submit(store.wait_for_key, f"k{n}", 30) for n in range(3)]
-        waits.append(background.submit(store.wait_for_value, "k0", "v", 30))
-        time.sleep(0.2)
-        assert not any(wait.done() for wait in waits)
-        for n in range(3):
-            other.set(f"k{n}", "v")
-        assert [wait.result(30) for wait in waits] == [b"v"] * 4
-
-    def test_wait_started_during_the_put(self, store: KVStore, other: KVStore, background: ThreadPoolExecutor) -> None:
-        for n in range(50):
-            wait = background.submit(store.wait_for_key, f"k{n}", 30)
-            other.set(f"k{n}", "v")
-            assert wait.result(30) == b"v"
-
-    def test_a_wait_holds_up_nobody(self, store: KVStore, background: ThreadPoolExecutor) -> None:
-        waits = [background.submit(store.wait_for_key, "k", 30) for _ in range(8)]
-        time.sleep(0.05)
-        for n in range(20):
-            store.set("other", str(n))
-            assert store.get("other") == b"%d" % n
-        assert not any(wait.done() for wait in waits)
-        store.set("k", "v")
-        assert [wait.result(30) for wait in waits] == [b"v"] * 8
-
-    def test_wait_for_keys(self, store: KVStore, other: KVStore, background: ThreadPoolExecutor) -> None:
-        other.set("rank/1/ready", "1")
-        other.set("rank/2/ready", "0")
-        other.set("rank/2/other", "1")
-        wait = background.submit(store.wait_for_keys, "rank/*/ready", 3, "1", 30)
-        other.set("rank/10/ready", "1")
-        time.sleep(0.1)
-        assert not wait.done()
-        other.set("rank/2/ready", "1")
-        assert wait.result(30) == ["rank/1/ready", "rank/10/ready", "rank/2/ready"]
-        other.set("rank/2/ready", "x")
-        assert store.wait_for_keys("rank/*/ready", 3, None, 0) == ["rank/1/ready", "rank/10/ready", "rank/2/ready"]
-        assert store.wait_for_keys("rank/*/ready", 0, "1", 0) == ["rank/1/ready", "rank/10/ready"]
-        assert store.wait_for_keys("nothing", 0, "1", 0) == []
-
-    def test_wait_for_keys_of_candidates(self, store: KVStore, other: KVStore, background: ThreadPoolExecutor) -> None:
-        other.set("r0", "1")
-        other.set("r9", "1")
-        wait = background.submit(store.wait_for_keys, "r*", 2, "1", 30, ["r1", "r0", "r2", "x", "r0"])
-        time.sleep(0.1)
-        assert not wait.done()
-        other.set("x", "1")
-        other.set("r2", "1")
-        assert wait.result(30) == ["r0", "r2"]
-        with pytest.raises(ConfigError, match="only 3"):
-            store.wait_for_keys("r*", 4, "1", 0, ["r0", "r1", "r2", "x"])
-        with pytest.raises(ConfigError, match="negative"):
-            store.wait_for_keys("r*", -1)
-
-    @pytest.mark.parametrize(
-        ("pattern", "expected"),
-        [
-            ("a?[b].*", ["a?[b].", "a?[b].\n1", "a?[b].1"]),
-            ("a?[b].1", ["a?[b].1"]),
-            ("*1", ["1", "a?[b].\n1", "a?[b].1", "axb.1"]),
-            ("*[b]*", ["a?[b].", "a?[b].\n1", "a?[b].1"]),
-            ("a**1", ["a?[b].\n1", "a?[b].1", "axb.1"]),
-        ],
-    )
-    def test_only_the_star_is_a_wildcard(self, store: KVStore, pattern: str, expected: list[str]) -> None:
-        keys = ["a?[b].", "a?[b].1", "a?[b].\n1", "axb.1", "1", "*x"]
-        for key in keys:
-            store.set(key, "1")
-        assert store.wait_for_keys(pattern, len(expected), "1", 0) == expected
-        assert store.wait_for_keys(pattern, len(expected), "1", 0, keys) == expected
-
-    def test_timeouts(self, store: KVStore) -> None:
-        store.set("there", "0")
-        for timeout in (0, 0.3):
-            for wait, names in (
-                (lambda t: store.wait_for_key("missing", t), ["missing"]),
-                (lambda t: store.wait_for_value("there", "1", t), ["there", "b'0'"]),
-                (lambda t: store.wait_for_keys("the*", 2, "0", t), ["1 of 2", "the\\*", "there"]),
-                (lambda t: store.wait_for_keys("the*", 1, "1", t, ["there"]), ["0 of 1", "the\\*"]),
-            ):
-                start = time.monotonic()
-                with pytest.raises(StoreTimeoutError, match=".*".join([*names, f"{timeout:g} s"])) as caught:
-                    wait(timeout)
-                assert isinstance(caught.value, TimeoutError)
-                assert timeout <= time.monotonic() - start < timeout + 5
-
-    def test_delete_while_waiting(self, store: KVStore, other: KVStore, background: ThreadPoolExecutor) -> None:
-        other.set("k", "old")
-        wait = background.submit(store.wait_for_value, "k", "new", 30)
-        time.sleep(0.05)
-        other.delete("k")
-        time.sleep(0.05)
-        assert not wait.done()
-        other.set("k", "new")
-        assert wait.result(30) == b"new"
-
-    def test_reads_never_wait_while_a_key_comes_and_goes(self, store: KVStore, other: KVStore, background: ThreadPoolExecutor) -> None:
-        def flicker() -> None:
-            for _ in range(150):
-                other.set("k", "v")
-                other.delete("k")
-
-        done = background.submit(flicker)
-        while not done.done():
-            assert store.get("k") in (None, b"v")
-            assert store.list("") in ({}, {"k": b"v"})
-        done.result()
-
     # --- closing ---------------------------------------------------------------------------------------------------------------------
-
-    def test_close_while_waiting(self, store: KVStore, other: KVStore, background: ThreadPoolExecutor) -> None:
-        waits = [
-            background.submit(store.wait_for_key, "k", 60),
-            background.submit(store.wait_for_value, "k", "v", 60),
-            background.submit(store.wait_for_keys, "k*", 1, "1", 60),
-        ]
-        time.sleep(0.1)
-        store.close(cleanup=False)
-        for wait in waits:
-            with pytest.raises(StoreClosedError, match="closed"):
-                wait.result(20)
-        other.set("k", "v")
-        assert other.get("k") == b"v"
 
     def test_use_after_close(self, store: KVStore, namespace: str) -> None:
         store.close()
@@ -455,6 +299,8 @@ class KVStoreContract:
             lambda: store.wait_for_key("k", 0),
             lambda: store.wait_for_value("k", "v", 0),
             lambda: store.wait_for_keys("k", 1, "1", 0),
+            lambda: store.watch(),
+            lambda: store.lease(1.0),
         ):
             with pytest.raises(StoreClosedError, match=namespace):
                 use()

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch.distributed as dist
@@ -14,23 +15,13 @@ import torch.distributed as dist
 from etha_ray.errors import ConfigError, StoreUnavailableError
 from etha_ray.kvstore import KVStore, TorchTCPStore
 from etha_ray.kvstore.tcp import POLL_INTERVAL
-from tests.contracts.kvstore import AddInParallel, KVStoreContract, MakeStore
+from tests.contracts.kvstore import KVStoreContract, MakeStore, StoreInAProcess, in_processes
 
 HOST = "127.0.0.1"
 
 
-def fresh_processes() -> multiprocessing.context.ForkServerContext:
-    """Processes that have torch imported and share nothing with this one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["etha_ray.kvstore.tcp"])
-    return context
-
-
-def add_often(port: int, namespace: str, key: str, count: int) -> None:
-    store = TorchTCPStore(HOST, port, None, False, 60.0, namespace=namespace)
-    for _ in range(count):
-        store.add(key, 1)
-    store.close(cleanup=False)
+def open_client(port: int, namespace: str) -> TorchTCPStore:
+    return TorchTCPStore(HOST, port, None, False, 60.0, namespace=namespace)
 
 
 def serve(pipe: object) -> None:
@@ -52,8 +43,6 @@ def master() -> Iterator[TorchTCPStore]:
 
 
 class TestTorchTCPStore(KVStoreContract):
-    PARALLEL = (8, 500)
-
     @pytest.fixture
     def make_store(self, master: TorchTCPStore) -> Iterator[MakeStore]:
         made: list[KVStore] = []
@@ -67,17 +56,10 @@ class TestTorchTCPStore(KVStoreContract):
             store.close()
 
     @pytest.fixture
-    def add_in_parallel(self, master: TorchTCPStore) -> AddInParallel:
-        def add(namespace: str, key: str, workers: int, count: int) -> None:
-            context = fresh_processes()
-            processes = [context.Process(target=add_often, args=(master.port, namespace, key, count)) for _ in range(workers)]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(60)
-            assert [process.exitcode for process in processes] == [0] * workers
-
-        return add
+    def store_in_a_process(self, master: TorchTCPStore) -> Iterator[StoreInAProcess]:
+        start, end = in_processes(partial(open_client, master.port))
+        yield start
+        end()
 
     def test_values_are_stored_as_they_are(self, master: TorchTCPStore, make_store: MakeStore) -> None:
         raw = dist.TCPStore(HOST, master.port, None, False)
@@ -195,7 +177,7 @@ def test_multi_tenant_and_listen_fd() -> None:
 
 def test_a_killed_server() -> None:
     ours, theirs = multiprocessing.Pipe()
-    server = fresh_processes().Process(target=serve, args=(theirs,), daemon=True)
+    server = multiprocessing.get_context("forkserver").Process(target=serve, args=(theirs,), daemon=True)
     server.start()
     store = TorchTCPStore(HOST, ours.recv(), None, False, 30.0)
     store.set("k", "v")

@@ -1,0 +1,115 @@
+"""Processes of their own that open a store and do one job with it: what the contracts of the stores kill, stop and wait for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from etha_ray.errors import LeaseExpiredError
+from etha_ray.kvstore import KVStore
+
+Job = Callable[..., object]
+"""Called with the store, then with the arguments that came with it. A function of a module, as it goes to another process."""
+
+
+class StoreProcess(Protocol):
+    """A process with a job."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def join(self) -> None:
+        """Waits until the job is done; fails if it failed."""
+
+    def kill(self) -> None:
+        """Ends the process by SIGKILL, and waits until it has ended."""
+
+
+StoreInAProcess = Callable[..., StoreProcess]
+"""(namespace, job, *arguments): starts a process that opens a store of the namespace and does the job."""
+
+
+def in_processes(open_store: Callable[[str], KVStore]) -> tuple[StoreInAProcess, Callable[[], None]]:
+    """A `StoreInAProcess` of processes forked from a clean one, and what ends those that still run.
+
+    ``open_store`` makes a store of a namespace there: a function of a module, or a partial of one.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["etha_ray.kvstore.tcp"])  # torch takes seconds to import
+    started: list[_Forked] = []
+
+    def start(namespace: str, job: Job, *arguments: object) -> StoreProcess:
+        process = context.Process(target=_do, args=(partial(open_store, namespace), job, arguments), daemon=True)
+        process.start()
+        started.append(_Forked(process))
+        return started[-1]
+
+    def end() -> None:
+        for process in started:
+            process.kill()
+
+    return start, end
+
+
+def _do(open_store: Callable[[], KVStore], job: Job, arguments: tuple[object, ...]) -> None:
+    store = open_store()
+    job(store, *arguments)
+    store.close(cleanup=False)
+
+
+class _Forked:
+    def __init__(self, process: multiprocessing.context.ForkServerProcess) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def join(self) -> None:
+        self._process.join(100)
+        assert self._process.exitcode == 0
+
+    def kill(self) -> None:
+        if self._process.exitcode is None:
+            os.kill(self.pid, signal.SIGKILL)
+        self._process.join()
+
+
+def add_often(store: KVStore, key: str, count: int) -> None:
+    """Adds 1 ``count`` times."""
+    for _ in range(count):
+        store.add(key, 1)
+
+
+def write_often(store: KVStore, prefix: str, count: int) -> None:
+    """Sets, updates and deletes three keys under the prefix in turns, ``count`` times; says at the end that it is done."""
+    for n in range(count):
+        key = f"{prefix}/{n % 3}"
+        if n % 5 == 4:
+            store.delete(key)
+        elif n % 2:
+            store.set(key, str(n))
+        else:
+            store.compare_and_set(key, store.get(key), b"%d" % n)
+    store.set(f"{prefix}/done", "1")
+
+
+def hold_lease(store: KVStore, ttl: float) -> None:
+    """Keeps the keys ``held/*`` under a lease, says so in ``ttl``, and sets another when told to in ``go``; its end is in ``outcome``."""
+    lease = store.lease(ttl)
+    lease.set("held/a", "1")
+    lease.set("held/b", "1")
+    store.set("ttl", str(lease.ttl))
+    store.wait_for_key("go", 100)
+    try:
+        lease.set("held/late", "1")
+        store.set("outcome", "set")
+    except LeaseExpiredError:
+        store.set("outcome", "expired")
+    threading.Event().wait(100)
