@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from etha_ray.explanation import explain
 from etha_ray.kvstore import create_store
 from etha_ray.layout import MeshSpec
 from etha_ray.report import TransferReport
@@ -27,6 +28,7 @@ __all__ = [
     "TransferReport",
     "bootstrap_client",
     "create_store",
+    "explain",
     "launch_agents",
 ]
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from etha_ray.bench.processes import Answer, Request
+from etha_ray.bench.store_roles import EtcdRole, WaiterRole
 from etha_ray.bench.workload import Shards, SideName, Workload
 from etha_ray.config import AgentPaths
 from etha_ray.kvstore.tcp import TorchTCPStore
@@ -163,7 +164,14 @@ class CopyRole:
         """The buffers go with the process."""
 
 
-_ROLES: dict[str, type[Role]] = {"agent": AgentRole, "client": ClientRole, "queue": QueueRole, "copy": CopyRole}
+_ROLES: dict[str, type[Role]] = {
+    "agent": AgentRole,
+    "client": ClientRole,
+    "queue": QueueRole,
+    "copy": CopyRole,
+    "waiter": WaiterRole,
+    "etcd": EtcdRole,
+}
 
 
 def _placements(tokens: tuple[str, ...]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The command line: ``etha-ray bench roundtrip | sync | small``."""
+"""``etha-ray bench``: measure on this machine."""
 
 from __future__ import annotations
 
@@ -10,23 +10,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from etha_ray.bench import BenchResult, run_roundtrip, run_small, run_sync
+from etha_ray.bench import BenchResult, run_plan, run_roundtrip, run_small, run_store, run_sync
 from etha_ray.bench.processes import leaving_on_sigterm
+from etha_ray.cli.failures import failed
 from etha_ray.errors import EthaRayError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Moves tensors between two groups of processes.")
-bench = typer.Typer(no_args_is_help=True, help="Measure on this machine, each figure beside its baseline in the same run.")
-app.add_typer(bench, name="bench")
+app = typer.Typer(no_args_is_help=True, help="Measure on this machine, each figure beside its baseline in the same run.")
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
-@app.callback()
-def _root() -> None:
-    """Moves tensors between two groups of processes, from any device mesh and placement to any other."""
-
-
-@bench.command()
+@app.command()
 def roundtrip(
     count: Annotated[int, typer.Option(help="Round trips to measure.")] = 20_000,
     as_json: _Json = False,
@@ -35,7 +29,7 @@ def roundtrip(
     _show(lambda: run_roundtrip(count), as_json)
 
 
-@bench.command()
+@app.command()
 def sync(
     shape: Annotated[str, typer.Option(help='The model: "qwen3-0.6b", or "tiny" to try it out.')] = "qwen3-0.6b",
     src: Annotated[int, typer.Option(help="Ranks that hold FSDP shards.")] = 2,
@@ -48,7 +42,7 @@ def sync(
     _show(lambda: run_sync(shape, src, dst, dtype, steps), as_json)
 
 
-@bench.command()
+@app.command()
 def small(
     tensors: Annotated[int, typer.Option(help="How many tensors of 4 KiB.")] = 10_000,
     steps: Annotated[int, typer.Option(help="Syncs of them to measure.")] = 20,
@@ -59,23 +53,32 @@ def small(
     _show(lambda: run_small(tensors, steps, single_count), as_json)
 
 
+@app.command()
+def plan(
+    ranks: Annotated[list[int] | None, typer.Option(help="Source ranks, multiples of 16; may be given several times.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """One agent's plan for a 671B mixture of experts (DeepSeek-V3), and how it grows with the ranks. Needs no Ray and no agents."""
+    _show(lambda: run_plan(*([tuple(ranks)] if ranks else [])), as_json)
+
+
+@app.command()
+def store(
+    puts: Annotated[int, typer.Option(help="Puts to measure of each store, and as many gets.")] = 2000,
+    etcd: Annotated[str | None, typer.Option(help="HOST:PORT of an etcd that serves; without it one is started here.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """The key-value stores: a put, a get, and from a put until another process's wait for it is over."""
+    _show(lambda: run_store(puts, etcd), as_json)
+
+
 def _show(run: Callable[[], BenchResult], as_json: bool) -> None:
     try:
         with leaving_on_sigterm():
             result = run()
     except EthaRayError as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from None
+        raise failed(error) from None
     if as_json:
         sys.stdout.write(json.dumps(result.as_dict()) + "\n")
     else:
         Console().print(result.table())
-
-
-def main() -> None:
-    """Entry point of the ``etha-ray`` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()
