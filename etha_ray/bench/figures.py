@@ -126,7 +126,7 @@ def interleaved(rounds: int, measures: Mapping[str, Callable[[], Sequence[float]
 
 def progress(text: str) -> None:
     """Say on stderr what is being done."""
-    Console(stderr=True, highlight=False).print(f"[dim]{time.strftime('%H:%M:%S')} {text}[/]")
+    Console(stderr=True, highlight=False).print(f"{time.strftime('%H:%M:%S')} {text}", style="dim", markup=False)
 
 
 def describe_machine() -> dict[str, str | int | float]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
-from rich.markup import escape
-
 from etha_ray.bench.figures import BenchResult, Figure, describe_machine, interleaved, median, percentile, progress
 from etha_ray.bench.processes import Workers
 from etha_ray.bench.ray_baseline import open_ray
@@ -197,5 +195,5 @@ def _open_all(stack: ExitStack, etcd: str | None) -> tuple[list[_Bench], list[st
             benches.append(open_one())
         except _NotHere as error:
             left_out.append(f"{name}: {error}")
-            progress(escape(f"left out: {name}: {error}"))
+            progress(f"left out: {name}: {error}")
     return benches, left_out
