@@ -32,10 +32,13 @@ lint: $(STAMP)  ## ruff: style and format
 types: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## The three benchmarks, each beside its baselines
+bench: $(STAMP)  ## The benchmarks, each beside its baselines
 	$(BIN)/etha-ray bench roundtrip
 	$(BIN)/etha-ray bench small
 	$(BIN)/etha-ray bench sync
+	$(BIN)/etha-ray bench network
+	$(BIN)/etha-ray bench store
+	$(BIN)/etha-ray bench plan
 
 wheel-check: $(STAMP)  ## Build the wheel, install it into an empty environment, import it there
 	rm -rf build dist

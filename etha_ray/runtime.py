@@ -55,7 +55,12 @@ class AgentActor:
         cores = len(os.sched_getaffinity(0))
         self._store = create_store(store, namespace=namespace)
         self._agent = TensorBusAgent(
-            rank, self._store, paths=agent_paths(rank, namespace), device=device, threads=max(1, cores // len(neighbours))
+            rank,
+            self._store,
+            paths=agent_paths(rank, namespace),
+            device=device,
+            threads=max(1, cores // len(neighbours)),
+            host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
         )
         self._agent.start()
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from etha_ray.bench import BenchResult, run_plan, run_roundtrip, run_small, run_store, run_sync
+from etha_ray.bench import BenchResult, run_network, run_plan, run_roundtrip, run_small, run_store, run_sync
 from etha_ray.bench.processes import leaving_on_sigterm
 from etha_ray.cli.failures import failed
 from etha_ray.errors import EthaRayError
@@ -51,6 +51,19 @@ def small(
 ) -> None:
     """Many tensors of 4 KiB in one sync, and one tensor of 1 MiB end to end."""
     _show(lambda: run_small(tensors, steps, single_count), as_json)
+
+
+@app.command()
+def network(
+    shape: Annotated[str, typer.Option(help='The model: "qwen3-0.6b", or "tiny" to try it out.')] = "qwen3-0.6b",
+    src: Annotated[int, typer.Option(help="Ranks that hold FSDP shards.")] = 2,
+    dst: Annotated[int, typer.Option(help="Ranks that hold tensor-parallel shards; the first one's are moved.")] = 2,
+    dtype: Annotated[str, typer.Option(help="Element type.")] = "bfloat16",
+    steps: Annotated[int, typer.Option(help="Transfers to measure.")] = 15,
+    as_json: _Json = False,
+) -> None:
+    """A model's weights from one process to another over TCP, against gloo and one raw socket. Needs no Ray and no agents."""
+    _show(lambda: run_network(shape, src, dst, dtype, steps), as_json)
 
 
 @app.command()

@@ -21,11 +21,14 @@ from typing import Any
 from etha_ray.config import DEFAULT_NAMESPACE, FAILURE_TIMEOUT, HEARTBEAT_INTERVAL, AgentPaths, agent_paths, worker_environment
 from etha_ray.errors import AgentBusyError, ConfigError
 from etha_ray.kvstore import KVStore, create_store
+from etha_ray.kvstore.lease import Lease
 from etha_ray.processes import process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
+from etha_ray.tensor_bus.commands import Message
 from etha_ray.tensor_bus.host import HostNonce, host_identity
 from etha_ray.tensor_bus.jobs import Job, Jobs
 from etha_ray.tensor_bus.leftovers import leave_folder, lives
+from etha_ray.tensor_bus.network import AgentNetwork, address_towards
 from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
 from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.service import BusService
@@ -48,10 +51,12 @@ class TensorBusAgent:
         paths: command queue and state file; by default those of ``rank`` in the default namespace.
         device: what it is pinned to, "cpu".
         threads: threads that copy; by default all cores of this process.
-        transport: what moves bytes, instead of a `MappedTransport` of ``threads``. Closed with the agent.
+        transport: what moves bytes on this host, instead of a `MappedTransport` of ``threads``. Closed with the agent.
+        host: the address of this host that agents of other hosts connect to; without one, only this host's agents are reached.
 
     Raises:
         AgentBusyError: another live agent serves these paths.
+        ConfigError: ``host`` is no address of this host.
         UnsafePathError: a path belongs to another user.
     """
 
@@ -64,6 +69,7 @@ class TensorBusAgent:
         device: str = "cpu",
         threads: int | None = None,
         transport: OneSidedTransport | None = None,
+        host: str | None = None,
     ) -> None:
         self.rank = rank
         self.paths = paths or agent_paths(rank)
@@ -72,9 +78,13 @@ class TensorBusAgent:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._turned = time.monotonic()
+        self._publishing = False
         with contextlib.ExitStack() as undo:
             self._nonce = HostNonce()
             undo.callback(self._nonce.close)
+            self._network = None if host is None else AgentNetwork(store, host, self._receive)
+            if self._network is not None:
+                undo.callback(self._network.close)
             self.record = AgentRecord(
                 rank=rank,
                 incarnation=secrets.token_hex(16),
@@ -87,6 +97,7 @@ class TensorBusAgent:
                 command_queue_path=self.paths.command_queue,
                 state_path=self.paths.state,
                 device=device,
+                address="" if self._network is None else self._network.address,
             )
             self._state = _claim_state(self.record)
             undo.callback(self._state.close, destroy=True)
@@ -95,9 +106,10 @@ class TensorBusAgent:
             undo.callback(self._queue.close, destroy=True)
             self._jobs = Jobs(self._queue.wake)
             self._transport = transport or MappedTransport(threads or len(os.sched_getaffinity(0)))
-            self._service = BusService(self.record, store, self._state, self._jobs, self._transport)
+            self._service = BusService(self.record, store, self._state, self._jobs, self._transport, self._network)
             self._queue.on_corrupt = self._service.handle_corrupt
-            store.set_bytes(agent_key(rank), encode(self.record))
+            self._lease = self._publish()
+            undo.callback(self._lease.close)
             while left := self._queue.dequeue_batch(64):
                 for message in left:
                     self._service.handle_left_over(message)
@@ -122,6 +134,7 @@ class TensorBusAgent:
                 if now >= next_check:
                     next_check = now + HEARTBEAT_INTERVAL
                     self._service.check_others()
+                    self._stay_published()
         finally:
             self._stopping.set()
             heart.join()
@@ -174,6 +187,35 @@ class TensorBusAgent:
                 self._service.handle(message)
         self._jobs.run(results)
 
+    def _publish(self) -> Lease:
+        """Put this agent's record into the store, for as long as the agent lives."""
+        lease = self._store.lease(FAILURE_TIMEOUT)
+        try:
+            lease.set_bytes(agent_key(self.rank), encode(self.record))
+        except BaseException:
+            lease.close()
+            raise
+        return lease
+
+    def _stay_published(self) -> None:
+        """Take a new lease where one was lost, with a store that was away for long or when this process was stopped."""
+        if self._publishing or self._lease.alive:
+            return
+
+        def over(job: Job[Lease]) -> None:
+            self._publishing = False
+            if job.value is not None:
+                self._lease = job.value
+            else:
+                _log_error(job)
+
+        self._publishing = True
+        self._jobs.start("publish the agent", lambda _: self._publish(), over)
+
+    def _receive(self, message: Message) -> None:
+        # Through the queue, which the loop empties before it looks at what jobs came to: see `_turn`.
+        self._queue.enqueue(message)
+
     def _beat(self) -> None:
         beats = 0
         while not self._stopping.wait(HEARTBEAT_INTERVAL):
@@ -196,13 +238,15 @@ class TensorBusAgent:
             steps.callback(self._queue.close, destroy=True)
             steps.callback(self._service.close)
             steps.callback(self._transport.close)
-            self._jobs.start("leave the store", lambda _: self._store.delete(agent_key(self.rank)), _log_error)
+            if self._network is not None:
+                steps.callback(self._network.close)
+            self._jobs.start("leave the store", lambda _: self._lease.close(), _log_error)
             self._service.leave_all(f"agent {self.rank} was shut down")
 
 
-def _log_error(job: Job[bool]) -> None:
+def _log_error(job: Job[Any]) -> None:
     if job.error is not None:
-        logger.warning("could not leave the store: %s", job.error)
+        logger.warning("the agent's record in the store: %s", job.error)
 
 
 def _claim_state(record: AgentRecord) -> StateFile:
@@ -236,6 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, help="this agent's rank; default: RANK, as torchrun sets it")
     parser.add_argument("--namespace", default=DEFAULT_NAMESPACE, help="name of the pool (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="what this agent is pinned to (default: %(default)s)")
+    parser.add_argument("--host", help="address for agents of other hosts (default: that on the way to the store, unless loopback)")
     parser.add_argument("--threads", type=int, help="threads that copy (default: all cores)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
@@ -247,7 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
         url += ("&" if "?" in url else "?") + "master=1&wait_for_workers=0"
     store = create_store(url, namespace=options.namespace)
     paths = agent_paths(rank, options.namespace)
-    agent = TensorBusAgent(rank, store, paths=paths, device=options.device, threads=options.threads)
+    host = options.host or address_towards(url)
+    agent = TensorBusAgent(rank, store, paths=paths, device=options.device, threads=options.threads, host=host)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=agent.stop, daemon=True).start())
     logger.info("agent %d serves %s", rank, paths.command_queue)

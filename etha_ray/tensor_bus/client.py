@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
-import secrets
 import threading
-import time
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import posix_ipc
@@ -25,35 +22,27 @@ from etha_ray.errors import (
     BatchUnmatchedError,
     ConfigError,
     EthaRayError,
-    QueueClosedError,
-    QueueFullError,
-    TransferTimeoutError,
     UnknownBatchError,
     UnknownPairError,
 )
 from etha_ray.layout import Layout, MeshSpec
 from etha_ray.memory import ExportedTensors, encode_handle, export_tensors
-from etha_ray.processes import pid_namespace, process_start_time
 from etha_ray.tensor_bus.batch_handler import BatchHandler
-from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import (
     CancelTransfer,
     CleanupBatch,
     Goodbye,
-    Hello,
     InitPair,
-    Message,
     Ping,
     QueryStatus,
     RegisteredTensor,
     RegisterTensors,
     Transfer,
 )
-from etha_ray.tensor_bus.reply import OutcomeSemaphore, Reply, ReplyPool
+from etha_ray.tensor_bus.connection import Connection
+from etha_ray.tensor_bus.reply import OutcomeSemaphore, Reply
 from etha_ray.tensor_bus.semaphores import generate_semaphore_name
-from etha_ray.tensor_bus.state_file import StateFile
-from etha_ray.tensor_bus.tensors import check_dtensor, check_label, check_writable, describe, global_shape
-from etha_ray.tensor_bus.watch import find_agent
+from etha_ray.tensor_bus.tensors import Piece, Registrable, check_label, describe, described
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -62,12 +51,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = ["BatchHandler", "TensorBusClient", "generate_semaphore_name"]
-
-_GRACE = 0.5
-"""Seconds that a client waits beyond a command's own timeout, for the agent to say who was missing."""
-
-_SLICE = 0.5
-"""Seconds after which a command that finds the queue full looks whether the agent still lives."""
 
 _AT_ONCE = 0.1
 """Seconds that a query which does not wait gives the agent."""
@@ -112,40 +95,24 @@ class TensorBusClient:
         agent_state_lmdb_path: str | None = None,
         connection_timeout: float = 30.0,
     ) -> None:
-        self._closed = True
         timeout = check_timeout(connection_timeout)
         environment, paths = worker_environment(), agent_paths(agent_rank)
         self.agent_rank = agent_rank
         self.agent_state_lmdb_path: str = agent_state_lmdb_path or environment.state_path or paths.state
         queue_path = lmdb_command_queue_path or environment.command_queue_path or paths.command_queue
-        self._pid = os.getpid()
-        self.client_id = f"{self._pid}-{secrets.token_hex(8)}"
-        self._command_ids = itertools.count(1)
         self._batches: dict[str, _Batch] = {}
         self._pairs: dict[str, tuple[Layout | None, MeshSpec | None]] = {}
         self._lock = threading.RLock()
 
-        self._state, watch = find_agent(agent_rank, self.agent_state_lmdb_path, queue_path, timeout)
-        try:
-            self.command_queue = CommandQueue(queue_path)
-        except BaseException:
-            self._state.close()
-            raise
-        self.state_env, self.state_db = self._state.env, self._state.db
-        self.device = watch.record.device
-        self._pool = ReplyPool(self._state, watch)
-        self._finalizer = weakref.finalize(self, _leave, self._pool, self.command_queue, self._state, self.client_id)
+        self._connection = Connection(agent_rank, queue_path, self.agent_state_lmdb_path, timeout)
+        self.client_id = self._connection.client_id
+        self.command_queue = self._connection.queue
+        self.state_env, self.state_db = self._connection.state.env, self._connection.state.db
+        self.device = self._connection.watch.record.device
+        self._finalizer = weakref.finalize(self, self._connection.leave)
         # A process that ends without `close` has not left by choice, and its agent will find it dead.
         self._finalizer.atexit = False
-        weakref.finalize(self, self._pool.close)
-        self._closed = False
-        hello = Hello(pid=self._pid, start_time=process_start_time(self._pid) or 0.0, pid_namespace=pid_namespace())
-        try:
-            self._call(hello, "hello", str(agent_rank), None if timeout is None else max(timeout, FAILURE_TIMEOUT))
-        except BaseException:
-            self._closed = True
-            self._finalizer()
-            raise
+        weakref.finalize(self, self._connection.pool.close)
 
     # ------------------------------------------------------------------------------------------------- public
 
@@ -169,7 +136,9 @@ class TensorBusClient:
             expected_world_size: number of workers on this side.
             device_mesh: a torch ``DeviceMesh``, or a `MeshSpec` for workers without a process group. None on both sides
                 pairs the ranks in order.
-            placements: one ``Shard`` or ``Replicate`` per mesh dimension: how this side holds every tensor of the pair.
+            placements: one per mesh dimension, ``Shard``, ``_StridedShard``, ``Replicate`` or ``Partial``: how this side holds
+                every tensor of the pair but explicit pieces. A side with ``Partial`` can send only: its contributions are
+                combined as DTensor would.
             blocking: wait until both sides are complete. Without, the agent waits as long as it takes, and `register_tensors`
                 raises what goes wrong.
             timeout: seconds to wait.
@@ -198,18 +167,19 @@ class TensorBusClient:
             command.placements_payload = msgspec.msgpack.encode(layout.placements)
             command.coordinate_payload = msgspec.msgpack.encode(spec.coordinate)
         if blocking:
-            self._call(command, "init_pair", pair_name, timeout)
+            self._connection.call(command, "init_pair", pair_name, timeout)
         else:
-            self._start(command, "init_pair", pair_name, None, timeout).abandon()
+            self._connection.start(command, "init_pair", pair_name, None, timeout).abandon()
         self._pairs[pair_name] = layout, spec
 
     def register_tensors(
         self,
         batch_id: str,
-        tensors: list[tuple[torch.Tensor, str]],
+        tensors: Sequence[tuple[Registrable, str]],
         bucket_size: int | None = None,
         timeout: float = 30.0,
         blocking: bool = True,
+        allow_lossy: bool = False,
     ) -> BatchHandler:
         """Register tensors to be transferred together, in the same order on both sides.
 
@@ -218,11 +188,18 @@ class TensorBusClient:
 
         Args:
             batch_id: the same on both sides.
-            tensors: (tensor, pair name); a DTensor stands for its local shard.
+            tensors: (tensor, pair name). A DTensor stands for its local shard; a `Piece` says where it lies by itself. Views
+                may be given, such as the rows of q, k and v in one fused weight.
             bucket_size: bytes per message on transports that stage; the shared-memory transport has no use for it.
             timeout: seconds to wait for the other side.
             blocking: wait until the other side has registered its part. With False (when one thread plays both sides)
                 errors of the match are raised by `BatchHandler.wait_ready` and by transfers.
+            allow_lossy: take into these tensors what their dtype cannot keep, such as floats into integers. Said by the side
+                that receives, on all its ranks. Casts that round (float32 to bfloat16) need no permission; the table is in
+                `etha_ray.dtypes`.
+
+        The sides may hold a tensor in different dtypes: it is cast where it is written. A direction that is impossible (into a
+        Partial, or a lossy cast that is not allowed) is refused when a transfer asks for it.
 
         Raises:
             UnknownPairError: no `init_pair` was made for a pair name.
@@ -240,23 +217,25 @@ class TensorBusClient:
         with self._lock:
             if batch_id in self._batches:
                 raise BatchExistsError(f"batch {batch_id!r} is registered already: close its handler first, or use another id")
-            for position, entry in enumerate(tensors):
-                if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], torch.Tensor)):
-                    raise ConfigError(f"batch {batch_id!r}: entry {position} is a {type(entry).__name__}; give (tensor, pair name)")
             labels = [f"tensor {position} of batch {batch_id!r}" for position in range(len(tensors))]
-            for label, (tensor, pair_name) in zip(labels, tensors, strict=True):
+            parts = []
+            for position, (label, entry) in enumerate(zip(labels, tensors, strict=True)):
+                if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], torch.Tensor | Piece)):
+                    raise ConfigError(
+                        f"batch {batch_id!r}: entry {position} is a {type(entry).__name__}; give (tensor or Piece, pair name)"
+                    )
+                thing, pair_name = entry
                 if pair_name not in self._pairs:
                     known = sorted(self._pairs) or "none"
                     raise UnknownPairError(f"{label}: pair {pair_name!r} is not known here; call init_pair first. Known pairs: {known}")
-                check_writable(label, tensor)
-                check_dtensor(label, tensor, pair_name, *self._pairs[pair_name])
-            exported = export_tensors([tensor for tensor, _ in tensors], labels=labels)
+                parts.append(described(label, thing, pair_name, *self._pairs[pair_name]))
+            exported = export_tensors([tensor for tensor, _, _ in parts], labels=labels)
             entries = [
-                (pair_name, RegisteredTensor(encode_handle(handle), global_shape(tensor)).encode())
-                for (tensor, pair_name), handle in zip(tensors, exported.handles, strict=True)
+                (pair_name, RegisteredTensor(encode_handle(handle), whole, offsets, allow_lossy).encode())
+                for (_, pair_name), (_, whole, offsets), handle in zip(tensors, parts, exported.handles, strict=True)
             ]
             command = RegisterTensors(batch_id=batch_id, tensors=entries, bucket_size=bucket_size)
-            reply = self._start(command, "register_tensors", batch_id, timeout if blocking else None, timeout)
+            reply = self._connection.start(command, "register_tensors", batch_id, timeout if blocking else None, timeout)
             self._batches[batch_id] = _Batch(exported, reply, timed=blocking)
         if blocking:
             self._wait_registered(batch_id, timeout)
@@ -290,6 +269,7 @@ class TensorBusClient:
             TransferInProgressError: (raised when waited for) the batch is being transferred already.
             TransferTimeoutError: (a TimeoutError) the other side did not arrive; says who.
             PeerLostError: (a ConnectionError) a process on the other side died.
+            LayoutError, TensorMismatchError: (ValueErrors) this side cannot send that way, or receive: a Partial, a lossy cast.
             BatchClosedError: closed here, or by the other side.
             AgentDiedError: (a ConnectionError) the agent died meanwhile.
         """
@@ -300,10 +280,10 @@ class TensorBusClient:
         if batch.registration is not None and batch.registration.wait(0.0):
             self._wait_registered(batch_id, timeout)  # raises what made the registration fail
         command = Transfer(batch_id=batch_id, transfer_type=transfer_type)
-        reply = self._start(command, "transfer", batch_id, timeout if blocking else None, timeout)
+        reply = self._connection.start(command, "transfer", batch_id, timeout if blocking else None, timeout)
         semaphore = OutcomeSemaphore.of(reply)
         if blocking:
-            self._finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id))
+            self._connection.finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id))
         return semaphore
 
     def query_transfer_signal(self, batch_id: str, blocking: bool = True, timeout: float = 30.0) -> bool:
@@ -325,8 +305,8 @@ class TensorBusClient:
         self._known(batch_id)
         command = QueryStatus(batch_id=batch_id, state_name="transfer_signal")
         if blocking:
-            return bool(self._call(command, "query", batch_id, timeout))
-        reply = self._start(command, "query", batch_id, None, _AT_ONCE)
+            return bool(self._connection.call(command, "query", batch_id, timeout))
+        reply = self._connection.start(command, "query", batch_id, None, _AT_ONCE)
         if reply.wait(_AT_ONCE):
             return bool(reply.value())
         reply.abandon()
@@ -334,104 +314,30 @@ class TensorBusClient:
 
     def ping(self, timeout: float = 30.0) -> None:
         """Make one round trip to the agent. Raises TimeoutError or AgentDiedError."""
-        self._call(Ping(), "ping", "agent", timeout)
+        self._connection.call(Ping(), "ping", "agent", timeout)
 
     def close(self) -> None:
         """Leave: batches are closed, what is under way ends with `BatchClosedError`, the agent forgets this worker.
 
         May be called more than once, from any thread.
         """
+        connection = self._connection
         with self._lock:
-            if self._closed or os.getpid() != self._pid:
+            if connection.closed or os.getpid() != connection.pid:
                 return
-            self._closed = True
+            connection.closed = True
             batches, self._batches = self._batches, {}
             # A dead or stuck agent has nothing left to forget; its successor starts without this worker.
             with contextlib.suppress(EthaRayError, TimeoutError):
-                self._finish(self._start(Goodbye(), "goodbye", "agent", FAILURE_TIMEOUT, closing=True), FAILURE_TIMEOUT)
+                connection.finish(connection.start(Goodbye(), "goodbye", "agent", FAILURE_TIMEOUT, closing=True), FAILURE_TIMEOUT)
             for batch in batches.values():
                 batch.exported.close()
             self._finalizer.detach()
-            _release(self._pool, self.command_queue, self._state)
+            connection.release()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"batches={sorted(self._batches)}"
+        state = "closed" if self._connection.closed else f"batches={sorted(self._batches)}"
         return f"TensorBusClient(agent_rank={self.agent_rank}, {state})"
-
-    # ----------------------------------------------------------------------------------------------- commands
-
-    def _start(
-        self,
-        command: Message,
-        command_type: str,
-        context: str,
-        timeout: float | None,
-        patience: float | None = None,
-        *,
-        closing: bool = False,
-    ) -> Reply:
-        """Hand a command to the agent.
-
-        ``timeout`` is how long the agent may take; ``patience``, by default the same, how long a full queue is waited for.
-        """
-        if os.getpid() != self._pid:
-            raise QueueClosedError(f"this client belongs to process {self._pid}: after a fork, make a new one in the child")
-        if self._closed and not closing:
-            raise BatchClosedError(f"the client of agent {self.agent_rank} is closed: make a new one")
-        reply = self._pool.take(command_type, context, next(self._command_ids))
-        command.semaphore_name = reply.name
-        command.command_id = reply.command_id
-        command.client_id = self.client_id
-        command.timestamp = time.time()
-        command.timeout = timeout
-        try:
-            self._enqueue(command, timeout if patience is None else patience)
-        except BaseException:
-            reply.abandon()
-            raise
-        return reply
-
-    def _enqueue(self, command: Message, patience: float | None) -> None:
-        deadline = None if patience is None else time.monotonic() + patience
-        while True:
-            remaining = _SLICE if deadline is None else max(0.0, min(_SLICE, deadline - time.monotonic()))
-            try:
-                self.command_queue.enqueue(command, timeout=remaining)
-            except QueueFullError:
-                self._pool.watch.check()
-                if deadline is not None and time.monotonic() >= deadline:
-                    raise
-            except QueueClosedError:
-                raise BatchClosedError(f"the client of agent {self.agent_rank} is closed: make a new one") from None
-            else:
-                return
-
-    def _finish(self, reply: Reply, timeout: float | None, *, cancel: CancelTransfer | None = None) -> Any:
-        """Wait for a command that carries its own timeout: the agent answers it with who was missing, and a client that
-        still hears nothing gives up by itself."""
-        try:
-            answered = reply.wait(None if timeout is None else timeout + _GRACE)
-        except BaseException:
-            self._give_up(reply, cancel)
-            raise
-        if not answered:
-            self._give_up(reply, cancel)
-            raise TransferTimeoutError(
-                f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s: it still copies, is overloaded, or waits"
-                " for a store that does not answer"
-            )
-        return reply.value()
-
-    def _give_up(self, reply: Reply, cancel: CancelTransfer | None) -> None:
-        reply.abandon()
-        if cancel is not None and not self._closed:
-            cancel.client_id = self.client_id
-            cancel.command_id = reply.command_id
-            with contextlib.suppress(EthaRayError):  # what is under way is an error already
-                self.command_queue.enqueue(cancel, timeout=1.0)
-
-    def _call(self, command: Message, command_type: str, context: str, timeout: float | None) -> Any:
-        return self._finish(self._start(command, command_type, context, timeout), timeout)
 
     # ------------------------------------------------------------------------------------------------ batches
 
@@ -443,7 +349,7 @@ class TensorBusClient:
             return
         try:
             if batch.timed:
-                self._finish(reply, timeout)
+                self._connection.finish(reply, timeout)
             elif reply.wait(timeout):
                 reply.value()
             else:
@@ -466,21 +372,21 @@ class TensorBusClient:
             if batch.registration is not None:
                 batch.registration.abandon()
             with contextlib.suppress(EthaRayError):  # the caller gets the error that led here
-                self._start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, _AT_ONCE).abandon()
+                self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, _AT_ONCE).abandon()
         batch.exported.close()
 
     def _close_batch(self, batch_id: str, *, blocking: bool, timeout: float) -> None:
         check_timeout(timeout)
         with self._lock:
             batch = self._batches.pop(batch_id, None)
-        if batch is None or self._closed:
+        if batch is None or self._connection.closed:
             return
         if batch.registration is not None and not batch.registration.done:
             batch.registration.abandon()
         try:
-            reply = self._start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, timeout)
+            reply = self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, timeout)
             if blocking:
-                self._finish(reply, timeout)
+                self._connection.finish(reply, timeout)
             else:
                 reply.abandon()
         except AgentDiedError as error:
@@ -489,7 +395,7 @@ class TensorBusClient:
             batch.exported.close()
 
     def _known(self, batch_id: str) -> _Batch:
-        if self._closed:
+        if self._connection.closed:
             raise BatchClosedError(f"batch {batch_id!r}: the client of agent {self.agent_rank} is closed: make a new one")
         batch = self._batches.get(batch_id)
         if batch is None:
@@ -498,17 +404,3 @@ class TensorBusClient:
                 f" Known batches: {sorted(self._batches) or 'none'}"
             )
         return batch
-
-
-def _leave(pool: ReplyPool, queue: CommandQueue, state: StateFile, client_id: str) -> None:
-    """Say goodbye for a client that was dropped without `close`."""
-    with contextlib.suppress(EthaRayError):  # a full queue or a dead agent: the process's end will do
-        if pool.in_owner:
-            queue.enqueue(Goodbye(client_id=client_id), block=False)
-    _release(pool, queue, state)
-
-
-def _release(pool: ReplyPool, queue: CommandQueue, state: StateFile) -> None:
-    pool.close()
-    queue.close(destroy=False)
-    state.close()

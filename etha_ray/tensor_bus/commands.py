@@ -31,14 +31,18 @@ class BaseCommand(msgspec.Struct, tag=True, kw_only=True, omit_defaults=True, fo
     timeout: float | None = None
 
 
-class RegisteredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RegisteredTensor(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """What `RegisterTensors` carries of one tensor.
 
-    handle: `etha_ray.memory.encode_handle` of this worker's local tensor. global_shape: known for a DTensor, else None.
+    handle: `etha_ray.memory.encode_handle` of this worker's local tensor. global_shape: known for a DTensor and an explicit
+    piece, else None. offsets: where an explicit piece begins in the global tensor, None for what the pair's layout places.
+    lossy: whether a cast into this tensor may lose what values are (`etha_ray.dtypes.cast_loss`).
     """
 
     handle: bytes
     global_shape: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
+    lossy: bool = False
 
     def encode(self) -> bytes:
         """As it stands in `RegisterTensors.tensors`."""

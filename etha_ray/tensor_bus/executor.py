@@ -8,76 +8,99 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from etha_ray.plan import Box, Route, paired_route, routes_into, routes_out_of
+from etha_ray.plan import Box, Route, paired_route, routes_into, routes_out_of, turns
+from etha_ray.tensor_bus.agreement import AgreedTensor, Held
 from etha_ray.tensor_bus.pair import Match
-from etha_ray.transport.base import Copy
+from etha_ray.transport.joint import Move, Source
+from etha_ray.transport.network import RemoteRegion
 
-OpenRemote = Callable[[int, Sequence[int]], Sequence[torch.Tensor]]
+OpenRemote = Callable[[int, Sequence[int]], Sequence[Source]]
 """Opens tensors of a remote mesh index: ``open_remote(index, positions)`` gives them in the order of ``positions``."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors of one batch that belong to one pair, as this rank holds them.
-
-    ``shapes`` are the global shapes; in a pair without meshes, where every rank has tensors of its own, this rank's.
-    """
+    """The tensors of one batch that belong to one pair, as this rank holds them, and as both sides agreed to."""
 
     batch_id: str
     pair_name: str
     match: Match
     tensors: Sequence[torch.Tensor]
-    shapes: Sequence[tuple[int, ...]]
+    agreed: Sequence[AgreedTensor]
+
+    @cached_property
+    def turns(self) -> list[int]:
+        """For each tensor, how many of its shape come before it: what `routes_into` wants to know."""
+        return turns(tensor.shape for tensor in self.agreed)
 
     def routes_in(self, position: int) -> tuple[Route, ...]:
         """What this rank receives of the tensor at ``position``."""
-        match, shape = self.match, self.shapes[position]
-        if match.paired:
-            return (paired_route(match.index, shape),)
-        return routes_into(match.remote_side, match.local_side, shape, match.index)
+        index, tensor = self.match.index, self.agreed[position]
+        local, remote = tensor.local.side, tensor.remote.side
+        if local is None or remote is None:
+            return (paired_route(index, tensor.shape),)
+        return routes_into(remote, local, tensor.shape, index, self.turns[position])
 
     def routes_out(self, position: int) -> tuple[Route, ...]:
         """What this rank gives of the tensor at ``position``."""
-        match, shape = self.match, self.shapes[position]
-        if match.paired:
-            return (paired_route(match.index, shape),)
-        return routes_out_of(match.local_side, match.remote_side, shape, match.index)
+        index, tensor = self.match.index, self.agreed[position]
+        local, remote = tensor.local.side, tensor.remote.side
+        if local is None or remote is None:
+            return (paired_route(index, tensor.shape),)
+        return routes_out_of(local, remote, tensor.shape, index, self.turns[position])
 
 
 def bytes_out(part: Part) -> dict[int, int]:
     """Bytes that this rank gives to each remote index that gets any."""
     total: dict[int, int] = defaultdict(int)
-    for position, tensor in enumerate(part.tensors):
+    for position, tensor in enumerate(part.agreed):
         for route in part.routes_out(position):
             if route.numel:
-                total[route.target] += route.numel * tensor.element_size()
+                total[route.target] += route.numel * _itemsize(tensor.local, tensor.remote, route)
     return dict(total)
 
 
-def copies_in(part: Part, open_remote: OpenRemote) -> tuple[list[Copy], dict[int, int]]:
-    """The copies that fill this rank's tensors, and the bytes that each remote index gives."""
-    wanted: dict[int, list[tuple[int, Route]]] = defaultdict(list)
-    for position in range(len(part.tensors)):
-        for route in part.routes_in(position):
-            if route.numel:
-                wanted[route.source].append((position, route))
-    copies: list[Copy] = []
-    total: dict[int, int] = {}
-    for index, routes in sorted(wanted.items()):
-        sources = open_remote(index, [position for position, _ in routes])
-        total[index] = 0
-        for (position, route), source in zip(routes, sources, strict=True):
-            target = part.tensors[position]
-            total[index] += route.numel * target.element_size()
-            copies.extend((_cut(source, box.source_start, box), _cut(target, box.target_start, box)) for box in route.boxes)
-    return copies, total
+def moves_in(part: Part, open_remote: OpenRemote) -> tuple[list[Move], dict[int, int]]:
+    """The moves that fill this rank's tensors, and the bytes that each remote index gives."""
+    routes = [(position, route) for position in range(len(part.agreed)) for route in part.routes_in(position) if route.numel]
+    wanted: dict[int, dict[int, None]] = defaultdict(dict)
+    total: dict[int, int] = defaultdict(int)
+    for position, route in routes:
+        tensor = part.agreed[position]
+        for source in route.sources:
+            wanted[source][position] = None
+            total[source] += route.numel * _itemsize(tensor.remote, tensor.local, route)
+    opened: dict[tuple[int, int], Source] = {}
+    for source, positions in sorted(wanted.items()):
+        found = open_remote(source, list(positions))
+        opened.update(((source, position), each) for position, each in zip(positions, found, strict=True))
+    moves: list[Move] = []
+    for position, route in routes:
+        sources, target = [opened[source, position] for source in route.sources], part.tensors[position]
+        side = part.agreed[position].remote.side
+        reduction = side.layout.partial if side is not None and route.others else None
+        for box in route.boxes:
+            views = tuple(_cut(source, box.source_start, box) for source in sources)
+            into = target if tuple(target.shape) == box.size else target[_slices(box.target_start, box.size)]
+            moves.append(Move(views, into) if reduction is None else Move(views, into, reduction.op, reduction.divisor))
+    return moves, dict(total)
 
 
-def _cut(tensor: torch.Tensor, start: tuple[int, ...], box: Box) -> torch.Tensor:
-    if tuple(tensor.shape) == box.size:
-        return tensor
-    return tensor[tuple(slice(first, first + size) for first, size in zip(start, box.size, strict=True))]
+def _itemsize(source: Held, target: Held, route: Route) -> int:
+    """Bytes that an element takes on its way: the narrower dtype's, or the source's where contributions must be combined first."""
+    return source.dtype.itemsize if route.others else min(source.dtype.itemsize, target.dtype.itemsize)
+
+
+def _cut(source: Source, start: tuple[int, ...], box: Box) -> Source:
+    if isinstance(source, RemoteRegion):
+        return replace(source, start=start, size=box.size)
+    return source if tuple(source.shape) == box.size else source[_slices(start, box.size)]
+
+
+def _slices(start: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))

@@ -47,3 +47,13 @@ def shares_memory(agent: AgentRecord) -> bool:
         return path.read_text() == agent.nonce
     except OSError:
         return False
+
+
+def no_address(own: AgentRecord, other: AgentRecord) -> str:
+    """Why two agents that share no memory cannot reach one another, and what to do."""
+    silent = " and ".join(f"agent {agent.rank} ({agent.hostname})" for agent in (own, other) if not agent.address)
+    return (
+        f"agent {own.rank} ({own.hostname}) and agent {other.rank} ({other.hostname}) share no memory (different hosts, or containers"
+        f" with a /dev/shm of their own), and {silent} listens on no address: give every agent that of its host"
+        " (--host, or TensorBusAgent(..., host=...)), or run both on one host with one /dev/shm (for containers: --ipc=host --pid=host)"
+    )

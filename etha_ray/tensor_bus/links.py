@@ -1,4 +1,4 @@
-"""How agents of one host talk: each puts its messages into the other's command queue."""
+"""How agents talk: on one host each puts its messages into the other's command queue, across hosts they have a channel."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
-from etha_ray.errors import AgentDiedError, EthaRayError, QueueFullError
+from etha_ray.errors import AgentDiedError, EthaRayError, NoTransportError, QueueFullError
+from etha_ray.net import Channel
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import Message
+from etha_ray.tensor_bus.commands import Message, encode_command
+from etha_ray.tensor_bus.host import host_identity, no_address, shares_memory
+from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.watch import AgentWatch
@@ -17,31 +21,70 @@ from etha_ray.tensor_bus.watch import AgentWatch
 logger = logging.getLogger(__name__)
 
 
-class _Link:
-    def __init__(self, agent: AgentRecord) -> None:
-        self.state = StateFile(agent.state_path)
-        try:
-            self.watch = AgentWatch(self.state, agent)
-            self.watch.check()
-            if not os.path.exists(agent.command_queue_path):  # opening it would make a queue that nobody reads
-                raise AgentDiedError(f"agent {agent.rank} (pid {agent.pid}) is gone: its queue was removed")
-            self.queue = CommandQueue(agent.command_queue_path)
-        except BaseException:
-            self.state.close()
-            raise
-        self.outbox: deque[Message] = deque()
+class _Link(Protocol):
+    """One agent's connection to another. Any method raises when the other one is dead; none waits."""
 
-    def flush(self) -> None:
-        while self.outbox:
-            try:
-                self.queue.enqueue(self.outbox[0], block=False)
-            except QueueFullError:
-                return  # its agent is behind; the next tick tries again
-            self.outbox.popleft()
+    def send(self, message: Message) -> None:
+        """Send after all that was sent before."""
+
+    def check(self) -> None:
+        """Send what waits, and look whether the other agent lives."""
 
     def close(self) -> None:
-        self.queue.close(destroy=False)
-        self.state.close()
+        """Leave."""
+
+
+class _QueueLink:
+    """To an agent of this host."""
+
+    def __init__(self, agent: AgentRecord) -> None:
+        self._state = StateFile(agent.state_path)
+        try:
+            self._watch = AgentWatch(self._state, agent)
+            self._watch.check()
+            if not os.path.exists(agent.command_queue_path):  # opening it would make a queue that nobody reads
+                raise AgentDiedError(f"agent {agent.rank} (pid {agent.pid}) is gone: its queue was removed")
+            self._queue = CommandQueue(agent.command_queue_path)
+        except BaseException:
+            self._state.close()
+            raise
+        self._outbox: deque[Message] = deque()
+
+    def send(self, message: Message) -> None:
+        self._outbox.append(message)
+        self._flush()
+
+    def check(self) -> None:
+        self._watch.check()
+        self._flush()
+
+    def close(self) -> None:
+        self._queue.close(destroy=False)
+        self._state.close()
+
+    def _flush(self) -> None:
+        while self._outbox:
+            try:
+                self._queue.enqueue(self._outbox[0], block=False)
+            except QueueFullError:
+                return  # its agent is behind; the next tick tries again
+            self._outbox.popleft()
+
+
+class _ChannelLink:
+    """To an agent of another host. The channel itself says when that agent is lost."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def send(self, message: Message) -> None:
+        self._channel.send(encode_command(message))
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._channel.close()
 
 
 class Links:
@@ -49,13 +92,24 @@ class Links:
 
     Args:
         own: this agent.
+        network: how it reaches agents of other hosts; None if it does not.
         loop_back: takes this agent's messages to itself (both sides of a pair on one agent), to be handled soon.
+        post: has the loop run a callback, from any thread.
         lost: called with an agent's incarnation and the reason when it is found dead.
     """
 
-    def __init__(self, own: AgentRecord, loop_back: Callable[[Message], None], lost: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        own: AgentRecord,
+        network: AgentNetwork | None,
+        loop_back: Callable[[Message], None],
+        post: Callable[[Callable[[], None]], None],
+        lost: Callable[[str, str], None],
+    ) -> None:
         self._own = own
+        self._network = network
         self._loop_back = loop_back
+        self._post = post
         self._lost = lost
         self._links: dict[str, _Link] = {}
 
@@ -73,19 +127,17 @@ class Links:
         if link is None:
             return
         try:
-            link.outbox.append(message)
-            link.flush()
+            link.send(message)
         except (EthaRayError, OSError) as error:
-            self._drop(agent.incarnation, str(error))
+            self._drop(agent.incarnation, link, str(error))
 
     def check(self) -> None:
         """Send what waits, and find out who died."""
         for incarnation, link in list(self._links.items()):
             try:
-                link.watch.check()
-                link.flush()
+                link.check()
             except (EthaRayError, OSError) as error:
-                self._drop(incarnation, str(error))
+                self._drop(incarnation, link, str(error))
 
     def close(self) -> None:
         """Leave all agents."""
@@ -94,16 +146,31 @@ class Links:
         self._links.clear()
 
     def _reach(self, agent: AgentRecord) -> _Link | None:
-        try:
-            if agent.incarnation not in self._links:
-                self._links[agent.incarnation] = _Link(agent)
-        except (EthaRayError, OSError) as error:
-            self._drop(agent.incarnation, str(error))
-        return self._links.get(agent.incarnation)
+        incarnation = agent.incarnation
+        if incarnation not in self._links:
+            try:
+                self._links[incarnation] = _QueueLink(agent) if shares_memory(agent) else self._dial(agent)
+            except (EthaRayError, OSError) as error:
+                logger.warning("lost an agent: %s", error)
+                self._lost(incarnation, str(error))
+        return self._links.get(incarnation)
 
-    def _drop(self, incarnation: str, reason: str) -> None:
-        link = self._links.pop(incarnation, None)
-        if link is not None:
-            link.close()
+    def _dial(self, agent: AgentRecord) -> _Link:
+        if self._network is None or not agent.address:
+            if agent.host == host_identity():
+                raise AgentDiedError(f"agent {agent.rank} (pid {agent.pid}) is gone: what it left in /dev/shm was removed")
+            raise NoTransportError(no_address(self._own, agent))
+
+        def lost(reason: str) -> None:
+            self._post(lambda: self._drop(agent.incarnation, link, reason))
+
+        link = _ChannelLink(self._network.connect(agent, lost))
+        return link
+
+    def _drop(self, incarnation: str, link: _Link, reason: str) -> None:
+        if self._links.get(incarnation) is not link:
+            return  # noticed before
+        del self._links[incarnation]
+        link.close()
         logger.warning("lost an agent: %s", reason)
         self._lost(incarnation, reason)

@@ -8,17 +8,30 @@ from etha_ray.errors import CoordinateTakenError, EthaRayError, error_class
 from etha_ray.kvstore import KVStore
 from etha_ray.processes import is_alive
 from etha_ray.tensor_bus.host import host_identity, shares_memory
-from etha_ray.tensor_bus.records import MemberRecord, Verdict, decode, encode, pair_prefix, verdict_key
+from etha_ray.tensor_bus.records import AGENTS, AgentRecord, MemberRecord, Verdict, decode, encode, pair_prefix, verdict_key
 
 
-def is_gone(member: MemberRecord) -> bool:
-    """Whether this member's worker or agent is known to be dead. Of another host nothing is known."""
-    agent = member.agent
-    if agent.host != host_identity():
-        return False
-    if not is_alive(member.worker_pid, member.worker_start_time):
-        return True
-    return not is_alive(agent.pid, agent.start_time) or not shares_memory(agent)
+def gone_among(store: KVStore, members: Iterable[MemberRecord]) -> set[str]:
+    """The attempts of those members whose worker or agent is known to be dead.
+
+    On this host the processes are looked at. Of another one the store knows which agents live, by their leases; a worker that
+    dies there is taken out of the pair by its agent.
+    """
+    here = host_identity()
+    gone: set[str] = set()
+    living: set[str] | None = None
+    for member in members:
+        agent = member.agent
+        if agent.host == here:
+            alive = is_alive(member.worker_pid, member.worker_start_time) and is_alive(agent.pid, agent.start_time) and shares_memory(agent)
+        else:
+            if living is None:
+                found = store.list(AGENTS).items()
+                living = {decode(value, AgentRecord, key).incarnation for key, value in found}
+            alive = agent.incarnation in living
+        if not alive:
+            gone.add(member.attempt)
+    return gone
 
 
 def slot_of(member: MemberRecord, order: int) -> str:
@@ -42,7 +55,7 @@ def claim(store: KVStore, pair_name: str, member: MemberRecord, slot: str) -> st
             expected = None
             continue
         holder = decode(held, MemberRecord, key)
-        if not is_gone(holder) and holder.client_id != member.client_id:
+        if not gone_among(store, [holder]) and holder.client_id != member.client_id:
             raise CoordinateTakenError(
                 f"pair {pair_name!r}: index {member.index} of {member.peer!r} is held by pid {holder.worker_pid} on agent"
                 f" {holder.agent.rank} ({holder.agent.hostname}); this is pid {member.worker_pid} on agent"
@@ -61,14 +74,12 @@ def release(store: KVStore, key: str, member: MemberRecord) -> None:
 def members_of(store: KVStore, pair_name: str, peer: str) -> list[MemberRecord]:
     """The members of one side of a pair that are not known to be dead, in the order of their slots."""
     prefix = pair_prefix(pair_name, peer)
-    found = []
-    for key, value in sorted(store.list(prefix).items()):
-        member = decode(value, MemberRecord, key)
-        if is_gone(member):
+    found = {key: decode(value, MemberRecord, key) for key, value in sorted(store.list(prefix).items())}
+    gone = gone_among(store, found.values())
+    for key, member in found.items():
+        if member.attempt in gone:
             release(store, key, member)
-        else:
-            found.append(member)
-    return found
+    return [member for member in found.values() if member.attempt not in gone]
 
 
 def refuse(store: KVStore, addressees: Iterable[str], error: EthaRayError, told: Iterable[str] = ()) -> None:

@@ -20,7 +20,6 @@ import msgspec
 from etha_ray.errors import EthaRayError, LayoutError, PairMismatchError, PairTimeoutError
 from etha_ray.kvstore import KVStore
 from etha_ray.layout import Layout, MeshSpec
-from etha_ray.plan import Side
 from etha_ray.tensor_bus.commands import InitPair
 from etha_ray.tensor_bus.jobs import Backoff, Cancellation, Job
 from etha_ray.tensor_bus.members import claim, is_refused, members_of, raise_if_refused, refuse, release
@@ -54,16 +53,6 @@ class Match:
     def paired(self) -> bool:
         """Neither side has a mesh: rank i exchanges whole tensors with rank i."""
         return self.local[0].layout is None and self.remote[0].layout is None
-
-    @property
-    def local_side(self) -> Side:
-        """This side, as the plan wants it."""
-        return _side(self.local)
-
-    @property
-    def remote_side(self) -> Side:
-        """The other side, as the plan wants it."""
-        return _side(self.remote)
 
 
 @dataclass
@@ -176,12 +165,6 @@ def _fits_without(pair_name: str, member: MemberRecord, local: list[MemberRecord
     except EthaRayError:
         return False
     return _complete(rest, remote)
-
-
-def _side(members: tuple[MemberRecord, ...]) -> Side:
-    text = members[0].layout
-    layout = Layout.whole(1) if text is None else Layout.decode(text)
-    return Side(layout, tuple(member.agent.rank for member in members), tuple(member.agent.host for member in members))
 
 
 def _who(member: MemberRecord) -> str:

@@ -3,10 +3,11 @@
 The kvstore holds these for rendezvous, under ``{namespace}/tensorbus/``:
 
 ===========================================  =======================================================================
-``agent/{rank}``                             `AgentRecord` of the agent that serves this rank
+``agent/{rank}``                             `AgentRecord` of the agent that serves this rank, under a lease of its
+``secret``                                   what agents of this pool prove to one another across hosts
 ``pair/{pair}/{peer}/{slot}``                `MemberRecord` of one worker on one side of a pair
 ``batch/{batch}/{pair}/{peer}/{attempt}``    `BatchRecord` of one worker's registration
-``manifest/{digest}``                        `Manifest`, stored once however many ranks share it
+``manifest/{digest}``                        `Manifest`, `Differences` or `PlanInputs`, once however many ranks share it
 ``verdict/{attempt or registration}``        `Verdict`: why it cannot be matched; its addressee removes it
 ===========================================  =======================================================================
 """
@@ -23,12 +24,18 @@ from etha_ray.errors import StoreError
 
 T = TypeVar("T")
 
+AGENTS = "agent/"
+"""What the keys of all agents' records begin with."""
+
+SECRET_KEY = "secret"
+"""Where the pool's secret is."""
+
 
 class AgentRecord(msgspec.Struct, frozen=True):
     """Who an agent is and where it can be reached on its host.
 
     ``incarnation`` differs after each start. ``host`` groups agents that may share memory; ``nonce_path`` and ``nonce`` let
-    another agent check that they really do.
+    another agent check that they really do. ``address`` is where agents of other hosts connect to; empty if they cannot.
     """
 
     rank: int
@@ -42,6 +49,7 @@ class AgentRecord(msgspec.Struct, frozen=True):
     command_queue_path: str
     state_path: str
     device: str
+    address: str = ""
 
 
 class MemberRecord(msgspec.Struct, frozen=True):
@@ -63,12 +71,19 @@ class MemberRecord(msgspec.Struct, frozen=True):
     agent: AgentRecord
 
 
-class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
-    """A registered tensor as others need to know it: this rank's own shape, and the global one where a DTensor states it."""
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """A registered tensor as others need to know it.
+
+    ``local`` is this rank's own shape, None for a DTensor, whose layout gives it. ``whole`` is the global shape where it is
+    stated: by a DTensor, or by an explicit piece, which also has its ``offsets`` there. ``lossy``: whether a cast into it may
+    lose what values are.
+    """
 
     dtype: str
-    local_shape: tuple[int, ...]
-    global_shape: tuple[int, ...] | None = None
+    local: tuple[int, ...] | None = None
+    whole: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
+    lossy: bool = False
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -77,17 +92,37 @@ class Manifest(msgspec.Struct, frozen=True):
     tensors: tuple[TensorSpec, ...]
 
 
-class BatchRecord(msgspec.Struct, frozen=True):
+class Differences(msgspec.Struct, frozen=True):
+    """A manifest said by where it differs from another one of as many tensors: those at these positions."""
+
+    tensors: dict[int, TensorSpec]
+
+
+class PlanInputs(msgspec.Struct, frozen=True):
+    """What one member made its plan from, as text: of the planner itself and both sides, and of each tensor."""
+
+    common: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """One worker's registration of a batch for one pair.
 
-    ``attempt`` is that of the worker's `MemberRecord`. ``agreed`` is the digest of everything the plan was made from, empty
-    until this member has made its plan: members go on only once all of them have published the same digest.
+    ``attempt`` is that of the worker's `MemberRecord`. ``manifest`` is the digest of this worker's manifest. Where to read it:
+    under ``base`` with ``differences`` applied, if there are any; while ``base`` is empty it is known only where it equals
+    that of the side's first member.
+
+    ``agreed`` is the digest of all members' registrations and manifests, ``plan`` that of what the plan was made from; both
+    are empty until this member has made its plan. Members go on only once all of them have published the same.
     """
 
     registration: str
     attempt: str
     manifest: str
+    base: str = ""
+    differences: str = ""
     agreed: str = ""
+    plan: str = ""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -126,7 +161,7 @@ def part(name: str) -> str:
 
 def agent_key(rank: int) -> str:
     """Where an agent's record is."""
-    return f"agent/{rank}"
+    return f"{AGENTS}{rank}"
 
 
 def pair_prefix(pair: str, peer: str) -> str:
@@ -140,7 +175,7 @@ def batch_prefix(batch: str, pair: str, peer: str) -> str:
 
 
 def manifest_key(digest: str) -> str:
-    """Where a manifest is."""
+    """Where the manifest, the differences or the plan's inputs with this digest are."""
     return f"manifest/{digest}"
 
 

@@ -1,8 +1,9 @@
 """Registering a batch: a job that opens this worker's memory, finds the other members, and prepares the transfer.
 
-The job publishes a `BatchRecord` for each pair of the batch and reads those of all other members. Once a pair is complete it
-compares what everyone registered, opens the senders' memory and prepares the copies; then it publishes the digest of all
-that as ``agreed``. The batch is ready when every member has published the same digest: each of them is then ready too.
+The job publishes a `BatchRecord` for each pair of the batch and reads those of all other members; what they hold, `manifests`
+has in few bytes. Once a pair is complete it compares what everyone registered (`agreement`), opens the senders' memory and
+prepares the copies (`registered`); then it publishes the digests of what it saw, ``agreed``, and of its plan, ``plan``. The
+batch is ready when every member has published the same: each of them is then ready too.
 
 A batch id is used again and again, by members that do not wait for one another, so what is read may be left over:
 
@@ -20,69 +21,39 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from etha_ray.errors import BatchUnmatchedError, EthaRayError, HandleExpiredError, NoTransportError
+from etha_ray.errors import BatchUnmatchedError, EthaRayError, HandleExpiredError, TensorMismatchError
 from etha_ray.kvstore import KVStore
-from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
-from etha_ray.tensor_bus.agreement import agreed_shapes, set_digest
+from etha_ray.memory import decode_handle, open_tensors
+from etha_ray.tensor_bus.agreement import agree, difference, set_digest
 from etha_ray.tensor_bus.commands import RegisteredTensor
-from etha_ray.tensor_bus.executor import Part, bytes_out, copies_in
-from etha_ray.tensor_bus.host import shares_memory
+from etha_ray.tensor_bus.executor import Part
 from etha_ray.tensor_bus.jobs import Backoff, Cancellation
-from etha_ray.tensor_bus.members import is_gone, is_refused, raise_if_refused, refuse
+from etha_ray.tensor_bus.manifests import Manifests, needs_saying, said
+from etha_ray.tensor_bus.members import gone_among, is_refused, raise_if_refused, refuse
 from etha_ray.tensor_bus.pair import Match, Pair, PairState, rematch
 from etha_ray.tensor_bus.records import (
     BatchRecord,
     Manifest,
-    MemberRecord,
+    PlanInputs,
     TensorSpec,
     batch_prefix,
     decode,
     encode,
     fingerprint,
-    manifest_key,
     verdict_key,
 )
+from etha_ray.tensor_bus.registered import AgreedPart, Peer, Registered, Transports, connect, export_name
 from etha_ray.tensor_bus.state_file import StateFile, handles_key
-from etha_ray.transport.base import Copy, CopyProgram, OneSidedTransport
+from etha_ray.transport.network import Export
+
+__all__ = ["Peer", "Registered", "Registration", "Request"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Another member of the batch."""
-
-    registration: str
-    name: str
-    member: MemberRecord
-    bytes: int
-
-
-@dataclass
-class Registered:
-    """What a registration came to: everything a transfer needs.
-
-    ``targets`` get bytes from this rank and ``sources`` give it some; ``others`` are all other members, of both sides. By
-    registration.
-    """
-
-    targets: dict[str, Peer] = field(default_factory=dict)
-    sources: dict[str, Peer] = field(default_factory=dict)
-    others: dict[str, Peer] = field(default_factory=dict)
-    program: CopyProgram | None = None
-    opened: list[OpenedTensors] = field(default_factory=list)
-
-    def close(self) -> None:
-        """Let go of all memory; no program runs any more."""
-        self.program = None
-        for opened in self.opened:
-            opened.close()
-        self.opened.clear()
 
 
 @dataclass(frozen=True)
@@ -93,6 +64,7 @@ class Request:
     registration: str
     pairs: dict[str, Pair]
     tensors: Sequence[tuple[str, RegisteredTensor]]
+    bucket_size: int
     timeout: float | None
     after: threading.Event | None
     """Set once this worker's earlier batch of the same id is withdrawn; None if there is none."""
@@ -106,23 +78,25 @@ class Registration:
     """One registration under way. Runs on a job's thread; `close` afterwards withdraws what it published.
 
     Args:
-        store, state, transport: the agent's.
+        store, state, transports: the agent's.
         request: what to register.
         settle: returns once the agent's loop has handled all messages that have come in.
     """
 
     def __init__(
-        self, store: KVStore, state: StateFile, transport: OneSidedTransport, request: Request, settle: Callable[[Cancellation], None]
+        self, store: KVStore, state: StateFile, transports: Transports, request: Request, settle: Callable[[Cancellation], None]
     ) -> None:
         self._store = store
         self._state = state
-        self._transport = transport
+        self._transports = transports
         self._request = request
         self._settle = settle
         self._keys: dict[str, str] = {}
         self._mine: dict[str, BatchRecord] = {}
-        self._manifests: dict[str, Manifest] = {}
+        self._manifests = Manifests(store)
+        self._inputs: dict[str, PlanInputs] = {}
         self._confirmed: set[str] = set()
+        self._exports: list[Export] = []
 
     def run(self, cancellation: Cancellation) -> Registered:
         """Register, and wait until every member is ready.
@@ -166,6 +140,8 @@ class Registration:
         while self._keys:
             self._store.delete(self._keys.popitem()[1])
         self._state.delete([handles_key(self._request.registration)])
+        for export in self._exports:
+            export.close()
         self._store.delete(verdict_key(self._request.registration))
 
     # ------------------------------------------------------------------------------------------------ own side
@@ -196,29 +172,40 @@ class Registration:
         own = {name: [next(tensors) for _ in entries] for name, entries in grouped.items()}
         table = {name: [tensor.handle for tensor in entries] for name, entries in grouped.items()}
         self._state.put(handles_key(self._request.registration), msgspec.msgpack.encode(table))
+        network = self._transports.network
+        if network is not None:
+            names = ((export_name(self._request.registration, name), given) for name, given in own.items())
+            self._exports = [network.export(name, given) for name, given in names]
         return own
 
     def _publish(self, pair_name: str, match: Match, entries: Sequence[RegisteredTensor], tensors: Sequence[torch.Tensor]) -> None:
-        specs = tuple(
-            TensorSpec(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), entry.global_shape)
-            for entry, tensor in zip(entries, tensors, strict=True)
-        )
-        data = encode(Manifest(specs))
-        digest = fingerprint(data)
-        if not self._store.exists(manifest_key(digest)):
-            self._store.set_bytes(manifest_key(digest), data)
-        self._manifests[digest] = Manifest(specs)
+        digest = self._manifests.add(Manifest(tuple(map(_spec, entries, tensors))))
         member = match.local[match.index]
-        self._mine[pair_name] = BatchRecord(registration=self._request.registration, attempt=member.attempt, manifest=digest)
+        record = BatchRecord(registration=self._request.registration, attempt=member.attempt, manifest=digest)
+        if match.index == 0 or match.paired:
+            record = self._manifests.say(record)
         self._keys[pair_name] = batch_prefix(self._request.batch_id, pair_name, member.peer) + member.attempt
-        self._store.set_bytes(self._keys[pair_name], encode(self._mine[pair_name]))
+        self._put(pair_name, record)
 
-    def _publish_agreed(self, digests: dict[str, str]) -> None:
+    def _publish_differences(self, matches: dict[str, Match], found: dict[str, _Records]) -> bool:
+        """Say what others cannot know, once the first member of this side has said its own; whether there was anything."""
+        spoken = False
+        for name, (local, _) in found.items():
+            mine, first = self._mine[name], local[0]
+            if first is not None and not matches[name].paired and needs_saying(mine, first):
+                self._put(name, self._manifests.say_differences(mine, first))
+                spoken = True
+        return spoken
+
+    def _publish_agreed(self, digests: dict[str, str], plans: dict[str, str]) -> None:
         for name, record in self._mine.items():
-            agreed = digests.get(name, "")
-            if record.agreed != agreed:
-                self._mine[name] = msgspec.structs.replace(record, agreed=agreed)
-                self._store.set_bytes(self._keys[name], encode(self._mine[name]))
+            agreed, plan = digests.get(name, ""), plans.get(name, "")
+            if (record.agreed, record.plan) != (agreed, plan):
+                self._put(name, msgspec.structs.replace(record, agreed=agreed, plan=plan))
+
+    def _put(self, pair_name: str, record: BatchRecord) -> None:
+        self._mine[pair_name] = record
+        self._store.set_bytes(self._keys[pair_name], encode(record))
 
     # --------------------------------------------------------------------------------------------- all members
 
@@ -231,12 +218,16 @@ class Registration:
         cancellation: Cancellation,
     ) -> None:
         prepared: dict[str, str] = {}
+        plans: dict[str, str] = {}
         known: set[str] = set()
         problem: EthaRayError | None = None
         while True:
             raise_if_refused(self._store, self._request.registration, known)
             found = {name: self._records(name, matches) for name in matches}
             known = {record.registration for sides in found.values() for side in sides for record in side if record is not None}
+            if self._publish_differences(matches, found):
+                backoff.reset()
+                continue
             sets = _complete_sets(found)
             digests = {name: set_digest(self._request.batch_id, name, matches[name], *sets[name]) for name in sets}
             if prepared and digests != prepared:
@@ -249,23 +240,54 @@ class Registration:
                 try:
                     self._prepare(matches, own, sets, result)
                 except EthaRayError as error:
-                    self._publish_agreed({})
-                    if not isinstance(error, HandleExpiredError) and self._is_final(matches, sets):
-                        mine = self._request.registration
-                        # This one first: who is told and registers again at once must see that this record is to go.
-                        refuse(self._store, [mine], error, known)
-                        refuse(self._store, known - {mine}, error, [mine])
+                    self._publish_agreed({}, {})
+                    if not isinstance(error, HandleExpiredError) and self._is_final(matches, sets, digests):
+                        self._refuse_all(error, known)
                         raise
                     problem = error
                 else:
                     prepared = digests
-                    self._publish_agreed(digests)
+                    plans = {name: fingerprint(encode(inputs)) for name, inputs in self._inputs.items()}
+                    self._publish_agreed(digests, plans)
                     backoff.reset()
                     continue
-            elif digests and all(record.agreed == digests[name] for name in sets for side in sets[name] for record in side):
-                return
+            elif digests and _all_agree(sets, digests):
+                if _all_agree(sets, digests, plans):
+                    return
+                misfit = self._compare_plans(sets, plans)
+                if misfit is not None:
+                    self._refuse_all(misfit, known)
+                    raise misfit
             if not backoff.wait():
                 raise problem or BatchUnmatchedError(self._missing(matches, found))
+
+    def _refuse_all(self, error: EthaRayError, known: set[str]) -> None:
+        mine = self._request.registration
+        # This one first: who is told and registers again at once must see that this record is to go.
+        refuse(self._store, [mine], error, known)
+        refuse(self._store, known - {mine}, error, [mine])
+
+    def _compare_plans(self, sets: dict[str, _Set], plans: dict[str, str]) -> EthaRayError | None:
+        """What differs between this member's plan and another's, once that one has said what it was made from.
+
+        Members that read the same records plan alike, unless they are not of one version.
+        """
+        for name, sides in sets.items():
+            self._manifests.store(plans[name], self._inputs[name])
+            for record in (record for side in sides for record in side):
+                if record.plan != plans[name] and (other := self._manifests.find(record.plan, PlanInputs)) is not None:
+                    return TensorMismatchError(self._plan_misfit(name, record, other))
+        return None
+
+    def _plan_misfit(self, pair_name: str, record: BatchRecord, other: PlanInputs) -> str:
+        position, mine, theirs = difference(self._inputs[pair_name], other)
+        where = f"batch {self._request.batch_id!r}, pair {pair_name!r}"
+        if position is not None:
+            where += f", tensor {position}"
+        return (
+            f"{where}: two members made different plans from the same records: {mine!r} and {theirs!r} (registration"
+            f" {record.registration}): run the same versions of etha_ray and torch on both sides"
+        )
 
     def _records(self, pair_name: str, matches: dict[str, Match]) -> _Records:
         """Everyone's record, in the order of both sides; the match is read again if members were replaced."""
@@ -278,7 +300,7 @@ class Registration:
             for key, value in self._store.list(prefix).items():
                 record = decode(value, BatchRecord, key)
                 by_attempt[record.attempt], keys[record.attempt] = record, key
-        gone = {member.attempt for members in sides for member in members if is_gone(member)}
+        gone = gone_among(self._store, (member for members in sides for member in members))
         strangers = by_attempt.keys() - {member.attempt for members in sides for member in members}
         if gone or strangers:
             fresh, attempts = rematch(self._store, pair_name, match)
@@ -290,11 +312,11 @@ class Registration:
         local, remote = ([None if m.attempt in gone else by_attempt.get(m.attempt) for m in members] for members in sides)
         return local, remote
 
-    def _is_final(self, matches: dict[str, Match], sets: dict[str, _Set]) -> bool:
+    def _is_final(self, matches: dict[str, Match], sets: dict[str, _Set], digests: dict[str, str]) -> bool:
         """Whether everyone else is looking at the same set right now, so that what does not fit will not fit later either."""
         mine = self._request.registration
-        others = [record for sides in sets.values() for side in sides for record in side if record.registration != mine]
-        if any(record.agreed or is_refused(self._store, record.registration) for record in others):
+        others = [(name, record) for name, sides in sets.items() for side in sides for record in side if record.registration != mine]
+        if any(record.agreed not in ("", digests[name]) or is_refused(self._store, record.registration) for name, record in others):
             return False
         # One that was refused removes its record first, then the refusal: it may have done both since the set was read.
         again = _complete_sets({name: self._records(name, matches) for name in matches})
@@ -302,58 +324,19 @@ class Registration:
 
     def _prepare(self, matches: dict[str, Match], own: dict[str, list[torch.Tensor]], sets: dict[str, _Set], result: Registered) -> None:
         """Compare, plan, open the senders' memory and prepare the copies."""
-        copies: list[Copy] = []
-        fresh = Registered()
-        try:
-            for name, match in matches.items():
-                local, remote = sets[name]
-                shapes = agreed_shapes(self._request.batch_id, name, match, self._read(local), self._read(remote))
-                part = Part(self._request.batch_id, name, match, own[name], shapes)
-                copies.extend(self._connect(part, local, remote, fresh))
-            fresh.program = self._transport.prepare(copies)
-        except BaseException:
-            fresh.close()
-            raise
+        parts = []
+        for name, match in matches.items():
+            local, remote = sets[name]
+            manifests = [[self._manifests.read(record) for record in side] for side in (local, remote)]
+            agreement = agree(self._request.batch_id, name, match, *manifests)
+            part = Part(self._request.batch_id, name, match, own[name], agreement.tensors)
+            parts.append(AgreedPart(part, agreement, local, remote))
+            self._inputs[name] = agreement.inputs
+        fresh = connect(self._transports, parts, self._request.bucket_size)
         del result.opened[1:]
         result.opened.extend(fresh.opened)
-        result.targets, result.sources, result.others, result.program = fresh.targets, fresh.sources, fresh.others, fresh.program
-
-    def _read(self, records: Sequence[BatchRecord]) -> list[Manifest]:
-        for record in records:
-            if record.manifest not in self._manifests:
-                key = manifest_key(record.manifest)
-                self._manifests[record.manifest] = decode(self._store.get_bytes(key) or b"", Manifest, key)
-        return [self._manifests[record.manifest] for record in records]
-
-    def _connect(self, part: Part, local: Sequence[BatchRecord], remote: Sequence[BatchRecord], fresh: Registered) -> list[Copy]:
-        """Open what this rank receives of one pair, and note the other members."""
-        match = part.match
-        for index, record in enumerate(local):
-            if index != match.index:
-                member = match.local[index]
-                fresh.others[record.registration] = Peer(record.registration, f"{member.peer}[{index}]", member, 0)
-
-        def open_remote(index: int, positions: Sequence[int]) -> Sequence[torch.Tensor]:
-            opened = _open_remote(match.remote[index], remote[index].registration, part, positions)
-            fresh.opened.append(opened)
-            return opened.tensors
-
-        copies, bytes_from = copies_in(part, open_remote)
-        bytes_to = bytes_out(part)
-        for index, record in enumerate(remote):
-            member = match.remote[index]
-            name = f"{member.peer}[{index}]"
-            known = fresh.others.get(record.registration)
-            if known is not None and known.name != name:
-                name = f"{known.name}+{name}"  # in several pairs of this batch
-            fresh.others[record.registration] = Peer(record.registration, name, member, 0)
-            for table, counts in ((fresh.sources, bytes_from), (fresh.targets, bytes_to)):
-                before = table[record.registration].bytes if record.registration in table else None
-                if index in counts or before is not None:
-                    table[record.registration] = Peer(record.registration, name, member, (before or 0) + counts.get(index, 0))
-                if index in counts and not shares_memory(member.agent):
-                    raise NoTransportError(_no_transport(part, member))
-        return copies
+        result.targets, result.sources, result.others = fresh.targets, fresh.sources, fresh.others
+        result.refused, result.program = fresh.refused, fresh.program
 
     def _missing(self, matches: dict[str, Match], found: dict[str, _Records]) -> str:
         parts = []
@@ -370,10 +353,20 @@ class Registration:
 
 
 def _complete_sets(found: dict[str, _Records]) -> dict[str, _Set]:
-    """The records of all pairs; nothing unless everyone's is there."""
+    """The records of all pairs; nothing unless everyone's is there, and says what that member holds."""
     if any(record is None for sides in found.values() for side in sides for record in side):
         return {}
-    return {name: (_present(local), _present(remote)) for name, (local, remote) in found.items()}
+    sets = {name: (_present(local), _present(remote)) for name, (local, remote) in found.items()}
+    return sets if all(said(side) for sides in sets.values() for side in sides) else {}
+
+
+def _all_agree(sets: dict[str, _Set], digests: dict[str, str], plans: dict[str, str] | None = None) -> bool:
+    return all(
+        record.agreed == digests[name] and (plans is None or record.plan == plans[name])
+        for name, sides in sets.items()
+        for side in sides
+        for record in side
+    )
 
 
 def _registrations(sides: _Set) -> list[str]:
@@ -384,32 +377,12 @@ def _present(records: list[BatchRecord | None]) -> list[BatchRecord]:
     return [record for record in records if record is not None]
 
 
-def _no_transport(part: Part, member: MemberRecord) -> str:
-    mine = part.match.local[part.match.index].agent
-    return (
-        f"batch {part.batch_id!r}, pair {part.pair_name!r}: agent {mine.rank} ({mine.hostname}) and agent {member.agent.rank}"
-        f" ({member.agent.hostname}) do not share memory: different hosts, or containers with a /dev/shm of their own."
-        " Run both on one host with one /dev/shm (for containers: --ipc=host --pid=host)"
+def _spec(entry: RegisteredTensor, tensor: torch.Tensor) -> TensorSpec:
+    stated = entry.global_shape is not None and entry.offsets is None
+    return TensorSpec(
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        local=None if stated else tuple(tensor.shape),
+        whole=entry.global_shape,
+        offsets=entry.offsets,
+        lossy=entry.lossy,
     )
-
-
-def _open_remote(member: MemberRecord, registration: str, part: Part, positions: Sequence[int]) -> OpenedTensors:
-    if not shares_memory(member.agent):
-        raise NoTransportError(_no_transport(part, member))
-    try:
-        state = StateFile(member.agent.state_path)
-    except FileNotFoundError:
-        data = None
-    else:
-        try:
-            data = state.get(handles_key(registration))
-        finally:
-            state.close()
-    if data is None:
-        raise HandleExpiredError(
-            f"batch {part.batch_id!r}: agent {member.agent.rank} has no handles of {member.peer!r} (pid {member.worker_pid})"
-            " any more: that side has closed the batch; register it again on both sides"
-        )
-    table = msgspec.msgpack.decode(data, type=dict[str, list[bytes]])[part.pair_name]
-    labels = [f"tensor {position} of batch {part.batch_id!r} from {member.peer!r}" for position in positions]
-    return open_tensors([decode_handle(table[position]) for position in positions], labels=labels)

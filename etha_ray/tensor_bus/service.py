@@ -51,15 +51,18 @@ from etha_ray.tensor_bus.commands import (
 )
 from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.links import Links
+from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.pairing import Pairing
 from etha_ray.tensor_bus.queue_entry import CorruptEntry
 from etha_ray.tensor_bus.records import AgentRecord
-from etha_ray.tensor_bus.registration import Registered, Registration, Request
+from etha_ray.tensor_bus.registered import Registered, Transports
+from etha_ray.tensor_bus.registration import Registration, Request
 from etha_ray.tensor_bus.semaphores import unlink_quietly
 from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.workers import Worker, Workers
 from etha_ray.transport.base import CopyProgram, OneSidedTransport
+from etha_ray.transport.buckets import DEFAULT_BUCKET_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -75,18 +78,27 @@ class BusService:
         store: where agents find one another.
         state: the agent's state file.
         jobs: what runs beside the loop.
-        transport: what moves bytes.
+        transport: what moves bytes on this host.
+        network: how agents of other hosts are reached; None if they are not.
     """
 
-    def __init__(self, record: AgentRecord, store: KVStore, state: StateFile, jobs: Jobs, transport: OneSidedTransport) -> None:
+    def __init__(
+        self,
+        record: AgentRecord,
+        store: KVStore,
+        state: StateFile,
+        jobs: Jobs,
+        transport: OneSidedTransport,
+        network: AgentNetwork | None,
+    ) -> None:
         self.record = record
         self._store = store
         self._state = state
         self._jobs = jobs
-        self._transport = transport
+        self._transports = Transports(transport, None if network is None else network.transport)
         self._outcomes = Outcomes(state)
         self._workers = Workers(record.rank)
-        self._links = Links(record, self._loop_back, self._on_agent_lost)
+        self._links = Links(record, network, self._loop_back, jobs.post, self._on_agent_lost)
         self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="etha-ray move")
         self._pairing = Pairing(record, store, state, jobs, self._outcomes)
         self._by_registration: dict[str, Batch] = {}
@@ -259,10 +271,11 @@ class BusService:
             registration=secrets.token_hex(16),
             pairs={name: worker.pairs[name] for name, _ in tensors},
             tensors=tensors,
+            bucket_size=command.bucket_size or DEFAULT_BUCKET_SIZE,
             timeout=command.timeout,
             after=worker.closing.get(command.batch_id),
         )
-        work = Registration(self._store, self._state, self._transport, request, self._settle)
+        work = Registration(self._store, self._state, self._transports, request, self._settle)
         batch = Batch(
             bus=self,
             batch_id=command.batch_id,

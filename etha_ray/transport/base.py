@@ -9,14 +9,34 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 
+from etha_ray.dtypes import CASTABLE, CombineOp, combine_problem
 from etha_ray.errors import TensorMismatchError
 
-Copy: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-"""A source view and the target view of the same shape and dtype that its bytes go to."""
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One view to be written, and where its values come from.
+
+    With one source, ``target`` gets its values: byte for byte where the dtypes agree, else cast as ``Tensor.copy_`` does.
+    With several, which then have one dtype, it gets what `op` and ``divisor`` make of them: combined in the order given, in
+    `combine_dtype`, rounded to the sources' dtype, and cast to the target's where that is another.
+    """
+
+    sources: tuple[torch.Tensor, ...]
+    target: torch.Tensor
+    """Of the sources' shape."""
+    op: CombineOp | None = None
+    """What several sources are combined by; None with one source."""
+    divisor: int = 1
+    """What the combined values are divided by: the number of sources makes an average of a sum."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether bytes are moved as they are, and nothing is computed."""
+        return self.op is None and self.sources[0].dtype == self.target.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +51,10 @@ class Capabilities:
     """Bytes pass through a buffer of the transport's own."""
     one_sided: bool
     """One end moves the bytes alone; otherwise both must call at the same time."""
+    casts: bool
+    """Source and target may differ in dtype."""
+    combines: bool
+    """A target may be made of several sources."""
 
 
 class CopyProgram(ABC):
@@ -42,15 +66,15 @@ class CopyProgram(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that one run moves."""
+        """Bytes that one run reads from its sources."""
 
     @abstractmethod
     def run(self) -> int:
-        """Copy every source to its target, and return the bytes moved; it has all arrived when this returns.
+        """Write every target, and return the bytes read; it has all arrived when this returns.
 
         The copies of one run are done in no particular order, several at once. Sources must not be written meanwhile; a
         target that overlaps a source or another target of the same program holds bytes of either. Nothing is
-        allocated.
+        allocated but, to combine sources, scratch of a fixed size for each thread.
 
         Different programs may run at the same time on different threads; so may one program, to no use.
 
@@ -74,8 +98,9 @@ class OneSidedTransport(ABC):
         May be called from any thread. Empty copies are dropped; an empty list is fine.
 
         Raises:
-            TensorMismatchError: a source and its target differ in shape or dtype, a target is expanded (its elements
-                share memory), or a view is lazily conjugated or negated.
+            TensorMismatchError: the views of a copy differ in shape; their dtypes cannot be cast, or not be combined by this
+                op; a target is expanded (its elements share memory), or shares memory with a source that is cast or
+                combined; or a view is lazily conjugated or negated.
             WrongDeviceError: a tensor is on a device that this transport does not move.
         """
 
@@ -84,16 +109,40 @@ class OneSidedTransport(ABC):
         """Stop the transport's threads once their running copies end; programs cannot be run after. May be called twice."""
 
 
-def check_copy(source: torch.Tensor, target: torch.Tensor, name: str) -> None:
-    """Raise `TensorMismatchError` unless ``target`` can take ``source`` byte for byte; ``name`` stands in the message."""
-    if source.shape != target.shape or source.dtype != target.dtype:
-        raise TensorMismatchError(
-            f"{name}: source is {tuple(source.shape)} {source.dtype}, target is {tuple(target.shape)} {target.dtype}; "
-            "both sides must hold the same tensor"
-        )
-    if any(tensor.is_conj() or tensor.is_neg() for tensor in (source, target)):
+def check_copy(copy: Copy, name: str) -> None:
+    """Raise `TensorMismatchError` unless ``copy`` can be done; ``name`` stands in the message."""
+    target, first = copy.target, copy.sources[0]
+    for source in copy.sources:
+        if source.shape != target.shape or source.dtype != first.dtype:
+            raise TensorMismatchError(
+                f"{name}: source is {tuple(source.shape)} {source.dtype}, target is {tuple(target.shape)} {target.dtype}; "
+                "both sides must hold the same tensor"
+            )
+    if first.dtype != target.dtype and not {first.dtype, target.dtype} <= CASTABLE:
+        raise TensorMismatchError(f"{name}: {first.dtype} cannot be cast to {target.dtype}; register the same dtype on both sides")
+    if copy.op is None and (len(copy.sources) > 1 or copy.divisor != 1):
+        raise TensorMismatchError(f"{name}: {len(copy.sources)} sources and divisor {copy.divisor} without an op to combine them by")
+    if copy.op is not None and (problem := combine_problem(first.dtype, copy.op, copy.divisor)):
+        raise TensorMismatchError(f"{name}: {problem}")
+    if any(tensor.is_conj() or tensor.is_neg() for tensor in (*copy.sources, target)):
         raise TensorMismatchError(
             f"{name}: a lazily conjugated or negated view has other bytes than values; use .resolve_conj().resolve_neg()"
         )
     if math.prod(target.shape) and any(step == 0 and size > 1 for size, step in zip(target.shape, target.stride(), strict=True)):
         raise TensorMismatchError(f"{name}: target of stride {target.stride()} has elements that share memory; receive into .contiguous()")
+    if not copy.is_plain and any(_meet(source, target) for source in copy.sources):
+        raise TensorMismatchError(f"{name}: the target shares memory with a source that is cast or combined; use other memory")
+
+
+def _meet(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the address ranges of two tensors overlap. Memory that is mapped twice is not recognised."""
+    (start, stop), (first, last) = _range(one), _range(other)
+    return start < last and first < stop
+
+
+def _range(tensor: torch.Tensor) -> tuple[int, int]:
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return start, start
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.itemsize

@@ -19,6 +19,7 @@ from etha_ray.tensor_bus.commands import (
     Outcome,
     Ping,
     QueryStatus,
+    RegisteredTensor,
     RegisterTensors,
     RegistrationClosed,
     Transfer,
@@ -52,6 +53,16 @@ def test_a_command_comes_back_as_it_was(command: Message) -> None:
     again = decode_command(encode_command(command))
     assert type(again) is type(command)
     assert again == command
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [RegisteredTensor(b"h"), RegisteredTensor(b"h", (3, 4)), RegisteredTensor(b"", (8,), (4,), lossy=True), RegisteredTensor(b"h", (), ())],
+)
+def test_a_tensor_comes_back_as_it_was(tensor: RegisteredTensor) -> None:
+    assert RegisteredTensor.decode(tensor.encode()) == tensor
+    with pytest.raises(msgspec.DecodeError):
+        RegisteredTensor.decode(tensor.encode()[:-1])
 
 
 def test_every_command_is_tried() -> None:

@@ -16,6 +16,7 @@ import torch
 from etha_ray.config import AgentPaths
 from etha_ray.errors import AgentBusyError, AgentDiedError, PeerLostError, StoreUnavailableError
 from etha_ray.kvstore import MemoryStore
+from etha_ray.kvstore.lease import Grant
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.commands import Ping
 from tests.tensor_bus import cluster as acts
@@ -241,7 +242,7 @@ class TestTakingOver:
             with pytest.raises(AgentDiedError):
                 client.ping()
             stranger = cluster.client()
-            stranger.client_id = "somebody else"
+            stranger._connection.client_id = "somebody else"
             with pytest.raises(AgentDiedError, match="restarted and does not know this client"):
                 stranger.init_pair("p", "a", "b", 1)
             del stranger.client_id
@@ -258,7 +259,7 @@ class TestTakingOver:
 
 
 class _BrokenStore(MemoryStore):
-    def _set(self, full: str, data: bytes) -> None:
+    def _grant(self, ttl: float) -> Grant:
         raise StoreUnavailableError("it is down")
 
 

@@ -65,6 +65,28 @@ def test_shapes_that_change_with_the_id_kept() -> None:
         succeed(lambda: run(one, 1.0), lambda: run(two, 0.0))
 
 
+def test_uneven_shards_whose_shapes_change_with_the_id_kept() -> None:
+    """Members say where they differ from the first one, which may be one of another round."""
+    with local_cluster() as cluster:
+        sides = [*cluster.side("a", "b", [0, 1, 0], (3,), [Shard(0)]), *cluster.side("b", "a", [1, 0], (2,), [Shard(0)])]
+        succeed(*[side.join for side in sides])
+
+        def run(index: int) -> None:
+            side, rng = sides[index], random.Random(index)
+            for size in range(1, 30):
+                wholes = [torch.arange(float(size)), torch.arange(2.0 * size)]
+                tensors = [side.cut(whole if index < 3 else whole * 0) for whole in wholes]
+                handler = side.client.register_tensors("x", [(tensor, "pair") for tensor in tensors], timeout=LONG)
+                if size % 7 == 0:
+                    handler.transfer("send" if index < 3 else "recv", blocking=True, timeout=LONG)
+                    assert all(torch.equal(tensor, side.cut(whole)) for tensor, whole in zip(tensors, wholes, strict=True))
+                if rng.random() < 0.2:
+                    time.sleep(rng.random() * 0.004)
+                handler.close()
+
+        succeed(*[lambda index=index: run(index) for index in range(len(sides))])
+
+
 def test_mismatch_then_match_many_times() -> None:
     with local_cluster() as cluster:
         one, two = cluster.pair()

@@ -1,21 +1,18 @@
-"""Routes: who is asked, what the proof catches, what is shown and hashed. That plans move the right data: test_plan_properties."""
+"""Routes: what goes where, what the proof catches, what is shown and hashed. That plans move the right data: test_properties."""
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-import etha_ray.layout as layout_module
-import etha_ray.plan as plan_module
 from etha_ray.errors import LayoutError
-from etha_ray.layout import Axis, Intervals, Layout
+from etha_ray.layout import Layout, Pieces, Reduction
 from etha_ray.plan import (
     Box,
     Route,
@@ -29,24 +26,7 @@ from etha_ray.plan import (
     routes_into,
     routes_out_of,
 )
-
-
-def side(layout: str, first_agent: int = 0, per_host: int = 8, host: str = "host") -> Side:
-    """Agents in order from ``first_agent``, ``per_host`` of them on each host."""
-    found = Layout.decode(layout)
-    agents = tuple(range(first_agent, first_agent + found.ranks))
-    return Side(found, agents, tuple(f"{host}{agent // per_host}" for agent in agents))
-
-
-def sources_of(source: Side, target: Side, shape: tuple[int, ...]) -> dict[int, list[int]]:
-    return {index: [route.source for route in routes_into(source, target, shape, index)] for index in range(target.layout.ranks)}
-
-
-def egress(made: TensorPlan) -> Counter[int]:
-    sent: Counter[int] = Counter(dict.fromkeys(range(made.source.layout.ranks), 0))
-    for route in made.routes:
-        sent[route.source] += route.numel
-    return sent
+from tests.plan.apply import least_share, side
 
 
 def test_same_layout_is_one_box_a_rank() -> None:
@@ -102,70 +82,6 @@ def test_layouts_that_do_not_fit_the_shape_are_refused() -> None:
 def test_a_side_has_one_agent_and_host_per_position() -> None:
     with pytest.raises(LayoutError, match="2x2: S0,R has 4 positions, but 3 agents and 4 hosts"):
         Side(Layout.decode("2x2: S0,R"), (0, 1, 2), ("a",) * 4)
-
-
-# --- replicas ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_holder_on_the_same_agent_is_asked_first() -> None:
-    source = Side(Layout.decode("4: R"), (7, 3, 5, 1), ("a", "a", "b", "b"))
-    target = Side(Layout.decode("3: R"), (5, 7, 1), ("b", "a", "b"))
-    assert sources_of(source, target, (6,)) == {0: [2], 1: [0], 2: [3]}
-
-
-def test_a_holder_on_the_same_host_is_asked_next() -> None:
-    source = Side(Layout.decode("4: R"), (0, 1, 2, 3), ("a", "b", "b", "c"))
-    target = Side(Layout.decode("4: R"), (10, 11, 12, 1), ("c", "b", "b", "b"))
-    # The last target shares agent 1 with source 1; the two before it share out host b; the first has host c to itself.
-    assert sources_of(source, target, (6,)) == {0: [3], 1: [1], 2: [2], 3: [1]}
-
-
-def test_nearness_never_takes_from_one_who_does_not_hold_it() -> None:
-    source = Side(Layout.decode("2x2: S0,R"), (0, 1, 2, 3), ("a", "a", "b", "b"))
-    target = Side(Layout.decode("2: S0"), (2, 1), ("b", "a"))
-    made = plan(source, target, (8,))
-    made.verify()
-    assert {route.target: route.source // 2 for route in made.routes} == {0: 0, 1: 1}
-
-
-@pytest.mark.parametrize("hosts", ["apart", "together"])
-@pytest.mark.parametrize(
-    ("source", "target", "shape"),
-    [
-        ("8: R", "8: S0", (64, 3)),
-        ("4: R", "16: S0", (64, 3)),
-        ("8: R", "4x4: S0,S1", (64, 64)),
-        ("8: R", "32: R", (5, 7)),
-        ("2x4: S0,R", "16: S0", (64, 3)),
-        ("2x4: S0,R", "4x2: S1,R", (64, 64)),
-        ("4x2: R,S1", "2x8: R,S1", (64, 64)),
-        ("2x2x4: R,S0,R", "2x16: R,S0", (64, 64)),
-    ],
-)
-def test_holders_of_the_same_share_the_load(source: str, target: str, shape: tuple[int, ...], hosts: str) -> None:
-    per_host = 64 if hosts == "together" else 8
-    giving = side(source, 0, per_host)
-    taking = side(target, 100, per_host, "host" if hosts == "together" else "other")
-    made = plan(giving, replace(taking, hosts=giving.hosts[:1] * len(taking.hosts)) if hosts == "together" else taking, shape)
-    made.verify()
-    sent = egress(made)
-    assert max(sent.values()) <= 1.1 * sum(sent.values()) / len(sent)
-
-
-def test_few_targets_are_served_from_all_over_the_mesh() -> None:
-    source = side("16: R", per_host=4)
-    target = side("4: R", 100, host="other")
-    served_by = [sources[0] for sources in sources_of(source, target, (8,)).values()]
-    assert len({source.hosts[index] for index in served_by}) == 4
-
-
-def test_targets_left_over_by_nearness_share_the_holders_too() -> None:
-    source = side("4: R", per_host=1)  # host0 to host3
-    hosts = tuple(f"host{index // 2}" if index % 2 else "far" for index in range(8))
-    target = Side(Layout.decode("8: R"), tuple(range(100, 108)), hosts)
-    asked = sources_of(source, target, (8,))
-    assert [asked[index][0] for index in (1, 3, 5, 7)] == [0, 1, 2, 3]
-    assert sorted(asked[index][0] for index in (0, 2, 4, 6)) == [0, 1, 2, 3]
 
 
 # --- proof ------------------------------------------------------------------------------------------------------------
@@ -228,37 +144,16 @@ def test_the_proof_catches_a_scalar_written_twice_and_once_not() -> None:
 # --- several intervals a dimension --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def dealt_in_pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A rule no placement has yet: a sharded dimension is dealt out two indices at a time, round and round."""
-
-    def pieces(axis: Axis) -> tuple[Intervals, ...]:
-        count = math.prod(axis.factors)
-        pairs = [(start, min(start + 2, axis.size)) for start in range(0, axis.size, 2)]
-        return tuple(tuple(pairs[number::count]) for number in range(count)) if count > 1 else (((0, axis.size),),)
-
-    def forget() -> None:
-        for module in (layout_module, plan_module):
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
-
-    forget()
-    monkeypatch.setattr(Axis, "pieces", property(pieces))
-    yield
-    forget()
-
-
-@pytest.mark.usefixtures("dealt_in_pairs")
 @pytest.mark.parametrize(
     ("source", "target", "boxes"),
     [
-        ("2: S0", "2: S0", 2),  # the same hands: neighbours in both local tensors, though not in the whole
-        ("2: S0", "1: R", 4),  # indices 0 to 6 in four runs
-        ("1: R", "2: S1", 5),
-        ("2: S0", "3: S1", 20),
-        ("2x2: S0,S1", "3x2: S1,R", 40),
-        ("2x3: S0,S1", "2x3: S0,S1", 6),
+        ("2: SS0/4", "2: SS0/4", 2),  # the same hands: neighbours in both local tensors, though not in the whole
+        ("2: SS0/4", "1: R", 7),  # 7 rows in chunks of 2, 2, 2 and 1, each halved
+        ("1: R", "2: SS1/3", 6),
+        ("2: SS0/4", "3: S1", 21),
+        ("2x2: SS0/2,S0", "2x2: R,R", 16),
+        ("2x2: SS0/2,S0", "4: S0", 4),  # FSDP2 with tensor parallelism, to as many shards in the order of rows
+        ("2x3: SS0/2,SS1/2", "2x3: SS0/2,SS1/2", 6),
     ],
 )
 def test_regions_of_several_intervals(source: str, target: str, boxes: int) -> None:
@@ -267,6 +162,121 @@ def test_regions_of_several_intervals(source: str, target: str, boxes: int) -> N
     assert sum(len(route.boxes) for route in made.routes) == boxes
     sent = {route for index in range(made.source.layout.ranks) for route in routes_out_of(made.source, made.target, (7, 9), index)}
     assert sent == set(made.routes)
+
+
+# --- partial ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_route_names_every_contributor_in_mesh_order() -> None:
+    made = plan(side("2x3x2: P(sum),S0,P(avg)"), side("2: S0", 20), (9,))
+    made.verify()
+    assert made.reduction == Reduction((0, 2), "sum", 2, 4)
+    assert [(route.sources, route.target, route.numel) for route in made.routes] == [
+        ((0, 1, 6, 7), 0, 3),
+        ((2, 3, 8, 9), 0, 2),
+        ((2, 3, 8, 9), 1, 1),
+        ((4, 5, 10, 11), 1, 3),
+    ]
+    assert routes_out_of(made.source, made.target, (9,), 8) == made.routes[1:3]
+    assert made.bytes_between(2)[8, 0] == 4
+
+
+def test_each_contribution_comes_from_the_nearest_of_its_replicas() -> None:
+    source = Side(Layout.decode("2x3: P(sum),R"), (0, 1, 2, 3, 4, 5), ("a", "b", "c", "a", "b", "c"))
+    target = Side(Layout.decode("3: R"), (10, 11, 5), ("b", "a", "c"))
+    assert [route.sources for route in plan(source, target, (4,)).routes] == [(1, 4), (0, 3), (2, 5)]
+
+
+def test_replicas_of_contributions_that_are_divided_differently() -> None:
+    """Rows are cut wherever any of the contributors changes."""
+    source = Side(Layout.decode("2x3: P(max),R"), tuple(range(6)), ("a", "b", "c", "d", "e", "f"))
+    target = Side(Layout.decode("2: R"), (10, 11), ("a", "far"))
+    with least_share(1):
+        made = plan(source, target, (8, 3))
+        made.verify()
+    rows = {target: [(route.sources, route.numel // 3) for route in made.routes if route.target == target] for target in (0, 1)}
+    # Rank 0 gives its contribution to the target beside it; the other one has no replica there.
+    assert [sources[0] for sources, _ in rows[0]] == [0] * len(rows[0])
+    # So rank 0 gives less to the far target, and each of the three replicas of the other contribution a third of all rows.
+    given = Counter[int]()
+    for sources, count in rows[0] + rows[1]:
+        given.update(dict.fromkeys(sources, count))
+    assert sum(given[index] for index in (0, 1, 2)) == sum(given[index] for index in (3, 4, 5)) == 16
+    assert given[0] == 8
+    assert all(abs(given[index] - 16 / 3) < 1 for index in (3, 4, 5))
+
+
+@pytest.mark.parametrize("call", [plan, lambda *args: routes_into(*args, 0), lambda *args: routes_out_of(*args, 0)])
+def test_a_partial_target_is_refused(call: Callable[[Side, Side, tuple[int, ...]], object]) -> None:
+    with pytest.raises(LayoutError, match=r"target layout 2x2: S0,P\(sum\) has a Partial on mesh dimension 1.*Replicate\(\)"):
+        call(side("2: S0"), side("2x2: S0,P(sum)", 2), (4,))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"others": ()}, "not each of 2 once"),
+        ({"others": (0,)}, "not each of 2 once"),
+        ({"source": 2, "others": (0,)}, "not each of 2 once"),
+        ({"others": (3,)}, "do not hold the same indices"),
+        ({"others": (4,)}, "not in the mesh"),
+    ],
+)
+def test_the_proof_catches_wrong_contributors(change: dict[str, object], says: str) -> None:
+    made = plan(side("2x2: P(sum),S0"), side("1: R", 4), (6,))
+    made.verify()
+    with pytest.raises(LayoutError, match=says):
+        tampered(made, 0, **change).verify()
+
+
+def test_the_proof_catches_values_that_are_combined() -> None:
+    made = plan(side("2: R"), side("1: R", 4), (6,))
+    with pytest.raises(LayoutError, match="holds values, not contributions"):
+        tampered(made, 0, others=(1,), source=0).verify()
+
+
+# --- explicit pieces ----------------------------------------------------------------------------------------------------
+
+
+def ragged(*pieces: tuple[tuple[int, ...], tuple[int, ...]] | None, shape: tuple[int, ...] = (8, 3), first: int = 0) -> Side:
+    return Side(Pieces(shape, pieces), tuple(range(first, first + len(pieces))), ("host",) * len(pieces))
+
+
+def test_ragged_rows_to_even_ones() -> None:
+    made = plan(ragged(((0, 0), (5, 3)), None, ((5, 0), (3, 3))), side("2: S0", 10), (8, 3))
+    made.verify()
+    assert made.routes == (
+        Route(0, 0, (Box((0, 0), (0, 0), (4, 3)),), 12),
+        Route(0, 1, (Box((4, 0), (0, 0), (1, 3)),), 3),
+        Route(2, 1, (Box((0, 0), (1, 0), (3, 3)),), 9),
+    )
+    assert routes_out_of(made.source, made.target, (8, 3), 1) == ()
+
+
+def test_even_rows_to_pieces_that_overlap() -> None:
+    made = plan(side("2: S0"), ragged(((0, 0), (8, 1)), ((2, 0), (4, 3)), None, first=10), (8, 3))
+    made.verify()
+    assert [(route.source, route.target, route.numel) for route in made.routes] == [(0, 0, 4), (1, 0, 4), (0, 1, 6), (1, 1, 6)]
+
+
+def test_a_part_that_no_source_holds_is_named() -> None:
+    source = ragged(((0, 0), (5, 3)), ((6, 0), (2, 2)))
+    assert routes_into(source, side("4: S0", 10), (8, 3), 0)
+    for shown, target in ((r"\[5:6, 0:3\]", side("4: S0", 10)), (r"\[5:6, 0:3\]", side("1: R", 10))):
+        with pytest.raises(LayoutError, match=rf"no source holds {shown} of the tensor of shape \(8, 3\)"):
+            plan(source, target, (8, 3))
+    with pytest.raises(LayoutError, match=r"no source holds \[6:8, 2:3\].*target 3 wants \(2 elements"):
+        routes_into(source, side("4: S0", 10), (8, 3), 3)
+
+
+def test_pieces_of_a_source_that_overlap_are_refused() -> None:
+    with pytest.raises(LayoutError, match="ranks 0 and 1 hold boxes"):
+        plan(ragged(((0, 0), (5, 3)), ((4, 0), (4, 3))), side("1: R", 10), (8, 3))
+
+
+def test_pieces_of_another_shape_are_refused() -> None:
+    with pytest.raises(LayoutError, match=r"shape \(8, 3\) cannot be used for one of shape \(8, 4\)"):
+        plan(ragged(((0, 0), (8, 3))), side("1: R", 10), (8, 4))
 
 
 # --- shown and hashed ---------------------------------------------------------------------------------------------------
@@ -288,6 +298,8 @@ def test_explain_is_a_table_of_bytes() -> None:
         "     1  512 KiB  512 KiB",
     ]
     assert len(explain_plan(plan(side("32: S0"), side("2: R", 32), (64,)), 2).splitlines()) == 2
+    contributed = explain_plan(plan(side("2x2: P(avg),S0"), side("1: R", 32), (64,)), 2)
+    assert "each element is the sum of 2 contributions, divided by 2" in contributed
 
 
 def test_equal_plans_have_equal_digests_and_others_not() -> None:
@@ -346,13 +358,3 @@ def test_plans_are_the_same_in_every_process() -> None:
     ]
     assert len(set(runs)) == 1
     assert len(runs[0].split()) == 3
-
-
-def test_two_thousand_ranks() -> None:
-    source, target = side("64x16: S0,S0"), side("8x64: S1,S0", 1024)
-    shape = (256, 2048, 7168)
-    into = routes_into(source, target, shape, 300)
-    # Expert parallel over 64: 4 of 256 experts, each from its own source, and this rank's eighth of their rows.
-    assert [route.numel for route in into] == [2048 // 8 * 7168] * 4
-    for route in into:
-        assert route in routes_out_of(source, target, shape, route.source)

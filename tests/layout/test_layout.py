@@ -4,42 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.tensor.placement_types import _MaskPartial, _StridedShard
 
 from etha_ray.errors import LayoutError
-from etha_ray.layout import Layout, MeshSpec, Region, placement_tokens
-
-
-@contextmanager
-def playing(rank: int, world_size: int) -> Iterator[None]:
-    """Be ``rank`` of a process group of ``world_size`` that talks to nobody."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def as_torch(layout: Layout) -> list[Shard | Replicate]:
-    return [Replicate() if token == "R" else Shard(int(token[1:])) for token in layout.placements]
-
-
-def cut(whole: torch.Tensor, region: Region) -> torch.Tensor:
-    """``region`` of ``whole``, by index lists: nothing here but the meaning of the intervals."""
-    for dim, held in enumerate(region.intervals):
-        whole = whole.index_select(dim, torch.tensor([i for start, stop in held for i in range(start, stop)], dtype=torch.long))
-    return whole
-
+from etha_ray.layout import Layout, MeshSpec, Reduction, Region, placement_tokens
+from tests.layout.dtensor import as_torch, cut, playing
 
 LAYOUTS_AND_SHAPES = [
     ("1: S0", (5,)),
@@ -63,6 +38,13 @@ LAYOUTS_AND_SHAPES = [
     ("2x2x2: S0,R,S0", (17, 2)),
     ("2x3x2: S2,S0,S2", (5, 2, 31)),
     ("1x4x1: S0,S0,S0", (6,)),
+    ("2x2: SS0/2,S0", (8, 8)),  # what FSDP2 makes of a tensor that tensor parallelism has cut
+    ("2x3: SS0/3,S0", (13, 2)),
+    ("4: SS0/2", (9,)),
+    ("3: SS-1/50", (2, 7)),  # more chunks than indices
+    ("2x2x2: S0,SS0/2,SS0/3", (37,)),
+    ("2x3: SS0/2,S0", (1,)),
+    ("2x2: P(sum),S0", (5,)),
 ]
 
 
@@ -74,7 +56,8 @@ def test_region_is_what_dtensor_holds(text: str, shape: tuple[int, ...]) -> None
         region = layout.region(rank, shape)
         with playing(rank, layout.ranks):
             mesh = init_device_mesh("cpu", layout.mesh_shape)
-            placements = [Shard(p.dim % len(shape)) if isinstance(p, Shard) else p for p in as_torch(layout)]
+            # Contributions are held like replicas; distribute_tensor would divide a sum among them.
+            placements = [Replicate() if isinstance(p, Partial) else p for p in as_torch(layout.resolve(len(shape)))]
             held = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
             local_shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
         assert region.shape == tuple(held.shape) == local_shape
@@ -137,10 +120,11 @@ def test_resolve_counts_negative_dims_from_the_end() -> None:
     layout = Layout.decode("2x2x2: S-1,R,S-3")
     assert layout.resolve(3) == Layout.decode("2x2x2: S2,R,S0")
     assert layout.resolve(4) == Layout.decode("2x2x2: S3,R,S1")
+    assert Layout.decode("2x2: SS-2/2,P(max)").resolve(3) == Layout.decode("2x2: SS1/2,P(max)")
     assert layout.placements == ("S-1", "R", "S-3")
 
 
-@pytest.mark.parametrize("text", ["4x2: S0,R", "8: S-1", "1: R", "2x2x2: S0,S0,S1", ": "])
+@pytest.mark.parametrize("text", ["4x2: S0,R", "8: S-1", "1: R", "2x2x2: S0,S0,S1", ": ", "2x4: SS-1/4,P(avg)", "3x2: SS0/2,S0 by order"])
 def test_encode_and_decode(text: str) -> None:
     layout = Layout.decode(text)
     assert layout.encode() == str(layout) == text
@@ -152,7 +136,9 @@ def test_decode_ignores_blanks() -> None:
     assert Layout.decode(" 4 x 2 :S0 , R ") == Layout.decode("4x2: S0,R")
 
 
-@pytest.mark.parametrize("text", ["4x2", "4xtwo: S0,R", "4x2: S0", "4x2: S0,Partial", "x: S0", "0: R", "4: S", "4: s0", "-4: R"])
+@pytest.mark.parametrize(
+    "text", ["4x2", "4xtwo: S0,R", "4x2: S0", "4x2: S0,Partial", "x: S0", "0: R", "4: S", "4: s0", "-4: R", "4: SS0", "4: SS0/0", "4: P"]
+)
 def test_decode_refuses_what_is_no_layout(text: str) -> None:
     with pytest.raises(LayoutError):
         Layout.decode(text)
@@ -175,7 +161,7 @@ def test_placement_count_must_fit_the_mesh() -> None:
         Layout.of((4, 2), [Shard(0)])
 
 
-@pytest.mark.parametrize("text", ["2x3x2: S0,R,S1", "4: S0", "4: R", "2x2: R,R"])
+@pytest.mark.parametrize("text", ["2x3x2: S0,R,S1", "4: S0", "4: R", "2x2: R,R", "2x3: R,SS0/2"])
 def test_replicas_are_all_that_hold_the_same(text: str) -> None:
     layout = Layout.decode(text)
     shape = (24, 24)
@@ -184,27 +170,77 @@ def test_replicas_are_all_that_hold_the_same(text: str) -> None:
         assert list(layout.replicas(index)) == same
 
 
+def test_contributions_are_no_replicas() -> None:
+    assert Layout.decode("2x3: P(sum),R").replicas(4) == (3, 4, 5)
+
+
 def test_placement_tokens() -> None:
-    assert placement_tokens([Shard(0), Replicate(), Shard(-1), "S2", "R", "S-3"]) == ("S0", "R", "S-1", "S2", "R", "S-3")
+    placements = [Shard(0), Replicate(), Shard(-1), _StridedShard(1, split_factor=4), _StridedShard(-1), Partial("avg"), Partial()]
+    tokens = ("S0", "R", "S-1", "SS1/4", "SS-1/1", "P(avg)", "P(sum)")
+    assert placement_tokens(placements) == placement_tokens(tokens) == tokens
+    assert placement_tokens(["S00", "SS-01/02"]) == ("S0", "SS-1/2")
     assert placement_tokens(()) == ()
 
 
 @pytest.mark.parametrize(
     ("placement", "named"),
     [
-        (Partial(), "Partial"),
-        (_StridedShard(0, split_factor=2), "_StridedShard"),
-        ("Shard(0)", "Shard\\(0\\)"),
+        (_MaskPartial("sum"), "_MaskPartial"),
+        (Partial("bxor"), r"Partial\(bxor\)"),
+        (_StridedShard(0, split_factor=0), "SS0/0"),
+        ("Shard(0)", r"Shard\(0\)"),
         ("P", "P"),
+        ("P(bor)", r"P\(bor\)"),
+        ("SS0", "SS0"),
+        ("SS0/-2", "SS0/-2"),
         (0, "0"),
         (None, "None"),
     ],
 )
 def test_other_placements_are_refused_by_name(placement: object, named: str) -> None:
-    with pytest.raises(LayoutError, match=named) as caught:
+    with pytest.raises(LayoutError, match=named):
         placement_tokens([placement])
-    assert "Shard(dim)" in str(caught.value)
-    assert "Replicate()" in str(caught.value)
+
+
+def test_a_refusal_says_what_is_supported() -> None:
+    with pytest.raises(LayoutError) as caught:
+        placement_tokens(["Partial"])
+    for kind in ("Shard(dim)", "_StridedShard(dim, split_factor=n)", "Replicate()", "Partial(op)", "product"):
+        assert kind in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reduction"),
+    [
+        ("2x4: S0,R", None),
+        ("2x4: S0,P(sum)", Reduction((1,), "sum", 1, 4)),
+        ("2x4x3: P(avg),S0,P(avg)", Reduction((0, 2), "sum", 6, 6)),
+        ("2x4x3: P(sum),S0,P(avg)", Reduction((0, 2), "sum", 3, 6)),
+        ("2x4: P(max),P(max)", Reduction((0, 1), "max", 1, 8)),
+        ("3: P(product)", Reduction((0,), "product", 1, 3)),
+        ("1: P(min)", Reduction((0,), "min", 1, 1)),
+    ],
+)
+def test_partial(text: str, reduction: Reduction | None) -> None:
+    layout = Layout.decode(text)
+    assert layout.partial == reduction
+    assert layout.resolve(1).partial == reduction
+
+
+@pytest.mark.parametrize("ops", list(itertools.combinations(("sum", "avg", "max", "min", "product"), 2)), ids="+".join)
+def test_mixed_partials_are_refused_where_dtensor_refuses_them(ops: tuple[str, str]) -> None:
+    with playing(0, 4):
+        mesh = init_device_mesh("cpu", (2, 2))
+        try:
+            distribute_tensor(torch.ones(4), mesh, [Partial(op) for op in ops])
+            taken = True
+        except ValueError as error:
+            taken = "Mixed Partial" not in str(error)
+    if taken:
+        assert Layout.of((2, 2), [Partial(op) for op in ops]).partial is not None
+    else:
+        with pytest.raises(LayoutError, match=rf"mix Partial\({ops[0]}\) and Partial\({ops[1]}\)"):
+            Layout.of((2, 2), [Partial(op) for op in ops])
 
 
 @pytest.mark.parametrize("placements", [Shard(0), "S0", None])

@@ -1,0 +1,150 @@
+"""A client's line to its agent: commands go out, and their outcomes are waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import time
+from typing import Any
+
+from etha_ray.config import FAILURE_TIMEOUT
+from etha_ray.errors import BatchClosedError, EthaRayError, QueueClosedError, QueueFullError, TransferTimeoutError
+from etha_ray.processes import pid_namespace, process_start_time
+from etha_ray.tensor_bus.command_queue import CommandQueue
+from etha_ray.tensor_bus.commands import CancelTransfer, Goodbye, Hello, Message
+from etha_ray.tensor_bus.reply import Reply, ReplyPool
+from etha_ray.tensor_bus.watch import find_agent
+
+_GRACE = 0.5
+"""Seconds that a client waits beyond a command's own timeout, for the agent to say who was missing."""
+
+_SLICE = 0.5
+"""Seconds after which a command that finds the queue full looks whether the agent still lives."""
+
+
+class Connection:
+    """One client's commands to one agent. Several threads may use it; a forked child may not.
+
+    Args:
+        agent_rank: the agent's rank.
+        queue_path, state_path: where it is.
+        timeout: seconds to wait for the agent to answer.
+
+    Raises:
+        AgentNotFoundError: no agent answers at these paths in time.
+        UnsafePathError: a path belongs to another user.
+    """
+
+    def __init__(self, agent_rank: int, queue_path: str, state_path: str, timeout: float | None) -> None:
+        self.agent_rank = agent_rank
+        self.pid = os.getpid()
+        self.client_id = f"{self.pid}-{secrets.token_hex(8)}"
+        self.closed = False
+        self._command_ids = itertools.count(1)
+        self.state, self.watch = find_agent(agent_rank, state_path, queue_path, timeout)
+        try:
+            self.queue = CommandQueue(queue_path)
+        except BaseException:
+            self.state.close()
+            raise
+        self.pool = ReplyPool(self.state, self.watch)
+        hello = Hello(pid=self.pid, start_time=process_start_time(self.pid) or 0.0, pid_namespace=pid_namespace())
+        try:
+            self.call(hello, "hello", str(agent_rank), None if timeout is None else max(timeout, FAILURE_TIMEOUT))
+        except BaseException:
+            self.leave()
+            raise
+
+    def start(
+        self,
+        command: Message,
+        command_type: str,
+        context: str,
+        timeout: float | None,
+        patience: float | None = None,
+        *,
+        closing: bool = False,
+    ) -> Reply:
+        """Hand a command to the agent.
+
+        ``timeout`` is how long the agent may take; ``patience``, by default the same, how long a full queue is waited for.
+        ``closing``: also when `closed`.
+        """
+        if os.getpid() != self.pid:
+            raise QueueClosedError(f"this client belongs to process {self.pid}: after a fork, make a new one in the child")
+        if self.closed and not closing:
+            raise BatchClosedError(self._gone())
+        reply = self.pool.take(command_type, context, next(self._command_ids))
+        command.semaphore_name = reply.name
+        command.command_id = reply.command_id
+        command.client_id = self.client_id
+        command.timestamp = time.time()
+        command.timeout = timeout
+        try:
+            self._enqueue(command, timeout if patience is None else patience)
+        except BaseException:
+            reply.abandon()
+            raise
+        return reply
+
+    def finish(self, reply: Reply, timeout: float | None, *, cancel: CancelTransfer | None = None) -> Any:
+        """Wait for a command that carries its own timeout: the agent answers it with who was missing, and a client that
+        still hears nothing gives up by itself, and sends ``cancel``."""
+        try:
+            answered = reply.wait(None if timeout is None else timeout + _GRACE)
+        except BaseException:
+            self._give_up(reply, cancel)
+            raise
+        if not answered:
+            self._give_up(reply, cancel)
+            raise TransferTimeoutError(
+                f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s: it still copies, is overloaded, or waits"
+                " for a store that does not answer"
+            )
+        return reply.value()
+
+    def call(self, command: Message, command_type: str, context: str, timeout: float | None) -> Any:
+        """`start` and `finish`."""
+        return self.finish(self.start(command, command_type, context, timeout), timeout)
+
+    def leave(self) -> None:
+        """Say goodbye without waiting for an answer, and let go of everything."""
+        self.closed = True
+        with contextlib.suppress(EthaRayError):  # a full queue or a dead agent: the process's end will do
+            if self.pool.in_owner:
+                self.queue.enqueue(Goodbye(client_id=self.client_id), block=False)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of everything."""
+        self.pool.close()
+        self.queue.close(destroy=False)
+        self.state.close()
+
+    def _enqueue(self, command: Message, patience: float | None) -> None:
+        deadline = None if patience is None else time.monotonic() + patience
+        while True:
+            remaining = _SLICE if deadline is None else max(0.0, min(_SLICE, deadline - time.monotonic()))
+            try:
+                self.queue.enqueue(command, timeout=remaining)
+            except QueueFullError:
+                self.watch.check()
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise
+            except QueueClosedError:
+                raise BatchClosedError(self._gone()) from None
+            else:
+                return
+
+    def _give_up(self, reply: Reply, cancel: CancelTransfer | None) -> None:
+        reply.abandon()
+        if cancel is not None and not self.closed:
+            cancel.client_id = self.client_id
+            cancel.command_id = reply.command_id
+            with contextlib.suppress(EthaRayError):  # what is under way is an error already
+                self.queue.enqueue(cancel, timeout=1.0)
+
+    def _gone(self) -> str:
+        return f"the client of agent {self.agent_rank} is closed: make a new one"

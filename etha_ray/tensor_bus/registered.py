@@ -1,0 +1,172 @@
+"""What a registration comes to once all members agree: the other members, their memory opened, and what is to move prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from etha_ray.errors import EthaRayError, HandleExpiredError, NoTransportError
+from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
+from etha_ray.net import Address
+from etha_ray.tensor_bus.agreement import Agreement, Direction
+from etha_ray.tensor_bus.executor import Part, bytes_out, moves_in
+from etha_ray.tensor_bus.host import no_address, shares_memory
+from etha_ray.tensor_bus.records import BatchRecord, MemberRecord
+from etha_ray.tensor_bus.state_file import StateFile, handles_key
+from etha_ray.transport.base import CopyProgram, OneSidedTransport
+from etha_ray.transport.joint import Move, Source, prepare
+from etha_ray.transport.network import NetworkTransport, RemoteRegion
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another member of the batch."""
+
+    registration: str
+    name: str
+    member: MemberRecord
+    bytes: int
+
+
+@dataclass
+class Registered:
+    """What a registration came to: everything a transfer needs.
+
+    ``targets`` get bytes from this rank and ``sources`` give it some; ``others`` are all other members, of both sides. By
+    registration. ``refused`` says why a direction is impossible: such a transfer fails with it, and nobody waits for it.
+    """
+
+    targets: dict[str, Peer] = field(default_factory=dict)
+    sources: dict[str, Peer] = field(default_factory=dict)
+    others: dict[str, Peer] = field(default_factory=dict)
+    refused: dict[Direction, EthaRayError] = field(default_factory=dict)
+    program: CopyProgram | None = None
+    opened: list[OpenedTensors] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Let go of all memory; no program runs any more."""
+        self.program = None
+        for opened in self.opened:
+            opened.close()
+        self.opened.clear()
+
+
+@dataclass(frozen=True)
+class AgreedPart:
+    """One pair's part of a batch: this rank's tensors, everyone's records, and what they agreed to."""
+
+    part: Part
+    agreement: Agreement
+    local: Sequence[BatchRecord]
+    remote: Sequence[BatchRecord]
+
+
+@dataclass(frozen=True)
+class Transports:
+    """What moves bytes: on this host, and between hosts if this agent has an address there."""
+
+    mapped: OneSidedTransport
+    network: NetworkTransport | None
+
+
+def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: int) -> Registered:
+    """Open what this rank receives, and prepare to move it.
+
+    Raises:
+        LayoutError, TensorMismatchError: neither direction is possible, or a plan does not prove right.
+        NoTransportError: a member that bytes must come from, or go to, shares no memory with this agent, and one has no address.
+        HandleExpiredError, MemoryHandleError, PeerLostError: a sender's memory cannot be opened, or its agent not be reached.
+        ConfigError: the network does not take buckets of this size.
+    """
+    result = Registered()
+    for part in parts:
+        for direction, error in part.agreement.refused.items():
+            result.refused.setdefault(direction, error)
+    if len(result.refused) == 2:
+        raise result.refused["send"]
+    moves: list[Move] = []
+    try:
+        for part in parts:
+            moves += _connect(transports, part, result)
+        result.program = prepare(moves, transports.mapped, transports.network, bucket_size)
+    except BaseException:
+        result.close()
+        raise
+    return result
+
+
+def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> list[Move]:
+    """What one pair moves; notes its members in ``result``."""
+    part, match = agreed.part, agreed.part.match
+    for index, record in enumerate(agreed.local):
+        if index != match.index:
+            member = match.local[index]
+            result.others[record.registration] = Peer(record.registration, f"{member.peer}[{index}]", member, 0)
+
+    def open_remote(index: int, positions: Sequence[int]) -> Sequence[Source]:
+        member, registration = match.remote[index], agreed.remote[index].registration
+        if not shares_memory(member.agent):
+            _check_reach(transports, part, member)
+            return _remote_regions(member, export_name(registration, part.pair_name), part, positions)
+        opened = _open_remote(member, registration, part, positions)
+        result.opened.append(opened)
+        return opened.tensors
+
+    moves: list[Move] = []
+    bytes_from: dict[int, int] = {}
+    if "recv" not in result.refused:
+        moves, bytes_from = moves_in(part, open_remote)
+    bytes_to = bytes_out(part) if "send" not in result.refused else {}
+    for index, record in enumerate(agreed.remote):
+        member = match.remote[index]
+        name = f"{member.peer}[{index}]"
+        known = result.others.get(record.registration)
+        if known is not None and known.name != name:
+            name = f"{known.name}+{name}"  # in several pairs of this batch
+        result.others[record.registration] = Peer(record.registration, name, member, 0)
+        for table, counts in ((result.sources, bytes_from), (result.targets, bytes_to)):
+            before = table[record.registration].bytes if record.registration in table else None
+            if index in counts or before is not None:
+                table[record.registration] = Peer(record.registration, name, member, (before or 0) + counts.get(index, 0))
+            if index in counts and not shares_memory(member.agent):
+                _check_reach(transports, part, member)
+    return moves
+
+
+def export_name(registration: str, pair_name: str) -> str:
+    """Under which name an agent gives the tensors of one pair to agents of other hosts."""
+    return f"{registration}/{pair_name}"
+
+
+def _check_reach(transports: Transports, part: Part, member: MemberRecord) -> None:
+    if transports.network is None or not member.agent.address:
+        own = part.match.local[part.match.index].agent
+        raise NoTransportError(f"batch {part.batch_id!r}, pair {part.pair_name!r}: {no_address(own, member.agent)}")
+
+
+def _remote_regions(member: MemberRecord, export: str, part: Part, positions: Sequence[int]) -> list[RemoteRegion]:
+    """Tensors of another host. Only boxes of them are read, each with a place and size of its own."""
+    address = Address.parse(member.agent.address)
+    return [RemoteRegion(address, export, position, (), (), part.agreed[position].remote.dtype) for position in positions]
+
+
+def _open_remote(member: MemberRecord, registration: str, part: Part, positions: Sequence[int]) -> OpenedTensors:
+    try:
+        state = StateFile(member.agent.state_path)
+    except FileNotFoundError:
+        data = None
+    else:
+        try:
+            data = state.get(handles_key(registration))
+        finally:
+            state.close()
+    if data is None:
+        raise HandleExpiredError(
+            f"batch {part.batch_id!r}: agent {member.agent.rank} has no handles of {member.peer!r} (pid {member.worker_pid})"
+            " any more: that side has closed the batch; register it again on both sides"
+        )
+    table = msgspec.msgpack.decode(data, type=dict[str, list[bytes]])[part.pair_name]
+    labels = [f"tensor {position} of batch {part.batch_id!r} from {member.peer!r}" for position in positions]
+    return open_tensors([decode_handle(table[position]) for position in positions], labels=labels)

@@ -1,0 +1,175 @@
+"""One program over two transports: what this host's memory holds is copied, what other hosts hold is read.
+
+A target that combines contributions of which some are remote is made in rounds: the remote ones are read into scratch memory,
+a bounded part at a time, and combined from there with those at hand.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+
+from etha_ray.dtypes import CombineOp
+from etha_ray.errors import NoTransportError
+from etha_ray.transport.base import Copy, CopyProgram, OneSidedTransport
+from etha_ray.transport.buckets import DEFAULT_BUCKET_SIZE
+from etha_ray.transport.network import NetworkTransport, Read, RemoteRegion
+
+Source: TypeAlias = torch.Tensor | RemoteRegion
+"""Memory that this process has mapped, or a box of a tensor that another agent exported."""
+
+SCRATCH_BYTES = 64 << 20
+"""Memory that one program's rounds share, for what they have read and not yet combined."""
+
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A `Copy` whose sources may be remote."""
+
+    sources: tuple[Source, ...]
+    target: torch.Tensor
+    op: CombineOp | None = None
+    divisor: int = 1
+
+
+def prepare(
+    moves: Sequence[Move], mapped: OneSidedTransport, network: NetworkTransport | None, bucket_size: int = DEFAULT_BUCKET_SIZE
+) -> CopyProgram:
+    """The program that does ``moves``. Without remote sources it is the mapped transport's own.
+
+    Raises:
+        NoTransportError: a source is remote, and there is no network.
+        TensorMismatchError, WrongDeviceError, ConfigError, HandleExpiredError, PeerLostError, TransferError: as the
+            transports' own ``prepare``.
+    """
+    copies: list[Copy] = []
+    reads: list[Read] = []
+    mixed: list[Move] = []
+    for move in moves:
+        if all(isinstance(source, torch.Tensor) for source in move.sources):
+            copies.append(_copy(move, {}))
+        elif move.op is None and isinstance(move.sources[0], RemoteRegion):
+            reads.append(Read(move.sources[0], move.target))
+        else:
+            mixed.append(move)
+    local = mapped.prepare(copies)
+    if not reads and not mixed:
+        return local
+    if network is None:
+        raise NoTransportError("a source is on another host, and this agent has no network: give it the address of its host")
+    rounds = [_Round(network.prepare(fetch, bucket_size), mapped.prepare(combine)) for fetch, combine in _rounds(mixed, SCRATCH_BYTES)]
+    return _JointProgram(local, network.prepare(reads, bucket_size), rounds)
+
+
+@dataclass(frozen=True)
+class _Round:
+    fetch: CopyProgram
+    combine: CopyProgram
+
+
+class _JointProgram(CopyProgram):
+    def __init__(self, local: CopyProgram, remote: CopyProgram, rounds: Sequence[_Round]) -> None:
+        self._local, self._remote, self._rounds = local, remote, tuple(rounds)
+        # What a round combines counts once, though the remote part of it is moved twice.
+        self._nbytes = local.nbytes + remote.nbytes + sum(each.combine.nbytes for each in rounds)
+        self._turn = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def run(self) -> int:
+        with self._turn:  # the rounds share their scratch memory
+            errors: list[BaseException] = []
+            copying = threading.Thread(target=_run, args=(self._local, errors), name="etha-ray copy", daemon=True)
+            copying.start()
+            _run(self._remote, errors)
+            copying.join()
+            for each in self._rounds:
+                if errors:
+                    break
+                _run(each.fetch, errors)
+                if not errors:
+                    _run(each.combine, errors)
+            if errors:
+                raise errors[0]
+        return self._nbytes
+
+
+def _run(program: CopyProgram, errors: list[BaseException]) -> None:
+    try:
+        program.run()
+    except BaseException as error:  # raised again on the thread that waits
+        errors.append(error)
+
+
+# --- rounds -------------------------------------------------------------------------------------------------------------
+
+
+def _rounds(moves: Sequence[Move], scratch_bytes: int) -> Iterator[tuple[list[Read], list[Copy]]]:
+    """What to read and then to combine, round by round; all rounds use the same scratch memory."""
+    pieces = [piece for move in moves for piece in _pieces(move, scratch_bytes)]
+    needed = [_scratch_of(piece) for piece in pieces]
+    scratch = torch.empty(max([min(scratch_bytes, sum(needed)), *needed]), dtype=torch.uint8)
+    used = 0
+    reads: list[Read] = []
+    copies: list[Copy] = []
+    for piece in pieces:
+        if used + _scratch_of(piece) > scratch.nbytes:
+            yield reads, copies
+            used, reads, copies = 0, [], []
+        fetched: dict[int, torch.Tensor] = {}
+        for number, source in enumerate(piece.sources):
+            if isinstance(source, RemoteRegion):
+                size = piece.target.numel() * source.dtype.itemsize
+                fetched[number] = scratch[used : used + size].view(source.dtype).view(piece.target.shape)
+                reads.append(Read(source, fetched[number]))
+                used += _aligned(size)
+        copies.append(_copy(piece, fetched))
+    if copies:
+        yield reads, copies
+
+
+def _pieces(move: Move, scratch_bytes: int) -> Iterator[Move]:
+    """``move`` cut along its leading dimensions until each part fits the scratch memory, or is one element."""
+    if not move.target.numel():
+        return
+    if _scratch_of(move) <= scratch_bytes or move.target.numel() == 1:
+        yield move
+        return
+    dim = next(dim for dim, size in enumerate(move.target.shape) if size > 1)
+    size = move.target.shape[dim]
+    rows = max(1, min(size - 1, size * scratch_bytes // _scratch_of(move)))
+    for start in range(0, size, rows):
+        yield from _pieces(_narrow(move, dim, start, min(rows, size - start)), scratch_bytes)
+
+
+def _narrow(move: Move, dim: int, start: int, size: int) -> Move:
+    def cut(source: Source) -> Source:
+        if isinstance(source, torch.Tensor):
+            return source.narrow(dim, start, size)
+        first, sizes = list(source.start), list(source.size)
+        first[dim], sizes[dim] = first[dim] + start, size
+        return replace(source, start=tuple(first), size=tuple(sizes))
+
+    return replace(move, sources=tuple(map(cut, move.sources)), target=move.target.narrow(dim, start, size))
+
+
+def _scratch_of(move: Move) -> int:
+    remote = (source.dtype.itemsize for source in move.sources if isinstance(source, RemoteRegion))
+    return sum(_aligned(move.target.numel() * itemsize) for itemsize in remote)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _copy(move: Move, fetched: dict[int, torch.Tensor]) -> Copy:
+    sources = (fetched.get(number, source) for number, source in enumerate(move.sources))
+    return Copy(tuple(source for source in sources if isinstance(source, torch.Tensor)), move.target, move.op, move.divisor)

@@ -1,0 +1,187 @@
+"""What is to be read, and a program that reads it: prepared once, run any number of times."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from etha_ray.errors import EthaRayError, TransferCancelledError, WrongDeviceError
+from etha_ray.net import Address
+from etha_ray.transport.base import Copy, CopyProgram, check_copy
+from etha_ray.transport.buckets import Region, cut_into_buckets
+from etha_ray.transport.network import wire
+from etha_ray.transport.network.runs import BucketMemory, lay_out
+from etha_ray.transport.network.session import Fetching, Session
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRegion:
+    """A box of a tensor that another agent exported."""
+
+    address: Address
+    """Of the owner's server."""
+    export: str
+    index: int
+    """Of the tensor among the export's."""
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    """Per dimension."""
+    dtype: torch.dtype
+    """The tensor's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A target and where its values come from. Where the dtypes differ the values are cast, as ``Tensor.copy_`` does."""
+
+    source: RemoteRegion
+    target: torch.Tensor
+    """On the CPU, of the region's size, of any strides."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What comes from one owner."""
+
+    address: Address
+    request: wire.Prepare
+    buckets: list[BucketMemory]
+
+
+class NetworkProgram(CopyProgram):
+    """Made by `NetworkTransport.prepare`. Its runs take turns; programs run at the same time."""
+
+    def __init__(
+        self,
+        reads: Sequence[Read],
+        bucket_size: int,
+        session: Callable[[Address], Session],
+        forget: Callable[[Address, int], None],
+    ) -> None:
+        self._session = session
+        self._nbytes = sum(read.target.numel() * read.source.dtype.itemsize for read in reads)
+        grouped: dict[Address, list[Read]] = {}
+        for index, read in enumerate(reads):
+            _check(read, f"read {index}")
+            if read.target.numel():
+                grouped.setdefault(read.source.address, []).append(read)
+        self._parts = [_part(address, group, bucket_size) for address, group in sorted(grouped.items(), key=lambda item: str(item[0]))]
+        self._targets = [read.target for read in reads]  # the parts hold addresses in them
+        self._turn = threading.Lock()
+        self._lock = threading.Lock()
+        self._running: list[tuple[Session, Fetching]] = []
+        self._cancelled: TransferCancelledError | None = None
+        self._under_way = False
+        for part in self._parts:
+            weakref.finalize(self, forget, part.address, part.request.program).atexit = False
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def wire_nbytes(self) -> int:
+        """Bytes that one run takes over the network: less than `nbytes` where the target's dtype is narrower."""
+        return sum(bucket.nbytes for part in self._parts for bucket in part.buckets)
+
+    def introduce(self) -> list[Session]:
+        """Have every owner know the program; nothing where they do already. The sessions, in the order of the parts.
+
+        Raises what `NetworkTransport.prepare` does.
+        """
+        sessions = [self._session(part.address) for part in self._parts]
+        futures = [session.prepare(part.request) for session, part in zip(sessions, self._parts, strict=True)]
+        for future in futures:
+            future.result()
+        return sessions
+
+    def run(self) -> int:
+        """Read every region into its target, and return the bytes of the sources; it has all arrived when this returns.
+
+        Waits as long as every owner lives. Connects again where a connection was lost since the last run. After any
+        error the targets may hold a mix of old and new bytes, nothing writes to them any more, and the program can be run again.
+
+        Raises:
+            PeerLostError: an owner died, was stopped or cut off, or cannot be reached; the message has its address.
+            HandleExpiredError: an owner does not export a tensor any more, or not again after a restart.
+            NoTransportError: an owner has another secret, or another version.
+            TransferCancelledError: `cancel` was called, or the transport was closed.
+            TransferError: the transport was closed before.
+        """
+        with self._turn:
+            with self._lock:
+                self._under_way, self._cancelled = True, None
+            try:
+                sessions = self.introduce()
+                self._fetch(sessions)
+            finally:
+                with self._lock:
+                    self._under_way, self._running = False, []
+        return self._nbytes
+
+    def cancel(self) -> None:
+        """End the run under way, if there is one: it raises `TransferCancelledError` once what was asked for has come in.
+
+        From any thread; does not wait.
+        """
+        with self._lock:
+            if not self._under_way:
+                return
+            self._cancelled = error = TransferCancelledError("the read was cancelled; its targets hold a mix of old and new bytes")
+            running = list(self._running)
+        for session, fetching in running:
+            session.cancel(fetching, error)
+
+    def _fetch(self, sessions: Sequence[Session]) -> None:
+        finished: queue.SimpleQueue[Fetching] = queue.SimpleQueue()
+        running = [
+            (session, Fetching(part.request.program, part.buckets, finished.put))
+            for session, part in zip(sessions, self._parts, strict=True)
+        ]
+        with self._lock:
+            if self._cancelled is not None:
+                raise self._cancelled
+            self._running = running
+        for session, fetching in running:
+            session.submit(fetching)
+        first: EthaRayError | None = None
+        for _ in running:
+            error = finished.get().error
+            if error is not None and first is None:
+                first = error
+                for session, fetching in running:
+                    session.cancel(fetching, error)
+        if first is not None:
+            raise first
+
+    def __repr__(self) -> str:
+        buckets = sum(len(part.buckets) for part in self._parts)
+        return f"NetworkProgram({self._nbytes} bytes from {len(self._parts)} agents in {buckets} buckets)"
+
+
+def _check(read: Read, name: str) -> None:
+    source, target = read.source, read.target
+    if target.device.type != "cpu":
+        raise WrongDeviceError(f"{name}: a {target.device} target on the network transport, which moves cpu tensors")
+    # What holds for a copy holds here, of a source without memory.
+    check_copy(Copy((torch.empty(source.size, dtype=source.dtype, device="meta"),), target), name)
+
+
+def _part(address: Address, reads: Sequence[Read], bucket_size: int) -> _Part:
+    dtypes = [wire.wire_dtype(read.source.dtype, read.target.dtype) for read in reads]
+    regions = [
+        wire.WireRegion(s.export, s.index, s.start, s.size, wire.dtype_name(s.dtype), wire.dtype_name(dtype))
+        for s, dtype in zip((read.source for read in reads), dtypes, strict=True)
+    ]
+    views = [read.target.detach() for read in reads]
+    cut = cut_into_buckets([Region(tuple(view.shape), dtype.itemsize) for view, dtype in zip(views, dtypes, strict=True)], bucket_size)
+    buckets = [lay_out(bucket, views, dtypes) for bucket in cut]
+    return _Part(address, wire.Prepare(next(_numbers), bucket_size, regions), buckets)

@@ -1,0 +1,97 @@
+"""Two hosts on one machine: this one, and a network namespace with a /dev/shm of its own, joined by a cable that can be cut."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from etha_ray.config import agent_paths
+from etha_ray.kvstore.tcp import TorchTCPStore
+from etha_ray.tensor_bus.leftovers import remove_files
+from tests.net.namespaces import Cable, cable
+from tests.tensor_bus import cluster as acts
+from tests.tensor_bus.cluster import LONG, Worker
+
+_OWN_SHM = 'mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
+
+
+class TwoHosts:
+    """Agents on two hosts, meeting in a TCP store on this one. Ranks ``0 .. near - 1`` are here, the rest over there."""
+
+    def __init__(self, wire: Cable, near: int, far: int) -> None:
+        self.cable = wire
+        self.namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+        self.master = TorchTCPStore(wire.here, 0, None, True, LONG, namespace=self.namespace)
+        self.paths = [agent_paths(rank, self.namespace) for rank in range(near + far)]
+        self.near, self.workers = near, list[Worker]()
+        self.agents = [self._start(rank) for rank in range(near + far)]
+
+    def _start(self, rank: int) -> subprocess.Popen[bytes]:
+        url = f"tcp://{self.cable.here}:{self.master.port}?master=0"
+        agent = [sys.executable, "-m", "etha_ray.tensor_bus.agent", "--store", url, "--rank", str(rank)]
+        agent += ["--namespace", self.namespace, "--threads", "1"]
+        if rank >= self.near:
+            # Every agent over there has a /dev/shm of its own: also among them no memory is shared.
+            agent = [*self.cable.over_there, "unshare", "--mount", "sh", "-c", _OWN_SHM, "sh", *agent]
+        return subprocess.Popen(agent)
+
+    def restart(self, rank: int) -> None:
+        """Start an agent again that was killed."""
+        acts.eventually(lambda: remove_files(self.paths[rank]))  # of an agent of another host only its heartbeat tells
+        self.agents[rank] = self._start(rank)
+
+    def worker(self, rank: int) -> Worker:
+        """A worker beside the agent of this rank, with a client."""
+        worker = Worker()
+        self.workers.append(worker)
+        if rank >= self.near:
+            wait_for_client(self.paths[rank].state)
+            worker.call(go_over, self.agents[rank].pid)
+        worker.call(acts.connect, rank, self.paths[rank])
+        return worker
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+        for agent in self.agents:
+            agent.terminate()
+        for agent in self.agents:
+            try:
+                agent.wait(LONG)
+            except subprocess.TimeoutExpired:
+                agent.kill()
+                agent.wait()
+        self.master.close()
+        for paths in self.paths:
+            remove_files(paths)
+
+
+def wait_for_client(state_path: str) -> None:
+    """Wait until the agent behind this state file is there."""
+    acts.eventually(Path(state_path).exists)
+
+
+@contextlib.contextmanager
+def two_hosts(near: int, far: int) -> Iterator[TwoHosts]:
+    """Skips where network namespaces cannot be made."""
+    with cable() as wire, contextlib.closing(TwoHosts(wire, near, far)) as hosts:
+        yield hosts
+
+
+def go_over(state: dict[str, Any], pid: int) -> None:
+    """Have this worker live where the process ``pid`` lives: in its network, and with its /dev/shm."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("net", "mnt"):
+        descriptor = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
+        try:
+            if libc.setns(descriptor, 0):
+                raise OSError(ctypes.get_errno(), f"cannot join the {kind} namespace of {pid}")
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,88 @@
+"""A network namespace joined to this one by a cable that can be cut: another host, as far as TCP knows."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Cable:
+    """Run a program ``over_there`` by prefixing its command; reach it at ``host``, and this side from there at ``here``."""
+
+    namespace: str
+    device: str
+    host: str
+    here: str
+
+    @property
+    def over_there(self) -> tuple[str, ...]:
+        return ("ip", "netns", "exec", self.namespace)
+
+    def cut(self, side: str) -> None:
+        """Take one end of the cable out: from now on packets vanish."""
+        if side == "near":
+            _ip("link", "set", self.device, "down")
+        else:
+            _ip("-n", self.namespace, "link", "set", "far", "down")
+
+    def drop_packets_to(self, port: int) -> None:
+        """From now on what is sent from over there to this port vanishes, as by a firewall that forgot the connection."""
+        match = ["u32", "match", "ip", "dport", str(port), "0xffff"]
+        away = ["action", "mirred", "egress", "redirect", "dev", "lo"]  # which is down; a plain drop is not in every kernel
+        self._tc("qdisc", "add", "dev", "far", "clsact")
+        self._tc("filter", "add", "dev", "far", "egress", "protocol", "ip", *match, *away)
+
+    def slow_down(self, megabits: int) -> None:
+        """Have what comes from over there arrive at this rate."""
+        self._tc("qdisc", "add", "dev", "far", "root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "50ms")
+
+    def _tc(self, *arguments: str) -> None:
+        done = subprocess.run([*self.over_there, "tc", *arguments], capture_output=True, text=True, timeout=30)
+        if done.returncode:
+            pytest.skip(f"traffic control is not to be had here: {done.stderr.strip()}")
+
+
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def cable() -> Iterator[Cable]:
+    """Lay one; skips the test where that is not allowed."""
+    if shutil.which("ip") is None:
+        pytest.skip("iproute2 is not installed")
+    # Of the block that RFC 2544 sets apart for measuring between hosts: no real address. Told apart by the process.
+    number = next(_numbers)  # what was deleted goes a moment later, so no name is used twice
+    index = (os.getpid() * 64 + number) % 16384
+    near, far = (f"198.{18 + index // 8192}.{index // 32 % 256}.{index % 32 * 8 + last}" for last in (1, 2))
+    namespace, device = f"etha-ray-{os.getpid()}-{number}", f"er{os.getpid()}n{number}"
+    try:
+        _ip("netns", "add", namespace)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr.decode().strip()}")
+    try:
+        try:
+            _ip("link", "add", device, "type", "veth", "peer", "name", "far", "netns", namespace)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"virtual cables cannot be made here: {error.stderr.decode().strip()}")
+        _ip("addr", "add", f"{near}/30", "dev", device)
+        _ip("link", "set", device, "up")
+        _ip("-n", namespace, "addr", "add", f"{far}/30", "dev", "far")
+        _ip("-n", namespace, "link", "set", "far", "up")
+        _ip("-n", namespace, "link", "set", "lo", "up")
+        yield Cable(namespace, device, far, near)
+    finally:
+        # Connections that nobody closed would keep the namespace, and it the cable, for minutes.
+        subprocess.run(["ip", "link", "del", device], capture_output=True, timeout=30)
+        _ip("netns", "del", namespace)
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
