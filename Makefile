@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-slow lint types bench wheel-check clean
+.PHONY: help demo test test-slow test-layouts lint types bench wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -24,6 +24,10 @@ test: $(STAMP)  ## Pass the tests
 
 test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
+
+test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor
+	$(BIN)/python -m pytest -q tests/layout/test_properties.py tests/plan/test_properties.py tests/plan/test_sharing.py \
+	  --hypothesis-profile=thorough --timeout 20000
 
 lint: $(STAMP)  ## ruff: style and format
 	$(BIN)/ruff check .

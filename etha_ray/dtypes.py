@@ -27,12 +27,10 @@ all_reduce does not take.
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
 
 import torch
 
-CombineOp = Literal["sum", "max", "min", "product"]
-"""What contributions are combined by. An average is a sum that is divided after."""
+from etha_ray.layout import CombineOp as CombineOp  # handed on: transports know no layouts
 
 DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype) and "q" not in str(v)}
 """Every dtype of this torch whose memory can be shared, by its name (``"bfloat16"``)."""

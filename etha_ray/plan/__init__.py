@@ -13,7 +13,6 @@ Positions are indices in a side's mesh (see `etha_ray.layout`), not agent ranks;
 from __future__ import annotations
 
 from etha_ray.plan.digest import digest_inputs
-from etha_ray.plan.explain import explain_plan
 from etha_ray.plan.route import Box, Route, paired_route
 from etha_ray.plan.routing import check_sides, check_target, routes_into, routes_out_of
 from etha_ray.plan.sharing import turns
@@ -28,7 +27,6 @@ __all__ = [
     "check_sides",
     "check_target",
     "digest_inputs",
-    "explain_plan",
     "inputs_digest",
     "paired_route",
     "plan",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from etha_ray.layout import Reduction
 from etha_ray.plan.digest import digest_inputs
@@ -13,6 +14,10 @@ from etha_ray.plan.route import Route
 from etha_ray.plan.routing import routes_of_target
 from etha_ray.plan.sharing import turn_of
 from etha_ray.plan.side import Side
+
+if TYPE_CHECKING:
+    from etha_ray.explanation import Explanation
+    from etha_ray.explanation.sides import DtypeLike
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,13 @@ class TensorPlan:
                 pair = (source, route.target)
                 crossing[pair] = crossing.get(pair, 0) + route.numel * itemsize
         return crossing
+
+    def explain(self, dtype: DtypeLike = "bfloat16", *, bandwidth: float = 50e9) -> Explanation:
+        """This plan in numbers, text and pictures: `etha_ray.explain`, which see."""
+        # The one look upwards in the package, and only when it is called: whoever has a plan looks for this here.
+        from etha_ray.explanation import explain
+
+        return explain(self, dtype=dtype, bandwidth=bandwidth)
 
     def digest(self) -> str:
         """A hash over both sides, the shape and every route: equal plans, equal digest, in any process. 64 hex digits."""

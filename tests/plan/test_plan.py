@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from etha_ray import explain
 from etha_ray.errors import LayoutError
 from etha_ray.layout import Layout, Pieces, Reduction
 from etha_ray.plan import (
@@ -19,7 +20,6 @@ from etha_ray.plan import (
     Side,
     TensorPlan,
     digest_inputs,
-    explain_plan,
     inputs_digest,
     paired_route,
     plan,
@@ -287,19 +287,9 @@ def test_bytes_between() -> None:
     assert made.bytes_between(4) == {(0, 0): 24, (1, 0): 12, (0, 1): 16, (1, 1): 8}
 
 
-def test_explain_is_a_table_of_bytes() -> None:
-    source, target = side("2: S0"), Side(Layout.decode("2: S1"), (2, 3), ("host0", "elsewhere"))
-    text = explain_plan(plan(source, target, (1024, 1024)), 2)
-    assert text.splitlines() == [
-        "2: S0  ->  2: S1   shape (1024, 1024), 2 bytes an element",
-        "2 MiB in 4 routes, 4 boxes; 1 MiB between hosts; most from one source 1 MiB, mean 1 MiB",
-        "source     -> 0     -> 1",
-        "     0  512 KiB  512 KiB",
-        "     1  512 KiB  512 KiB",
-    ]
-    assert len(explain_plan(plan(side("32: S0"), side("2: R", 32), (64,)), 2).splitlines()) == 2
-    contributed = explain_plan(plan(side("2x2: P(avg),S0"), side("1: R", 32), (64,)), 2)
-    assert "each element is the sum of 2 contributions, divided by 2" in contributed
+def test_a_plan_explains_itself() -> None:
+    made = plan(side("2: S0"), side("2: S1", 2), (3, 5))
+    assert made.explain("float32", bandwidth=1e9) == explain(made, dtype="float32", bandwidth=1e9)
 
 
 def test_equal_plans_have_equal_digests_and_others_not() -> None:
