@@ -13,6 +13,7 @@ from etha_ray.layout import MeshSpec
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.bootstrap import BootstrapInfo, bootstrap_client
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+from etha_ray.tensor_bus.tensors import Piece
 
 if TYPE_CHECKING:
     from etha_ray.runtime import AgentPool, launch_agents
@@ -24,6 +25,7 @@ __all__ = [
     "BatchHandler",
     "BootstrapInfo",
     "MeshSpec",
+    "Piece",
     "TensorBusClient",
     "TransferReport",
     "bootstrap_client",

@@ -318,6 +318,23 @@ def _map_storage(handle: TensorHandle, name: str) -> torch.UntypedStorage:
     """The storage of ``handle``, mapped; no descriptor stays open and no file is ever made or resized."""
     if not OPENABLE_PATH.fullmatch(handle.path):
         raise MemoryHandleError(f"{name}: {handle.path!r} is not a path of shared memory; the handle is corrupt")
+    size = handle.data_offset + handle.nbytes
+    try:
+        # An export that looked for a descriptor of this file now would find one that is about to be closed.
+        with _export_lock:
+            storage = _opened(handle, name, size)
+        # All pages now, in one call: a fault for each would make the first transfer several times as long as the next.
+        # Linux before 5.14 refuses, and then takes the faults.
+        _libc.madvise(storage.data_ptr(), size, _MADV_POPULATE_READ)
+    except RuntimeError as error:
+        if isinstance(error, MemoryHandleError):
+            raise
+        raise translated(error, name, handle.nbytes) from error
+    return cast(torch.UntypedStorage, storage[handle.data_offset :]) if handle.data_offset else storage
+
+
+def _opened(handle: TensorHandle, name: str, size: int) -> torch.UntypedStorage:
+    """The file of ``handle``, mapped from its start."""
     try:
         # O_PATH holds the file without opening it, so what is checked here is what is mapped below, and a path that
         # names something else (a device, a pipe) is never opened.
@@ -332,21 +349,12 @@ def _map_storage(handle: TensorHandle, name: str) -> torch.UntypedStorage:
         info = os.fstat(fd)
         if (info.st_dev, info.st_ino) != (handle.device, handle.inode):
             raise HandleExpiredError(_expired(handle, name, "its descriptor now names another file"))
-        size = handle.data_offset + handle.nbytes
         if not stat.S_ISREG(info.st_mode) or handle.data_offset < 0 or handle.nbytes < 0 or size > info.st_size:
             raise MemoryHandleError(f"{name}: {size} bytes are said to be in a file of {info.st_size}; the handle is corrupt")
         # from_file makes a missing file and lengthens a short one: neither can happen through a checked descriptor.
-        storage = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(f"/proc/self/fd/{fd}", shared=True, nbytes=size))
-        # All pages now, in one call: a fault for each would make the first transfer several times as long as the next.
-        # Linux before 5.14 refuses, and then takes the faults.
-        _libc.madvise(storage.data_ptr(), size, _MADV_POPULATE_READ)
-    except RuntimeError as error:
-        if isinstance(error, MemoryHandleError):
-            raise
-        raise translated(error, name, handle.nbytes) from error
+        return cast(torch.UntypedStorage, torch.UntypedStorage.from_file(f"/proc/self/fd/{fd}", shared=True, nbytes=size))
     finally:
         os.close(fd)
-    return cast(torch.UntypedStorage, storage[handle.data_offset :]) if handle.data_offset else storage
 
 
 def _checked_dtype(handle: TensorHandle, name: str) -> torch.dtype:

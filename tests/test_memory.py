@@ -5,9 +5,11 @@ import resource
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -559,3 +561,25 @@ class TestLyingHandles:
             start = tensor.data_ptr() - tensor.untyped_storage().data_ptr()
             last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) * dtype.itemsize
             assert 0 <= start <= start + last + dtype.itemsize <= 100
+
+
+def test_an_export_names_no_descriptor_that_is_about_to_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where worker and agent are one process, one thread shares again what another opens at that moment."""
+    low = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+    tensor = torch.ones(3)
+    first = export_tensors([tensor])
+    for descriptor in low:  # what is opened from here on has a lower number than the storage's own
+        os.close(descriptor)
+    paths: list[str] = []
+    again = threading.Thread(target=lambda: paths.append(export_tensors([tensor]).handles[0].path))
+    real = torch.UntypedStorage.from_file
+
+    def from_file(*arguments: Any, **more: Any) -> Any:
+        again.start()
+        again.join(0.5)  # it waits for this opening to be over
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", from_file)
+    open_tensors(first.handles)
+    again.join()
+    assert paths == [first.handles[0].path]

@@ -13,6 +13,7 @@ Positions are indices in a side's mesh (see `etha_ray.layout`), not agent ranks;
 from __future__ import annotations
 
 from etha_ray.plan.digest import digest_inputs
+from etha_ray.plan.proof import prove_target
 from etha_ray.plan.route import Box, Route, paired_route
 from etha_ray.plan.routing import check_sides, check_target, routes_into, routes_out_of
 from etha_ray.plan.sharing import turns
@@ -30,6 +31,7 @@ __all__ = [
     "inputs_digest",
     "paired_route",
     "plan",
+    "prove_target",
     "routes_into",
     "routes_out_of",
     "turns",

@@ -17,18 +17,39 @@ def prove(source: Layout | Pieces, target: Layout | Pieces, shape: tuple[int, ..
     Raises:
         LayoutError: it is not so; the message names the route or the position.
     """
-    name = f"the plan from {source} to {target} for shape {shape}"
-    into: dict[int, list[Box]] = {index: [] for index in range(target.ranks)}
+    into: dict[int, list[Route]] = {index: [] for index in range(target.ranks)}
+    for route in routes:
+        if route.target not in into:
+            name = f"{_name(source, target, shape)}: route {route.source} -> {route.target}"
+            raise LayoutError(f"{name} names a position that is not in the mesh")
+        into[route.target].append(route)
+    for index, found in into.items():
+        prove_target(source, target, shape, index, found)
+
+
+def prove_target(source: Layout | Pieces, target: Layout | Pieces, shape: tuple[int, ...], index: int, routes: Sequence[Route]) -> None:
+    """`prove` for one target position, given all routes into it.
+
+    Raises:
+        LayoutError: as `prove`.
+    """
+    name = _name(source, target, shape)
+    boxes: list[Box] = []
     for route in routes:
         _prove_route(f"{name}: route {route.source} -> {route.target}", source, target, shape, route)
-        into[route.target].extend(route.boxes)
-    for index, boxes in into.items():
-        wanted = target.region(index, shape).numel
-        written = sum(box.numel for box in boxes)
-        if written != wanted:
-            raise LayoutError(f"{name} writes {written} elements into target {index}, which holds {wanted}")
-        if overlap := _overlap(boxes):
-            raise LayoutError(f"{name} writes target {index} twice: {overlap[0]} overlaps {overlap[1]}")
+        if route.target != index:
+            raise LayoutError(f"{name}: route {route.source} -> {route.target} does not go to {index}")
+        boxes.extend(route.boxes)
+    wanted = target.region(index, shape).numel
+    written = sum(box.numel for box in boxes)
+    if written != wanted:
+        raise LayoutError(f"{name} writes {written} elements into target {index}, which holds {wanted}")
+    if overlap := _overlap(boxes):
+        raise LayoutError(f"{name} writes target {index} twice: {overlap[0]} overlaps {overlap[1]}")
+
+
+def _name(source: Layout | Pieces, target: Layout | Pieces, shape: tuple[int, ...]) -> str:
+    return f"the plan from {source} to {target} for shape {shape}"
 
 
 def _prove_route(name: str, source: Layout | Pieces, target: Layout | Pieces, shape: tuple[int, ...], route: Route) -> None:

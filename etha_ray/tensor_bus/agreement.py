@@ -233,7 +233,7 @@ def _placed(label: str, peer: str, layout: Layout | None, specs: tuple[TensorSpe
                 f"{len(specs)} ranks without a device_mesh in a batch with explicit pieces: register all tensors as pieces, or give this"
                 " side a device_mesh and placements"
             )
-        return _shape(layout, specs), layout
+        return _fitted(layout, specs)
     except LayoutError as error:
         raise LayoutError(f"{label} on {peer!r}: {error}") from error
 
@@ -246,18 +246,16 @@ def _pieces(specs: tuple[TensorSpec, ...]) -> Pieces:
 
 
 @lru_cache(maxsize=4096)
-def _shape(layout: Layout, specs: tuple[TensorSpec, ...]) -> tuple[int, ...]:
+def _fitted(layout: Layout, specs: tuple[TensorSpec, ...]) -> tuple[tuple[int, ...], Layout]:
+    """The global shape, and the layout in the reading that the local shapes fit."""
     whole = next((spec.whole for spec in specs if spec.whole is not None), None)
     if whole is None:
-        return layout.global_shape({index: spec.local or () for index, spec in enumerate(specs)})
-    for index, spec in enumerate(specs):
-        wanted = layout.region(index, whole).shape
-        if spec.local is not None and spec.local != wanted:
-            raise LayoutError(
-                f"position {index} holds shape {spec.local}, and layout {layout} of a DTensor of shape {whole} gives it {wanted}:"
-                " shard as DTensor does (torch.chunk)"
-            )
-    return whole
+        fitted, shape = layout.fit({index: spec.local or () for index, spec in enumerate(specs)})
+        return shape, fitted
+    if all(spec.local is None for spec in specs):
+        return whole, layout
+    local = {index: layout.region(index, whole).shape if spec.local is None else spec.local for index, spec in enumerate(specs)}
+    return whole, layout.fit(local, whole)[0]
 
 
 def _dtype(where: str, spec: TensorSpec) -> torch.dtype:

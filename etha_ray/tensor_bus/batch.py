@@ -10,8 +10,8 @@ States of a transfer::
     send:  BLOCKED ──► ANNOUNCED ──► OVER       every receiver has been told, and takes the data when it likes
     recv:  BLOCKED ──► WAITING ──► MOVING ──► OVER
 
-BLOCKED until the batch is READY; WAITING until every sender has announced; MOVING while a thread copies. A transfer that is
-MOVING is never cut short: what ends it meanwhile only decides its outcome.
+BLOCKED until the batch is READY, and OVER then if the sides cannot send that way; WAITING until every sender has announced;
+MOVING while a thread copies. A transfer that is MOVING is never cut short: what ends it meanwhile only decides its outcome.
 """
 
 from __future__ import annotations
@@ -202,6 +202,10 @@ class Batch:
         if transfer is None or self.state not in (BatchState.READY, BatchState.LOST):
             return  # LOST: a transfer that does not need the lost member goes on
         if transfer.state is TransferState.BLOCKED:
+            refused = self.registered.refused.get(transfer.command.transfer_type)
+            if refused is not None:
+                self._finish(refused)
+                return
             if transfer.command.transfer_type == "send":
                 self._announce(transfer)
             else:

@@ -13,11 +13,15 @@ from functools import cached_property
 
 import torch
 
-from etha_ray.plan import Box, Route, paired_route, routes_into, routes_out_of, turns
+from etha_ray.errors import LayoutError
+from etha_ray.plan import Box, Route, paired_route, prove_target, routes_into, routes_out_of, turns
 from etha_ray.tensor_bus.agreement import AgreedTensor, Held
 from etha_ray.tensor_bus.pair import Match
 from etha_ray.transport.joint import Move, Source
 from etha_ray.transport.network import RemoteRegion
+
+_PROVED_BOXES = 4
+_TENSORS_A_BOX = 4
 
 OpenRemote = Callable[[int, Sequence[int]], Sequence[Source]]
 """Opens tensors of a remote mesh index: ``open_remote(index, positions)`` gives them in the order of ``positions``."""
@@ -89,6 +93,34 @@ def moves_in(part: Part, open_remote: OpenRemote) -> tuple[list[Move], dict[int,
             into = target if tuple(target.shape) == box.size else target[_slices(box.target_start, box.size)]
             moves.append(Move(views, into) if reduction is None else Move(views, into, reduction.op, reduction.divisor))
     return moves, dict(total)
+
+
+def prove_in(part: Part) -> None:
+    """Prove that what this rank receives fills its tensors, each element once, with that very element of the sender's.
+
+    Of tensors that are held alike the first is proved. What would take more than a hundredth of the registration is left out:
+    measured on two cores, a box takes 40 us, and registering a batch 25 ms and another 2 ms and more for each tensor.
+
+    Raises:
+        LayoutError: it does not; the message names the tensor and what is wrong with its routes.
+    """
+    left = _PROVED_BOXES + len(part.agreed) // _TENSORS_A_BOX
+    seen: set[object] = set()
+    for position, tensor in enumerate(part.agreed):
+        local, remote = tensor.local.side, tensor.remote.side
+        held = remote, local, tensor.shape
+        if local is None or remote is None or held in seen:
+            continue
+        seen.add(held)
+        routes = part.routes_in(position)
+        left -= sum(len(route.boxes) for route in routes)
+        if left < 0:
+            return
+        try:
+            prove_target(remote.layout, local.layout, tensor.shape, part.match.index, routes)
+        except LayoutError as error:
+            where = f"batch {part.batch_id!r}, pair {part.pair_name!r}, tensor {position}"
+            raise LayoutError(f"{where}: {error}. This is a fault of etha_ray: please report it") from error
 
 
 def _itemsize(source: Held, target: Held, route: Route) -> int:

@@ -11,7 +11,7 @@ from etha_ray.errors import EthaRayError, HandleExpiredError, NoTransportError
 from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
 from etha_ray.net import Address
 from etha_ray.tensor_bus.agreement import Agreement, Direction
-from etha_ray.tensor_bus.executor import Part, bytes_out, moves_in
+from etha_ray.tensor_bus.executor import Part, bytes_out, moves_in, prove_in
 from etha_ray.tensor_bus.host import no_address, shares_memory
 from etha_ray.tensor_bus.records import BatchRecord, MemberRecord
 from etha_ray.tensor_bus.state_file import StateFile, handles_key
@@ -117,6 +117,7 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
     moves: list[Move] = []
     bytes_from: dict[int, int] = {}
     if "recv" not in result.refused:
+        prove_in(part)
         moves, bytes_from = moves_in(part, open_remote)
     bytes_to = bytes_out(part) if "send" not in result.refused else {}
     for index, record in enumerate(agreed.remote):

@@ -28,6 +28,7 @@ import torch
 
 from etha_ray.errors import BatchUnmatchedError, EthaRayError, HandleExpiredError, TensorMismatchError
 from etha_ray.kvstore import KVStore
+from etha_ray.layout import Layout
 from etha_ray.memory import decode_handle, open_tensors
 from etha_ray.tensor_bus.agreement import agree, difference, set_digest
 from etha_ray.tensor_bus.commands import RegisteredTensor
@@ -179,8 +180,10 @@ class Registration:
         return own
 
     def _publish(self, pair_name: str, match: Match, entries: Sequence[RegisteredTensor], tensors: Sequence[torch.Tensor]) -> None:
-        digest = self._manifests.add(Manifest(tuple(map(_spec, entries, tensors))))
         member = match.local[match.index]
+        layout = None if member.layout is None else Layout.decode(member.layout)
+        specs = (_spec(entry, tensor, layout, match.index) for entry, tensor in zip(entries, tensors, strict=True))
+        digest = self._manifests.add(Manifest(tuple(specs)))
         record = BatchRecord(registration=self._request.registration, attempt=member.attempt, manifest=digest)
         if match.index == 0 or match.paired:
             record = self._manifests.say(record)
@@ -377,12 +380,14 @@ def _present(records: list[BatchRecord | None]) -> list[BatchRecord]:
     return [record for record in records if record is not None]
 
 
-def _spec(entry: RegisteredTensor, tensor: torch.Tensor) -> TensorSpec:
-    stated = entry.global_shape is not None and entry.offsets is None
+def _spec(entry: RegisteredTensor, tensor: torch.Tensor, layout: Layout | None, index: int) -> TensorSpec:
+    local, whole = tuple(tensor.shape), entry.global_shape
+    stated = whole if entry.offsets is None else None
+    as_laid_out = layout is not None and stated is not None and layout.region(index, stated).shape == local
     return TensorSpec(
         dtype=str(tensor.dtype).removeprefix("torch."),
-        local=None if stated else tuple(tensor.shape),
-        whole=entry.global_shape,
+        local=None if as_laid_out else local,
+        whole=whole,
         offsets=entry.offsets,
         lossy=entry.lossy,
     )

@@ -156,13 +156,12 @@ def check_dtensor(label: str, tensor: torch.Tensor, pair_name: str, layout: Layo
 
 
 def _check_local(label: str, tensor: DTensor, layout: Layout, index: int) -> None:
-    """The others know a DTensor's local shape from its layout alone."""
-    wanted, found = layout.region(index, tuple(tensor.shape)).shape, tuple(tensor._local_tensor.shape)
-    if wanted != found and not (0 in wanted and 0 in found):
-        raise LayoutError(
-            f"{label} is a DTensor of shape {tuple(tensor.shape)} with local shape {found}, and {layout.encode()} gives this rank"
-            f" {wanted}: shard as DTensor does (torch.chunk), or register its local tensor as a Piece"
-        )
+    """The others know most DTensors' local shapes from their layout alone."""
+    try:
+        layout.fit({index: tuple(tensor._local_tensor.shape)}, tuple(tensor.shape))
+    except LayoutError as error:
+        where = f"{label} is a DTensor of shape {tuple(tensor.shape)}"
+        raise LayoutError(f"{where}: {error}; or register its local tensor as a Piece") from error
 
 
 def dtensor_layout(tensor: torch.Tensor) -> Layout | None:

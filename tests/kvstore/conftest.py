@@ -1,0 +1,51 @@
+"""etcd for the tests of this folder: one that all share, and ones of a test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyetcd
+import pytest
+
+from tests.kvstore.etcd_server import EtcdAddress, EtcdServer, address_from_environment
+
+
+@pytest.fixture(scope="session")
+def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdAddress]:
+    """The etcd that all tests share (``host``, ``port``, ``url``): the one CI has started, or one of this session. Nobody kills it."""
+    given = address_from_environment()
+    if given is not None:
+        yield given
+        return
+    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
+    server.start()
+    server.wait_ready()
+    yield EtcdAddress(server.host, server.port)
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def raw(etcd: EtcdAddress) -> Iterator[Any]:
+    """Another client of the shared etcd, not ours."""
+    client = pyetcd.client(etcd.host, etcd.port, grpc_options=[("grpc.max_receive_message_length", -1)])
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def own_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """An etcd of this test's own, with ``kill()``, ``restart()``, ``pause()`` and ``resume()``."""
+    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
+    server.start()
+    server.wait_ready()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def background() -> Iterator[ThreadPoolExecutor]:
+    """Threads for calls that wait."""
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
