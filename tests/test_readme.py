@@ -41,8 +41,8 @@ def wait_for_default_pool() -> None:
 
 
 def test_every_python_block_says_that_it_is_executed() -> None:
-    assert len(blocks()) == README.read_text().count("```python") + 1
-    assert [language for language, _ in blocks()] == ["python", "bash", "python"]
+    assert len(blocks()) == README.read_text().count("```python") + 2
+    assert [language for language, _ in blocks()] == ["python", "bash", "bash", "python"]
 
 
 def test_quick_start_is_at_most_30_lines_and_moves_the_matrix(tmp_path: Path) -> None:
@@ -60,8 +60,18 @@ def test_quick_start_is_at_most_30_lines_and_moves_the_matrix(tmp_path: Path) ->
     assert default_pool_is_free()
 
 
+def test_explain(tmp_path: Path) -> None:
+    command = blocks()[1][1]
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=110, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "4x2: S0,S1" in ended.stdout
+    assert (tmp_path / "crossing.svg").read_text().startswith("<svg")
+
+
 def test_torchrun_without_ray(tmp_path: Path) -> None:
-    (_, _), (_, shell), (_, script) = blocks()
+    _, _, (_, shell), (_, script) = blocks()
     wait_for_default_pool()
     (tmp_path / "reshard.py").write_text(script)
     (tmp_path / "run.sh").write_text(shell)
