@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,16 @@ class TensorBusAgent:
         self._thread: threading.Thread | None = None
         self._turned = time.monotonic()
         self._publishing = False
+        incarnation = secrets.token_hex(16)
         with contextlib.ExitStack() as undo:
             self._nonce = HostNonce()
             undo.callback(self._nonce.close)
-            self._network = None if host is None else AgentNetwork(store, host, self._receive)
+            self._network = None if host is None else AgentNetwork(store, host, incarnation)
             if self._network is not None:
                 undo.callback(self._network.close)
             self.record = AgentRecord(
                 rank=rank,
-                incarnation=secrets.token_hex(16),
+                incarnation=incarnation,
                 pid=os.getpid(),
                 start_time=process_start_time(os.getpid()) or 0.0,
                 hostname=socket.gethostname(),
@@ -108,6 +110,8 @@ class TensorBusAgent:
             self._transport = transport or MappedTransport(threads or len(os.sched_getaffinity(0)))
             self._service = BusService(self.record, store, self._state, self._jobs, self._transport, self._network)
             self._queue.on_corrupt = self._service.handle_corrupt
+            if self._network is not None:
+                self._network.serve(self._receive, self._left)
             self._lease = self._publish()
             undo.callback(self._lease.close)
             while left := self._queue.dequeue_batch(64):
@@ -204,17 +208,23 @@ class TensorBusAgent:
 
         def over(job: Job[Lease]) -> None:
             self._publishing = False
-            if job.value is not None:
-                self._lease = job.value
-            else:
+            if job.value is None:
                 _log_error(job)
+                return
+            self._lease = lease = job.value
+            if not self.running:  # the one before was closed already
+                self._jobs.start("leave the store", lambda _: lease.close(), _log_error)
 
         self._publishing = True
         self._jobs.start("publish the agent", lambda _: self._publish(), over)
 
     def _receive(self, message: Message) -> None:
-        # Through the queue, which the loop empties before it looks at what jobs came to: see `_turn`.
-        self._queue.enqueue(message)
+        # Through the queue, which the loop empties before it looks at what jobs came to: see `_turn`. It does not empty it while it
+        # shuts down, and must not wait then for who waits here.
+        self._queue.enqueue(message, timeout=FAILURE_TIMEOUT)
+
+    def _left(self, incarnation: str, reason: str) -> None:
+        self._jobs.post(partial(self._service.agent_left, incarnation, reason))
 
     def _beat(self) -> None:
         beats = 0

@@ -8,10 +8,11 @@ States of a batch::
 States of a transfer::
 
     send:  BLOCKED ──► ANNOUNCED ──► OVER       every receiver has been told, and takes the data when it likes
-    recv:  BLOCKED ──► WAITING ──► MOVING ──► OVER
+    recv:  BLOCKED ──► WAITING ──► MOVING ──► ASKING ──► OVER
 
 BLOCKED until the batch is READY, and OVER then if the sides cannot send that way; WAITING until every sender has announced;
-MOVING while a thread copies. A transfer that is MOVING is never cut short: what ends it meanwhile only decides its outcome.
+MOVING while a thread copies; ASKING until every sender on another host has said that what was read still stood then. A transfer
+that is MOVING is never cut short: what ends it meanwhile only decides its outcome.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ from etha_ray.errors import (
 from etha_ray.report import Span, TransferReport
 from etha_ray.tensor_bus.commands import (
     BaseCommand,
+    DataRead,
     DataReady,
     DataRevoked,
+    DataStands,
     DataTaken,
     Message,
     RegistrationClosed,
@@ -62,6 +65,7 @@ class TransferState(enum.Enum):
     ANNOUNCED = "announced"
     WAITING = "waiting"
     MOVING = "moving"
+    ASKING = "asking"
     OVER = "over"
 
 
@@ -110,6 +114,7 @@ class Batch:
     announced: dict[str, int] = field(default_factory=dict)
     transfer: _Transfer | None = None
     early: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    early_agents: dict[str, str] = field(default_factory=dict)
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------- worker's calls
@@ -178,6 +183,8 @@ class Batch:
         for registration, (reason, lost) in self.early.items():
             if registration in self.registered.others:
                 self.lose(registration, reason, lost=lost)
+        for incarnation, reason in self.early_agents.items():
+            self.lose_agent(incarnation, reason)
         if self.error is not None:
             self.cancel(self.error)
         self.advance()
@@ -186,10 +193,11 @@ class Batch:
     def deadline(self) -> float | None:
         """When `expire` has something to do, by the monotonic clock."""
         transfer = self.transfer
-        return None if transfer is None or transfer.state is TransferState.MOVING else transfer.deadline
+        over_soon = transfer is not None and transfer.state in (TransferState.MOVING, TransferState.ASKING)
+        return None if transfer is None or over_soon else transfer.deadline
 
     def expire(self, now: float) -> None:
-        """End a transfer whose time is up; one that is MOVING ends by itself."""
+        """End a transfer whose time is up; one that is MOVING or ASKING ends by itself."""
         transfer, deadline = self.transfer, self.deadline
         if transfer is not None and deadline is not None and now >= deadline:
             self.cancel(TransferTimeoutError(self._who_is_missing(transfer)))
@@ -233,16 +241,28 @@ class Batch:
         if job.error is not None:
             self._finish(BatchTornError(f"batch {self.batch_id!r}: the copy failed midway: {job.error}"))
         elif transfer.torn:
-            self._finish(
-                BatchTornError(
-                    f"batch {self.batch_id!r}: {transfer.torn} while its data was being read, so the tensors may hold bytes of"
-                    " two versions: receive again"
-                )
-            )
+            self._finish(self._torn(transfer))
         else:
-            for registration, peer in self.registered.sources.items():
-                self._tell(peer, DataTaken, registration, self.registration, self.announced.pop(registration))
-            self._finish(None)
+            # On this host a DataRevoked is in the queue before anything can be written, and was handled before this. That of another
+            # host may be on its way still, but its answer comes after it.
+            transfer.state = TransferState.ASKING
+            transfer.outstanding = {registration for registration, peer in self.registered.sources.items() if peer.remote}
+            for registration in sorted(transfer.outstanding):
+                self._tell(self.registered.sources[registration], DataRead, registration, self.registration, self.announced[registration])
+            self._take_if_certain(transfer)
+
+    def _take_if_certain(self, transfer: _Transfer) -> None:
+        if transfer.outstanding:
+            return
+        for registration, peer in self.registered.sources.items():
+            self._tell(peer, DataTaken, registration, self.registration, self.announced.pop(registration))
+        self._finish(None)
+
+    def _torn(self, transfer: _Transfer) -> BatchTornError:
+        return BatchTornError(
+            f"batch {self.batch_id!r}: {transfer.torn} while its data was being read, so the tensors may hold bytes of"
+            " two versions: receive again"
+        )
 
     def _finish(self, error: BaseException | None) -> None:
         transfer, self.transfer = self.transfer, None
@@ -281,6 +301,23 @@ class Batch:
         self.announced[message.source] = message.sequence
         self.advance()
 
+    def on_read(self, message: DataRead) -> None:
+        """A receiver on another host has read this side's data, and asks whether it still stands."""
+        transfer, peer = self.transfer, self.registered.targets.get(message.target)
+        if peer is None:
+            return
+        offered = transfer is not None and transfer.state is TransferState.ANNOUNCED and message.target in transfer.outstanding
+        stands = offered and message.sequence == self.sequence
+        self._tell(peer, DataStands if stands else DataRevoked, self.registration, message.target, message.sequence)
+
+    def on_stands(self, message: DataStands) -> None:
+        """A sender on another host says that what was read stood until then."""
+        transfer = self.transfer
+        asked = transfer is not None and transfer.state is TransferState.ASKING
+        if transfer is not None and asked and self.announced.get(message.source) == message.sequence:
+            transfer.outstanding.discard(message.source)
+            self._take_if_certain(transfer)
+
     def on_taken(self, message: DataTaken) -> None:
         """A receiver has read this side's data."""
         transfer = self.transfer
@@ -295,7 +332,7 @@ class Batch:
         if self.announced.get(message.source) != message.sequence:
             return
         del self.announced[message.source]
-        self._tear(f"{self._name(message.source)} gave up waiting")
+        self._tear(f"{self._name(message.source)} gave up waiting", message.source)
 
     def lose(self, registration: str, reason: str, *, lost: bool) -> None:
         """Another member is gone."""
@@ -308,21 +345,37 @@ class Batch:
             # Only a member that was ready says this, and then all have agreed.
             self.early[registration] = (reason, lost)
             self.work.confirm(registration)
-        if self.state is not BatchState.READY:
+        if self.state is BatchState.READY:
+            self.state, self.error = BatchState.LOST, error
+        if self.state is not BatchState.LOST:
             return
-        self.state, self.error = BatchState.LOST, error
-        self.announced.pop(registration, None)
+        if transfer is None or transfer.state is not TransferState.ASKING:
+            self.announced.pop(registration, None)
         if transfer is None or not needed:
             return
-        if transfer.state is TransferState.MOVING:
+        if transfer.state in (TransferState.MOVING, TransferState.ASKING):
             self._tear(f"{name} went away ({reason})", registration)
         elif transfer.state is not TransferState.ANNOUNCED or registration in transfer.outstanding:
             self.cancel(error)
 
-    def _tear(self, why: str, source: str | None = None) -> None:
+    def lose_agent(self, incarnation: str, reason: str) -> None:
+        """An agent is gone, or what it said may be."""
+        if self.state is BatchState.REGISTERING and self.work.has_agreed:
+            self.early_agents[incarnation] = reason  # it may have taken this batch for ready, and spoken
+        for registration, peer in self.registered.others.items():
+            if peer.member.agent.incarnation == incarnation:
+                self.lose(registration, reason, lost=True)
+
+    def _tear(self, why: str, source: str) -> None:
         transfer = self.transfer
-        if transfer is not None and transfer.state is TransferState.MOVING and (source is None or source in self.registered.sources):
+        if transfer is None or source not in self.registered.sources:
+            return
+        if transfer.state is TransferState.MOVING:
             transfer.torn = why
+        elif transfer.state is TransferState.ASKING and source in transfer.outstanding:
+            self.announced.pop(source, None)
+            transfer.torn = why
+            self._finish(self._torn(transfer))
 
     # -------------------------------------------------------------------------------------------------- helpers
 
@@ -331,7 +384,12 @@ class Batch:
         return peer.name if peer is not None else "a peer"
 
     def _tell(
-        self, peer: Peer, kind: type[DataReady] | type[DataTaken] | type[DataRevoked], source: str, target: str, sequence: int
+        self,
+        peer: Peer,
+        kind: type[DataReady] | type[DataRead] | type[DataStands] | type[DataTaken] | type[DataRevoked],
+        source: str,
+        target: str,
+        sequence: int,
     ) -> None:
         message = kind(batch_id=self.batch_id, source=source, target=target, sequence=sequence)
         self.bus.tell(peer.member.agent, message)

@@ -151,6 +151,27 @@ class DataTaken(BaseCommand):
     sequence: int
 
 
+class DataRead(BaseCommand):
+    """Agent to agent, across hosts: the target has read what the `DataReady` with the same fields announced; does it still stand?
+
+    Bytes travel by other connections than messages: a `DataRevoked` may still be on its way when they are there.
+    """
+
+    batch_id: str
+    source: str
+    target: str
+    sequence: int
+
+
+class DataStands(BaseCommand):
+    """Agent to agent: when the `DataRead` with the same fields came, nothing had been taken back. Otherwise the answer is `DataRevoked`."""
+
+    batch_id: str
+    source: str
+    target: str
+    sequence: int
+
+
 class DataRevoked(BaseCommand):
     """Agent to agent: the data that the `DataReady` with the same fields announced must not be read any more."""
 
@@ -184,6 +205,8 @@ Message: TypeAlias = (
     | Goodbye
     | Ping
     | DataReady
+    | DataRead
+    | DataStands
     | DataTaken
     | DataRevoked
     | RegistrationClosed

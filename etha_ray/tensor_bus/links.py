@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
-from etha_ray.errors import AgentDiedError, EthaRayError, NoTransportError, QueueFullError
+from etha_ray.config import FAILURE_TIMEOUT
+from etha_ray.errors import AgentDiedError, EthaRayError, NoTransportError, PeerLostError, QueueFullError
 from etha_ray.net import Channel
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Message, encode_command
@@ -21,6 +25,10 @@ from etha_ray.tensor_bus.watch import AgentWatch
 logger = logging.getLogger(__name__)
 
 
+_ONE_WAY = 3 * FAILURE_TIMEOUT
+"""Seconds that an agent of another host may be reached from here, and not reach this one."""
+
+
 class _Link(Protocol):
     """One agent's connection to another. Any method raises when the other one is dead; none waits."""
 
@@ -31,7 +39,7 @@ class _Link(Protocol):
         """Send what waits, and look whether the other agent lives."""
 
     def close(self) -> None:
-        """Leave."""
+        """Leave. This may wait."""
 
 
 class _QueueLink:
@@ -72,16 +80,26 @@ class _QueueLink:
 
 
 class _ChannelLink:
-    """To an agent of another host. The channel itself says when that agent is lost."""
+    """To an agent of another host. The channel itself says when that agent is lost; ``heard`` whether it has one to here, too."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, agent: AgentRecord, channel: Channel, heard: Callable[[], bool]) -> None:
+        self._agent = agent
         self._channel = channel
+        self._heard = heard
+        self._heard_at = time.monotonic()
 
     def send(self, message: Message) -> None:
         self._channel.send(encode_command(message))
 
     def check(self) -> None:
-        pass
+        now = time.monotonic()
+        if self._heard():
+            self._heard_at = now
+        elif now - self._heard_at > _ONE_WAY:
+            raise PeerLostError(
+                f"agent {self._agent.rank} on {self._agent.hostname} is reached from here, and does not reach this agent: let its host"
+                " connect to the address of this one"
+            )
 
     def close(self) -> None:
         self._channel.close()
@@ -95,7 +113,7 @@ class Links:
         network: how it reaches agents of other hosts; None if it does not.
         loop_back: takes this agent's messages to itself (both sides of a pair on one agent), to be handled soon.
         post: has the loop run a callback, from any thread.
-        lost: called with an agent's incarnation and the reason when it is found dead.
+        lost: has an agent's incarnation and the reason, soon after it was found dead; never called from within a method of this.
     """
 
     def __init__(
@@ -112,9 +130,10 @@ class Links:
         self._post = post
         self._lost = lost
         self._links: dict[str, _Link] = {}
+        self._leaving: set[threading.Thread] = set()
 
     def follow(self, agent: AgentRecord) -> None:
-        """Notice when this agent dies; if it is dead already, ``lost`` is called at once."""
+        """Notice when this agent dies, or is dead already."""
         if agent.incarnation != self._own.incarnation:
             self._reach(agent)
 
@@ -139,11 +158,18 @@ class Links:
             except (EthaRayError, OSError) as error:
                 self._drop(incarnation, link, str(error))
 
+    def left(self, incarnation: str, reason: str) -> None:
+        """An agent of another host sends no more, and may have sent what did not come in."""
+        logger.debug("an agent left: %s", reason)
+        self._lost(incarnation, reason)
+
     def close(self) -> None:
-        """Leave all agents."""
+        """Leave all agents, and wait until that is done."""
         for link in self._links.values():
-            link.close()
+            self._leave(link)
         self._links.clear()
+        for thread in list(self._leaving):
+            thread.join()
 
     def _reach(self, agent: AgentRecord) -> _Link | None:
         incarnation = agent.incarnation
@@ -151,8 +177,7 @@ class Links:
             try:
                 self._links[incarnation] = _QueueLink(agent) if shares_memory(agent) else self._dial(agent)
             except (EthaRayError, OSError) as error:
-                logger.warning("lost an agent: %s", error)
-                self._lost(incarnation, str(error))
+                self._say_lost(incarnation, str(error))
         return self._links.get(incarnation)
 
     def _dial(self, agent: AgentRecord) -> _Link:
@@ -164,13 +189,35 @@ class Links:
         def lost(reason: str) -> None:
             self._post(lambda: self._drop(agent.incarnation, link, reason))
 
-        link = _ChannelLink(self._network.connect(agent, lost))
+        heard = partial(self._network.hears, agent.incarnation)
+        link = _ChannelLink(agent, self._network.connect(agent, lost), heard)
         return link
 
     def _drop(self, incarnation: str, link: _Link, reason: str) -> None:
         if self._links.get(incarnation) is not link:
             return  # noticed before
         del self._links[incarnation]
-        link.close()
+        self._leave(link)
+        self._say_lost(incarnation, reason)
+
+    def _say_lost(self, incarnation: str, reason: str) -> None:
         logger.warning("lost an agent: %s", reason)
-        self._lost(incarnation, reason)
+        # Its own channel, if it still has one, ends too, so that it does not wait for what was lost here.
+        caller = None if self._network is None else self._network.hang_up(incarnation)
+        if caller is not None:
+            self._leave(caller)
+        # Not at once: whoever called is in the midst of telling others.
+        self._post(lambda: self._lost(incarnation, reason))
+
+    def _leave(self, link: _Link | Channel) -> None:
+        if isinstance(link, _QueueLink):
+            link.close()
+            return
+
+        def leave() -> None:
+            link.close()  # a channel takes a moment for what waits to be sent
+            self._leaving.discard(thread)
+
+        thread = threading.Thread(target=leave, name="etha-ray leave", daemon=True)
+        self._leaving.add(thread)
+        thread.start()

@@ -14,16 +14,19 @@ from etha_ray.tensor_bus.records import AGENTS, AgentRecord, MemberRecord, Verdi
 def gone_among(store: KVStore, members: Iterable[MemberRecord]) -> set[str]:
     """The attempts of those members whose worker or agent is known to be dead.
 
-    On this host the processes are looked at. Of another one the store knows which agents live, by their leases; a worker that
-    dies there is taken out of the pair by its agent.
+    Where memory is shared with an agent, the processes are looked at. Of another host the store knows which agents live, by their
+    leases; a worker that dies there is taken out of the pair by its agent. What says it is this host and shares no memory may be a
+    machine cloned from this one: an agent that others can connect to lives while its lease does.
     """
     here = host_identity()
     gone: set[str] = set()
     living: set[str] | None = None
     for member in members:
         agent = member.agent
-        if agent.host == here:
-            alive = is_alive(member.worker_pid, member.worker_start_time) and is_alive(agent.pid, agent.start_time) and shares_memory(agent)
+        if shares_memory(agent):
+            alive = is_alive(member.worker_pid, member.worker_start_time) and is_alive(agent.pid, agent.start_time)
+        elif agent.host == here and not agent.address:
+            alive = False  # it took its nonce with it
         else:
             if living is None:
                 found = store.list(AGENTS).items()

@@ -1,6 +1,10 @@
 """How agents of other hosts reach this one: a listener for their messages and for what they read, and the pool's secret.
 
 The secret is made by the first agent of a pool and kept in the key-value store: who may read the store belongs to the pool.
+
+Two agents have a channel for messages each way, and lose both or none: a message that was lost with one of them must not leave
+the other end waiting for it. So who loses its own channel hangs up the other's (`AgentNetwork.hang_up`), and whose channel is
+hung up hears of it.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ import ipaddress
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -17,7 +22,16 @@ import msgspec
 from etha_ray.errors import ConfigError, EthaRayError, PeerLostError
 from etha_ray.kvstore import KVStore
 from etha_ray.net import SECRET_BYTES, Address, Channel, Server, accept_channels, connect
-from etha_ray.tensor_bus.commands import DataReady, DataRevoked, DataTaken, Message, RegistrationClosed, decode_command
+from etha_ray.tensor_bus.commands import (
+    DataRead,
+    DataReady,
+    DataRevoked,
+    DataStands,
+    DataTaken,
+    Message,
+    RegistrationClosed,
+    decode_command,
+)
 from etha_ray.tensor_bus.records import SECRET_KEY, AgentRecord
 from etha_ray.transport.network import NetworkTransport
 
@@ -25,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 _ANY_PORT = 9
 _MESSAGES = "messages"
-_FROM_AGENTS = (DataReady, DataTaken, DataRevoked, RegistrationClosed)
+_FROM_AGENTS = (DataReady, DataRead, DataStands, DataTaken, DataRevoked, RegistrationClosed)
 
 
 class AgentNetwork:
@@ -34,19 +48,34 @@ class AgentNetwork:
     Args:
         store: where the pool keeps its secret.
         host: the address of this host to listen on; other agents connect to it.
-        receive: takes each message of another agent, on a thread of its own.
+        incarnation: this agent's; others learn it when it connects.
 
     Raises:
-        ConfigError: ``host`` is no address of this host.
+        ConfigError: ``host`` is no address of this host, or none that others could connect to.
         StoreError: the secret cannot be had.
     """
 
-    def __init__(self, store: KVStore, host: str, receive: Callable[[Message], None]) -> None:
-        self._receive = receive
+    def __init__(self, store: KVStore, host: str, incarnation: str) -> None:
+        _check_host(host)
+        self._hello = incarnation.encode()
+        self._receive: Callable[[Message], None] | None = None
+        self._left: Callable[[str, str], None] | None = None
+        self._lock = threading.Lock()
+        self._callers: dict[bytes, Channel] = {}
         self._secret = _pool_secret(store)
         self.transport = NetworkTransport(self._secret)
-        services = {**self.transport.services, _MESSAGES: accept_channels(self._take, self._left)}
+        services = {**self.transport.services, _MESSAGES: accept_channels(self._take, self._ended, opened=self._opened)}
         self._server = Server(self._secret, services, host)
+
+    def serve(self, receive: Callable[[Message], None], left: Callable[[str, str], None]) -> None:
+        """Let others connect for messages; until now they were sent away.
+
+        Args:
+            receive: takes each message of another agent, on a thread of its own. What it raises ends that agent's channel.
+            left: called with an agent's incarnation and the reason when it can send nothing more, or what it sent was lost; on that
+                thread too, after its last message.
+        """
+        self._left, self._receive = left, receive
 
     @property
     def address(self) -> str:
@@ -59,7 +88,17 @@ class AgentNetwork:
         def say(_: Channel, error: EthaRayError) -> None:
             lost(f"agent {agent.rank} on {agent.hostname} cannot be reached any more: {error}")
 
-        return connect(Address.parse(agent.address), self._secret, _MESSAGES, self._take, say)
+        return connect(Address.parse(agent.address), self._secret, _MESSAGES, self._take, say, hello=self._hello)
+
+    def hears(self, incarnation: str) -> bool:
+        """Whether this agent has a channel to here."""
+        with self._lock:
+            return incarnation.encode() in self._callers
+
+    def hang_up(self, incarnation: str) -> Channel | None:
+        """Take no more messages from this agent, on the channel that it has; that one is to be closed by the caller."""
+        with self._lock:
+            return self._callers.pop(incarnation.encode(), None)
 
     def close(self) -> None:
         """End all connections and stop listening."""
@@ -73,13 +112,39 @@ class AgentNetwork:
             raise PeerLostError(f"{channel.peer} sent a message that cannot be read ({error}); run the same etha_ray everywhere") from error
         if not isinstance(message, _FROM_AGENTS):
             raise PeerLostError(f"{channel.peer} sent a {type(message).__name__}, which is for workers to send")
-        try:
-            self._receive(message)
-        except EthaRayError as error:
-            logger.debug("a message of %s came too late: %s", channel.peer, error)
+        if self._receive is None:
+            raise PeerLostError(f"{channel.peer} sent a message to an agent that is starting up")
+        self._receive(message)
 
-    def _left(self, channel: Channel, error: EthaRayError) -> None:
-        logger.debug("%s does not send any more: %s", channel.peer, error)
+    def _opened(self, channel: Channel) -> None:
+        if self._left is None:
+            raise PeerLostError(f"{channel.peer} connected to an agent that is starting up")
+        with self._lock:
+            earlier, self._callers[channel.hello] = self._callers.get(channel.hello), channel
+        if earlier is not None:  # its end has not been noticed here, and its last messages may be lost
+            self._say_left(channel.hello, f"{channel.peer} has lost its connection")
+
+    def _ended(self, channel: Channel, error: EthaRayError) -> None:
+        with self._lock:
+            current = self._callers.get(channel.hello) is channel
+            if current:
+                del self._callers[channel.hello]
+        if current:
+            self._say_left(channel.hello, str(error))
+
+    def _say_left(self, hello: bytes, reason: str) -> None:
+        logger.debug("no more messages: %s", reason)
+        if self._left is not None:
+            self._left(hello.decode(errors="replace"), reason)
+
+
+def _check_host(host: str) -> None:
+    try:
+        nowhere = ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return  # a name
+    if nowhere:
+        raise ConfigError(f"host {host!r} is no address that others could connect to: give that of one of this host's interfaces")
 
 
 def _pool_secret(store: KVStore) -> bytes:

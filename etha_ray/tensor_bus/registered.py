@@ -28,6 +28,8 @@ class Peer:
     name: str
     member: MemberRecord
     bytes: int
+    remote: bool
+    """Its agent shares no memory with this one: what moves between them goes over the network."""
 
 
 @dataclass
@@ -103,7 +105,8 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
     for index, record in enumerate(agreed.local):
         if index != match.index:
             member = match.local[index]
-            result.others[record.registration] = Peer(record.registration, f"{member.peer}[{index}]", member, 0)
+            remote = not shares_memory(member.agent)
+            result.others[record.registration] = Peer(record.registration, f"{member.peer}[{index}]", member, 0, remote)
 
     def open_remote(index: int, positions: Sequence[int]) -> Sequence[Source]:
         member, registration = match.remote[index], agreed.remote[index].registration
@@ -122,16 +125,16 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
     bytes_to = bytes_out(part) if "send" not in result.refused else {}
     for index, record in enumerate(agreed.remote):
         member = match.remote[index]
-        name = f"{member.peer}[{index}]"
+        name, remote = f"{member.peer}[{index}]", not shares_memory(member.agent)
         known = result.others.get(record.registration)
         if known is not None and known.name != name:
             name = f"{known.name}+{name}"  # in several pairs of this batch
-        result.others[record.registration] = Peer(record.registration, name, member, 0)
+        result.others[record.registration] = Peer(record.registration, name, member, 0, remote)
         for table, counts in ((result.sources, bytes_from), (result.targets, bytes_to)):
             before = table[record.registration].bytes if record.registration in table else None
             if index in counts or before is not None:
-                table[record.registration] = Peer(record.registration, name, member, (before or 0) + counts.get(index, 0))
-            if index in counts and not shares_memory(member.agent):
+                table[record.registration] = Peer(record.registration, name, member, (before or 0) + counts.get(index, 0), remote)
+            if index in counts and remote:
                 _check_reach(transports, part, member)
     return moves
 

@@ -131,18 +131,25 @@ class Registration:
             raise
         return result
 
+    @property
+    def has_agreed(self) -> bool:
+        """Whether others may take this member for ready by now. From any thread."""
+        return any(record.agreed for record in list(self._mine.values()))
+
     def confirm(self, registration: str) -> None:
         """The member with this registration saw that all agreed, this one included. From any thread."""
         self._confirmed.add(registration)
 
     def close(self) -> None:
         """Withdraw what was published. May be called more than once."""
-        # The record before the memory: who still finds it finds its memory too, unless at this very moment.
-        while self._keys:
-            self._store.delete(self._keys.popitem()[1])
-        self._state.delete([handles_key(self._request.registration)])
-        for export in self._exports:
-            export.close()
+        try:
+            # The record before the memory: who still finds it finds its memory too, unless at this very moment.
+            while self._keys:
+                self._store.delete(self._keys.popitem()[1])
+        finally:  # a store that is away keeps no memory
+            self._state.delete([handles_key(self._request.registration)])
+            for export in self._exports:
+                export.close()
         self._store.delete(verdict_key(self._request.registration))
 
     # ------------------------------------------------------------------------------------------------ own side

@@ -34,8 +34,10 @@ from etha_ray.tensor_bus.commands import (
     BaseCommand,
     CancelTransfer,
     CleanupBatch,
+    DataRead,
     DataReady,
     DataRevoked,
+    DataStands,
     DataTaken,
     Failed,
     Goodbye,
@@ -114,6 +116,8 @@ class BusService:
             QueryStatus: self._on_query,
             CleanupBatch: self._on_cleanup,
             DataReady: self._on_data,
+            DataRead: self._on_data,
+            DataStands: self._on_data,
             DataTaken: self._on_data,
             DataRevoked: self._on_data,
             RegistrationClosed: self._on_registration_closed,
@@ -166,6 +170,10 @@ class BusService:
             for pair in worker.pairs.values():
                 self._pairing.expire_waiting(pair)
         self._outcomes.clean(time.monotonic())
+
+    def agent_left(self, incarnation: str, reason: str) -> None:
+        """An agent of another host sends no more."""
+        self._links.left(incarnation, reason)
 
     def counts(self) -> dict[str, int]:
         """How many workers, pairs and batches there are. From any thread."""
@@ -368,13 +376,17 @@ class BusService:
 
     # ---------------------------------------------------------------------------------------------- other agents
 
-    def _on_data(self, message: DataReady | DataTaken | DataRevoked) -> None:
-        own = message.source if isinstance(message, DataTaken) else message.target
+    def _on_data(self, message: DataReady | DataRead | DataStands | DataTaken | DataRevoked) -> None:
+        own = message.source if isinstance(message, (DataRead, DataTaken)) else message.target
         batch = self._by_registration.get(own)
         if batch is None:
             return  # closed meanwhile, and the sender has been told
         if isinstance(message, DataReady):
             batch.on_ready(message)
+        elif isinstance(message, DataRead):
+            batch.on_read(message)
+        elif isinstance(message, DataStands):
+            batch.on_stands(message)
         elif isinstance(message, DataTaken):
             batch.on_taken(message)
         else:
@@ -391,6 +403,4 @@ class BusService:
 
     def _on_agent_lost(self, incarnation: str, reason: str) -> None:
         for batch in list(self._by_registration.values()):
-            for registration, peer in batch.registered.others.items():
-                if peer.member.agent.incarnation == incarnation:
-                    batch.lose(registration, reason, lost=True)
+            batch.lose_agent(incarnation, reason)

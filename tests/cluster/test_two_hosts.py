@@ -177,3 +177,42 @@ def test_a_cable_that_is_cut_is_noticed_on_both_sides(hosts: TwoHosts) -> None:
     assert isinstance(source.outcomes()[0], PeerLostError)
     target.transfer("batch", "recv")
     assert isinstance(target.outcomes()[0], (PeerLostError, BatchTornError))
+
+
+def _begin(state: dict[str, Any]) -> None:
+    state["semaphore"] = state["handlers"]["batch"].transfer("recv")
+
+
+def _has_begun(state: dict[str, Any]) -> bool:
+    return bool(state["tensors"]["batch"][0].any())
+
+
+def _end(state: dict[str, Any]) -> Any:
+    return state["semaphore"].result(LONG)
+
+
+def test_an_agent_that_stands_still_during_a_transfer_and_goes_on_later(hosts: TwoHosts) -> None:
+    whole = torch.ones(10_000_000)
+    source, target = _Side(hosts, "a", "b", [2], [Replicate()]), _Side(hosts, "b", "a", [0], [Replicate()])
+    source.register("batch", [whole])
+    target.register("batch", [torch.zeros_like(whole)])
+    assert source.outcomes() == target.outcomes() == [None]
+    hosts.cable.slow_down(megabits=50)  # six seconds for all of it
+    sender, receiver = source.workers[0], target.workers[0]
+    sender.start(acts.transfer, "batch", "send")
+    receiver.call(_begin)
+    acts.eventually(lambda: receiver.call(_has_begun))
+    hosts.agents[2].send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(BatchTornError):
+            receiver.call(_end)
+    finally:
+        hosts.agents[2].send_signal(signal.SIGCONT)
+    assert isinstance(_outcome(sender), EthaRayError)
+    again = torch.arange(1000.0)
+    source, target = _Side(hosts, "c", "d", [2], [Replicate()]), _Side(hosts, "d", "c", [0], [Replicate()])
+    source.register("again", [again])
+    target.register("again", [torch.zeros_like(again)])
+    assert source.outcomes() == target.outcomes() == [None]
+    _send(source, target, "again")
+    assert torch.equal(target.workers[0].call(acts.read, "again")[0], again)

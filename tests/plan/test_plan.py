@@ -107,7 +107,7 @@ BOX = FIRST.boxes[0]
         (tampered(MADE, 0, source=2), "route 2 -> 0"),
         (tampered(MADE, 0, source=4), "not in the mesh"),
         (tampered(MADE, 0, target=-1), "not in the mesh"),
-        (tampered(MADE, 0, target=1), "route 0 -> 1"),
+        (tampered(MADE, 0, target=1), "writes 9 elements into target 0, which holds 18"),
         (tampered(MADE, 0, numel=1), "says 1 elements"),
         (tampered(MADE, 0, boxes=(replace(BOX, size=(3, 2)),), numel=6), "writes 15 elements"),
         (tampered(MADE, 0, boxes=(replace(BOX, source_start=(0, 1)),)), "tensor's dimension 1"),

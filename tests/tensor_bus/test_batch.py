@@ -1,0 +1,262 @@
+"""The state machines of a batch, with messages between agents in every order that a network can bring them in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from etha_ray.errors import BatchTornError, PeerLostError, TransferTimeoutError
+from etha_ray.tensor_bus.batch import Batch, BatchState
+from etha_ray.tensor_bus.commands import (
+    BaseCommand,
+    DataRead,
+    DataReady,
+    DataRevoked,
+    DataStands,
+    DataTaken,
+    Message,
+    Ping,
+    RegistrationClosed,
+    Transfer,
+)
+from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
+from etha_ray.tensor_bus.registered import Peer, Registered
+from etha_ray.transport.base import CopyProgram
+
+
+class _Copy(CopyProgram):
+    @property
+    def nbytes(self) -> int:
+        return 1
+
+    def run(self) -> int:
+        return 1
+
+
+class _Bus:
+    """Keeps what a batch says and starts, until the test lets it arrive, or end."""
+
+    def __init__(self) -> None:
+        self.said: list[Message] = []
+        self.outcomes: list[object] = []
+        self.moves: list[Callable[[Job[int]], None]] = []
+
+    def tell(self, agent: AgentRecord, message: Message) -> None:
+        self.said.append(message)
+
+    def answer(self, command: BaseCommand, value: object) -> None:
+        self.outcomes.append(value)
+
+    def refuse(self, command: BaseCommand, error: BaseException) -> None:
+        self.outcomes.append(error)
+
+    def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
+        self.moves.append(done)
+
+    def copied(self) -> None:
+        job: Job[int] = Job()
+        job.value = 1
+        self.moves.pop()(job)
+
+
+class _Work:
+    has_agreed = True
+
+    def confirm(self, registration: str) -> None:
+        pass
+
+
+def _peer(registration: str, *, remote: bool) -> Peer:
+    agent = AgentRecord(0, f"agent of {registration}", 1, 0.0, "host", "host", "", "", "", "", "cpu")
+    member = MemberRecord(registration, registration, "", 1, None, 0, "client", 1, 0.0, agent)
+    return Peer(registration, f"{registration}[0]", member, 8, remote)
+
+
+class _End:
+    """One side's batch, whose other members are given by name; True for those on other hosts."""
+
+    def __init__(self, name: str, *, sources: dict[str, bool] | None = None, targets: dict[str, bool] | None = None) -> None:
+        self.bus = _Bus()
+        work: Any = _Work()
+        self.batch = Batch(self.bus, "batch", name, "client", work, Ping())
+        self.batch.job = Job()
+        registered = Registered(program=_Copy())
+        registered.sources = {source: _peer(source, remote=remote) for source, remote in (sources or {}).items()}
+        registered.targets = {target: _peer(target, remote=remote) for target, remote in (targets or {}).items()}
+        registered.others = {**registered.sources, **registered.targets}
+        job: Job[Registered] = Job()
+        job.value = registered
+        self._job = job
+
+    def register(self) -> None:
+        assert self.batch.registration_over(self._job) is None
+        self.batch.catch_up()
+
+    def start(self, direction: Any, timeout: float | None = None) -> None:
+        self.batch.start(Transfer(batch_id="batch", transfer_type=direction, timeout=timeout))
+
+    def hears(self, *messages: Message) -> None:
+        handlers: dict[type, Callable[[Any], None]] = {
+            DataReady: self.batch.on_ready,
+            DataRead: self.batch.on_read,
+            DataStands: self.batch.on_stands,
+            DataTaken: self.batch.on_taken,
+            DataRevoked: self.batch.on_revoked,
+            RegistrationClosed: lambda message: self.batch.lose(message.closed, message.reason, lost=message.lost),
+        }
+        for message in messages:
+            handlers[type(message)](message)
+
+    def said(self) -> list[Message]:
+        said, self.bus.said = self.bus.said, []
+        return said
+
+    def outcome(self) -> Any:
+        """What the transfer came to since this was asked last; None while it goes on."""
+        assert len(self.bus.outcomes) <= 1
+        return self.bus.outcomes.pop() if self.bus.outcomes else None
+
+
+def _ends(*, remote: bool = True) -> tuple[_End, _End]:
+    source, target = _End("source", targets={"target": remote}), _End("target", sources={"source": remote})
+    source.register()
+    target.register()
+    return source, target
+
+
+def test_a_copy_on_this_host_needs_no_more_than_two_messages() -> None:
+    source, target = _ends(remote=False)
+    source.start("send")
+    target.start("recv")
+    target.hears(*source.said())
+    target.bus.copied()
+    assert target.outcome().bytes == 8
+    (taken,) = target.said()
+    assert isinstance(taken, DataTaken)
+    source.hears(taken)
+    assert source.outcome().bytes == 8
+
+
+def test_what_is_read_from_another_host_is_over_once_its_sender_says_that_it_stood() -> None:
+    source, target = _ends()
+    source.start("send")
+    target.start("recv", timeout=0.0)
+    target.hears(*source.said())
+    target.bus.copied()
+    assert target.batch.deadline is None  # the data is here, and a sender that dies now is noticed
+    assert target.outcome() is None
+    source.hears(*target.said())
+    assert source.outcome() is None
+    target.hears(*source.said())
+    assert target.outcome().bytes == 8
+    source.hears(*target.said())
+    assert source.outcome().bytes == 8
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["given up", "given up and sent again"])
+@pytest.mark.parametrize("arrives", ["before", "after"])
+def test_a_sender_that_gives_up_while_its_data_is_read_tears_it_however_late_that_is_heard(arrives: str, again: bool) -> None:
+    source, target = _ends()
+    source.start("send")
+    target.start("recv")
+    target.hears(*source.said())
+    source.batch.cancel(TransferTimeoutError("time is up"))  # its worker may write from now on
+    assert isinstance(source.outcome(), TransferTimeoutError)
+    if again:
+        source.start("send")
+    on_its_way = source.said()
+    if arrives == "before":
+        target.hears(*on_its_way)
+        target.bus.copied()
+    else:
+        target.bus.copied()
+        assert target.outcome() is None
+        asked = target.said()
+        target.hears(*on_its_way)
+        source.hears(*asked)
+        target.hears(*source.said())
+    assert isinstance(target.outcome(), BatchTornError)
+    assert not any(isinstance(message, DataTaken) for message in target.said())
+    target.start("recv")
+    assert bool(target.bus.moves) == again
+    if again:
+        target.bus.copied()
+        source.hears(*target.said())
+        target.hears(*source.said())
+        source.hears(*target.said())
+        assert target.outcome().bytes == source.outcome().bytes == 8
+
+
+@pytest.mark.parametrize("how", ["closed", "lost"])
+def test_a_sender_that_goes_before_it_has_said_that_its_data_stood(how: str) -> None:
+    source, target = _ends()
+    source.start("send")
+    target.start("recv")
+    target.hears(*source.said())
+    target.bus.copied()
+    if how == "closed":
+        source.batch.close(PeerLostError("its worker died"), lost=True, then=lambda: None)
+        target.hears(*source.said())
+    else:
+        target.batch.lose_agent("agent of source", "the cable was cut")
+    assert isinstance(target.outcome(), BatchTornError)
+    assert target.batch.state is BatchState.LOST
+
+
+def test_no_sender_is_done_before_all_have_said_that_their_data_stood() -> None:
+    target = _End("target", sources={"near": False, "far": True, "farther": True})
+    target.register()
+    target.start("recv")
+    for source in ("near", "far", "farther"):
+        target.hears(DataReady(batch_id="batch", source=source, target="target", sequence=1))
+    target.bus.copied()
+    assert {message.source for message in target.said() if isinstance(message, DataRead)} == {"far", "farther"}
+    target.hears(DataStands(batch_id="batch", source="far", target="target", sequence=1))
+    assert target.said() == []
+    target.hears(DataRevoked(batch_id="batch", source="farther", target="target", sequence=1))
+    assert isinstance(target.outcome(), BatchTornError)
+    assert target.said() == []
+    target.start("recv")
+    target.hears(DataReady(batch_id="batch", source="farther", target="target", sequence=2))
+    target.bus.copied()
+    for source, sequence in (("farther", 2), ("far", 1)):
+        target.hears(DataStands(batch_id="batch", source=source, target="target", sequence=sequence))
+    taken = [message for message in target.said() if isinstance(message, DataTaken)]
+    assert {(message.source, message.sequence) for message in taken} == {("near", 1), ("far", 1), ("farther", 2)}
+    assert target.outcome().bytes == 24
+
+
+def test_a_second_loss_ends_the_transfer_that_the_first_one_did_not_concern() -> None:
+    source = _End("source", targets={"target": True})
+    source.register()
+    source.batch.registered.others["other"] = _peer("other", remote=True)
+    source.start("send")
+    source.batch.lose_agent("agent of other", "it died")
+    assert source.outcome() is None
+    source.batch.lose_agent("agent of target", "it died too")
+    assert isinstance(source.outcome(), PeerLostError)
+
+
+def test_an_agent_lost_before_the_end_of_the_registration_is_lost_after() -> None:
+    target = _End("target", sources={"source": True})
+    target.batch.lose_agent("agent of source", "the cable was cut")
+    target.start("recv")
+    target.register()
+    assert isinstance(target.outcome(), PeerLostError)
+    assert target.batch.state is BatchState.LOST
+
+
+def test_closing_waits_for_a_copy_and_not_for_an_answer() -> None:
+    source, target = _ends()
+    source.start("send")
+    target.start("recv")
+    target.hears(*source.said())
+    closed = threading.Event()
+    target.bus.copied()
+    target.batch.close(PeerLostError("closed"), lost=False, then=closed.set)
+    assert closed.is_set()
+    assert isinstance(target.outcome(), PeerLostError)

@@ -1,0 +1,244 @@
+"""Agents that take one another for agents of other hosts: what is lost with a connection, and what is left when one ends."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from etha_ray.errors import BatchTornError, ConfigError, PeerLostError, StoreError
+from etha_ray.kvstore import MemoryStore
+from etha_ray.tensor_bus import links, members, registered
+from etha_ray.tensor_bus.agent import TensorBusAgent
+from etha_ray.tensor_bus.batch_handler import BatchHandler
+from etha_ray.tensor_bus.commands import DataRevoked, Message, encode_command
+from etha_ray.tensor_bus.network import AgentNetwork, address_towards
+from etha_ray.tensor_bus.records import SECRET_KEY, AgentRecord, agent_key
+from etha_ray.transport import OneSidedTransport
+from tests.tensor_bus.cluster import LONG, LocalCluster, eventually, together
+
+Batch = tuple[BatchHandler, BatchHandler, torch.Tensor, torch.Tensor]
+
+
+class _FarAgents(LocalCluster):
+    """Agents whose messages and bytes go over TCP."""
+
+    def start_agent(self, rank: int, transport: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
+        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], threads=threads, transport=transport, host="127.0.0.1")
+        agent.start()
+        return agent
+
+    def close(self) -> None:
+        self.store.delete(SECRET_KEY)
+        super().close()
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents here are as on machines cloned from one: they have one host's identity, and share no memory."""
+    for module in (links, members, registered):
+        monkeypatch.setattr(module, "shares_memory", lambda agent: False)
+
+
+@pytest.fixture
+def cluster(far: None) -> Iterator[_FarAgents]:
+    with contextlib.closing(_FarAgents(2)) as cluster:
+        yield cluster
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("etha-ray")}
+
+
+def _send(batch: Batch) -> None:
+    one, two, source, target = batch
+    for result in together(lambda: one.transfer("send", blocking=True, timeout=LONG), lambda: two.transfer("recv", True, LONG)):
+        assert not isinstance(result, BaseException), result
+    assert torch.equal(source, target)
+
+
+def test_a_batch_between_hosts_leaves_nothing_behind(far: None) -> None:
+    before = _threads()
+    with contextlib.closing(_FarAgents(2)) as cluster:
+        batch = cluster.batch()
+        _send(batch)
+        assert _threads() > before
+    eventually(lambda: _threads() <= before)
+
+
+@pytest.mark.parametrize("whose", [0, 1], ids=["the sender's", "the receiver's"])
+@pytest.mark.parametrize("waiting", ["send", "recv"])
+def test_one_lost_channel_loses_the_batch_on_both_sides(cluster: _FarAgents, whose: int, waiting: Any) -> None:
+    batch = cluster.batch()
+    _send(batch)
+    mine, other = (batch[0], batch[1]) if waiting == "send" else (batch[1], batch[0])
+    waits = mine.transfer(waiting, timeout=LONG)
+    (link,) = cluster.agents[whose]._service._links._links.values()
+    assert isinstance(link, links._ChannelLink)
+    assert link._channel._connection is not None
+    link._channel._connection.shutdown()
+    with pytest.raises(PeerLostError):
+        waits.result(LONG)
+    with pytest.raises((PeerLostError, BatchTornError)):  # torn, if it had begun to read what was announced when it learned of it
+        other.transfer("recv" if waiting == "send" else "send", blocking=True, timeout=LONG)
+    mine.close()
+    other.close()
+    again = cluster.batch(batch_id="again")
+    _send(again)
+
+
+def test_an_agent_that_cannot_be_reached_learns_that_it_is_lost(cluster: _FarAgents, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Any:
+        raise PeerLostError("nobody listens there")
+
+    assert cluster.agents[0]._network is not None
+    monkeypatch.setattr(cluster.agents[0]._network, "connect", refused)
+    monkeypatch.setattr(links, "_ONE_WAY", 1.0)
+    one, two, _, _ = cluster.batch()
+    for handler, direction in ((two, "recv"), (one, "send")):
+        with pytest.raises(PeerLostError):
+            handler.transfer(direction, blocking=True, timeout=LONG)  # type: ignore[arg-type]
+
+
+class _Heard:
+    """An agent's place in the network, and what it hears there."""
+
+    def __init__(self, store: MemoryStore, incarnation: str) -> None:
+        self.network = AgentNetwork(store, "127.0.0.1", incarnation)
+        self.left: list[str] = []
+        self.messages: list[Message] = []
+        self.record = AgentRecord(1, incarnation, 1, 0.0, "far", "far", "", "", "", "", "cpu", self.network.address)
+
+    def serve(self) -> None:
+        self.network.serve(self.messages.append, lambda incarnation, reason: self.left.append(incarnation))
+
+
+@pytest.fixture
+def places() -> Iterator[tuple[_Heard, _Heard]]:
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(contextlib.closing(MemoryStore()))
+        one, two = _Heard(store, "one"), _Heard(store, "two")
+        for place in (one, two):
+            stack.callback(place.network.close)
+        yield one, two
+
+
+def test_an_agent_that_connects_again_was_lost_in_between(places: tuple[_Heard, _Heard]) -> None:
+    one, two = places
+    two.serve()
+    message = DataRevoked(batch_id="batch", source="source", target="target", sequence=1)
+    channels = []
+    for number in range(2):
+        channels.append(one.network.connect(two.record, lambda reason: None))
+        channels[-1].send(encode_command(message))
+        eventually(lambda number=number: len(two.messages) > number)  # type: ignore[misc]
+        assert two.network.hears("one")
+        assert two.left == ["one"] * number
+    channels[0].close()
+    assert two.network.hears("one")
+    channels[1].close()
+    eventually(lambda: two.left == ["one", "one"])
+    assert not two.network.hears("one")
+
+
+def test_who_is_hung_up_on_hears_of_it(places: tuple[_Heard, _Heard]) -> None:
+    one, two = places
+    two.serve()
+    lost = threading.Event()
+    channel = one.network.connect(two.record, lambda reason: lost.set())
+    eventually(lambda: two.network.hears("one"))
+    caller = two.network.hang_up("one")
+    assert caller is not None
+    caller.close()
+    assert lost.wait(LONG)
+    assert two.left == []
+    channel.close()
+
+
+def test_an_agent_that_is_starting_up_takes_no_messages(places: tuple[_Heard, _Heard]) -> None:
+    one, two = places
+    lost = threading.Event()
+    channel = one.network.connect(two.record, lambda reason: lost.set())
+    assert lost.wait(LONG)
+    channel.close()
+
+
+def test_an_address_that_does_not_answer_fails_the_registration_on_both_sides(cluster: _FarAgents) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        pairing = cluster.agents[0]._service._pairing
+        pairing._record = msgspec.structs.replace(pairing._record, address=f"127.0.0.1:{silent.getsockname()[1]}")
+        one, two = cluster.pair()
+        results = together(
+            lambda: one.register_tensors("batch", [(torch.ones(3), "pair")], timeout=LONG),
+            lambda: two.register_tensors("batch", [(torch.ones(3), "pair")], timeout=LONG),
+        )
+    assert [type(result) for result in results] == [PeerLostError, PeerLostError]
+
+
+def test_a_bucket_size_that_the_network_does_not_take_is_named(cluster: _FarAgents) -> None:
+    one, two = cluster.pair()
+    results = together(
+        lambda: one.register_tensors("batch", [(torch.ones(3), "pair")], bucket_size=100, timeout=LONG),
+        lambda: two.register_tensors("batch", [(torch.ones(3), "pair")], bucket_size=100, timeout=LONG),
+    )
+    for result in results:
+        assert isinstance(result, ConfigError)
+        assert "bucket_size of 100 bytes" in str(result)
+
+
+def test_a_store_that_is_away_keeps_nobodys_memory(cluster: _FarAgents, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, _, _ = cluster.batch()
+
+    def away(*_: Any, **__: Any) -> bool:
+        raise StoreError("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.store, "delete", away)
+        one.close()
+        two.close()
+    for agent in cluster.agents.values():
+        assert agent._network is not None
+        assert agent._network.transport._exports._exports == {}
+    for key in cluster.store.list("batch/"):
+        cluster.store.delete(key)
+
+
+def test_an_agent_whose_lease_was_lost_takes_another_and_gives_it_back(cluster: _FarAgents) -> None:
+    agent, key = cluster.agents[0], agent_key(0)
+    for _ in range(2):
+        agent._lease.close()
+        assert not cluster.store.exists(key)
+        eventually(lambda: cluster.store.exists(key))
+    agent.stop()
+    assert not cluster.store.exists(key)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_an_address_that_nobody_can_connect_to_is_refused(host: str) -> None:
+    with contextlib.closing(MemoryStore()) as store, pytest.raises(ConfigError, match="no address that others could connect to"):
+        AgentNetwork(store, host, "incarnation")
+
+
+@pytest.mark.parametrize("url", ["gcs", "tcp://127.0.0.1:1", "tcp://[::1]:1?master=0", "etcd://user:pass@127.0.0.1:1,far.example:2"])
+def test_the_way_to_a_store_on_this_host_is_no_address_for_others(url: str) -> None:
+    assert address_towards(url) is None
+
+
+def test_who_is_found_dead_while_it_is_told_is_reported_after() -> None:
+    agent = AgentRecord(1, "one", 1, 0.0, "far", "far", "", "", "", "", "cpu")
+    own = msgspec.structs.replace(agent, rank=0, incarnation="own")
+    posted: list[Callable[[], None]] = []
+    lost: list[str] = []
+    links_ = links.Links(own, None, lambda message: None, posted.append, lambda incarnation, reason: lost.append(incarnation))
+    links_.tell(agent, DataRevoked(batch_id="batch", source="source", target="target", sequence=1))
+    assert lost == []
+    for callback in posted:
+        callback()
+    assert lost == ["one"]
+    links_.close()
