@@ -22,6 +22,7 @@ from etha_ray.kvstore import create_store
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.leftovers import remove_dead_agents, remove_files
 from etha_ray.tensor_bus.ray_lookup import PoolEntry, write_pool
+from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,12 @@ class AgentActor:
         store: URL of the store where agents meet.
         neighbours: ranks of the agents on this node, who share its cores.
         pool_size: agents in the pool.
+        memory_budget: bytes of staging memory for transfers between hosts.
     """
 
-    def __init__(self, rank: int, namespace: str, device: str, store: str, neighbours: Sequence[int], pool_size: int) -> None:
+    def __init__(
+        self, rank: int, namespace: str, device: str, store: str, neighbours: Sequence[int], pool_size: int, memory_budget: int
+    ) -> None:
         if device.startswith("cuda:"):
             os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
         import torch
@@ -61,6 +65,7 @@ class AgentActor:
             device=device,
             threads=max(1, cores // len(neighbours)),
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+            memory_budget=memory_budget,
         )
         self._agent.start()
 
@@ -142,7 +147,13 @@ class AgentPool:
         return f"AgentPool({self.namespace!r}, {{{devices}}}{', shut down' if self._down else ''})"
 
 
-def launch_agents(devices: str | Sequence[str] = "auto", *, namespace: str = DEFAULT_NAMESPACE, store: str = "gcs") -> AgentPool:
+def launch_agents(
+    devices: str | Sequence[str] = "auto",
+    *,
+    namespace: str = DEFAULT_NAMESPACE,
+    store: str = "gcs",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> AgentPool:
     """Start agents on the Ray cluster (on a Ray of this process's own if it has none yet) and wait until they serve.
 
     Agents take no CPU and no GPU share from other actors, and Ray restarts those that die. They end with
@@ -154,6 +165,7 @@ def launch_agents(devices: str | Sequence[str] = "auto", *, namespace: str = DEF
         namespace: name of the pool; pools of different names know nothing of one another. Workers find theirs by
             ETHA_RAY_NAMESPACE.
         store: where agents meet: "gcs" (Ray's own) or a URL that `etha_ray.create_store` takes.
+        memory_budget: bytes of staging memory that transfers between hosts may have on each agent, over all under way.
 
     Returns:
         The pool; ranks count from 0, by node, then device.
@@ -186,7 +198,7 @@ def launch_agents(devices: str | Sequence[str] = "auto", *, namespace: str = DEF
             max_restarts=-1,
             max_concurrency=4,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        ).remote(rank, namespace, device, url, neighbours[node_id], len(places))
+        ).remote(rank, namespace, device, url, neighbours[node_id], len(places), memory_budget)
         for rank, (node_id, device) in enumerate(places)
     ]
     entries = [_entry(rank, node_id, device, namespace) for rank, (node_id, device) in enumerate(places)]

@@ -36,6 +36,7 @@ from etha_ray.tensor_bus.service import BusService
 from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.transport.base import OneSidedTransport
 from etha_ray.transport.mapped import MappedTransport
+from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,11 @@ class TensorBusAgent:
         threads: threads that copy; by default all cores of this process.
         transport: what moves bytes on this host, instead of a `MappedTransport` of ``threads``. Closed with the agent.
         host: the address of this host that agents of other hosts connect to; without one, only this host's agents are reached.
+        memory_budget: bytes of staging memory that transfers between hosts may have, over all that are under way.
 
     Raises:
         AgentBusyError: another live agent serves these paths.
-        ConfigError: ``host`` is no address of this host.
+        ConfigError: the budget is too small, or ``host`` is no address of this host.
         UnsafePathError: a path belongs to another user.
     """
 
@@ -71,6 +73,7 @@ class TensorBusAgent:
         threads: int | None = None,
         transport: OneSidedTransport | None = None,
         host: str | None = None,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         self.rank = rank
         self.paths = paths or agent_paths(rank)
@@ -84,7 +87,7 @@ class TensorBusAgent:
         with contextlib.ExitStack() as undo:
             self._nonce = HostNonce()
             undo.callback(self._nonce.close)
-            self._network = None if host is None else AgentNetwork(store, host, incarnation)
+            self._network = None if host is None else AgentNetwork(store, host, incarnation, memory_budget)
             if self._network is not None:
                 undo.callback(self._network.close)
             self.record = AgentRecord(
@@ -291,6 +294,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--namespace", default=DEFAULT_NAMESPACE, help="name of the pool (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="what this agent is pinned to (default: %(default)s)")
     parser.add_argument("--host", help="address for agents of other hosts (default: that on the way to the store, unless loopback)")
+    parser.add_argument(
+        "--memory-budget", type=int, default=DEFAULT_MEMORY_BUDGET, help="bytes of staging between hosts (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, help="threads that copy (default: all cores)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
@@ -302,8 +308,15 @@ def main(arguments: list[str] | None = None) -> None:
         url += ("&" if "?" in url else "?") + "master=1&wait_for_workers=0"
     store = create_store(url, namespace=options.namespace)
     paths = agent_paths(rank, options.namespace)
-    host = options.host or address_towards(url)
-    agent = TensorBusAgent(rank, store, paths=paths, device=options.device, threads=options.threads, host=host)
+    agent = TensorBusAgent(
+        rank,
+        store,
+        paths=paths,
+        device=options.device,
+        threads=options.threads,
+        host=options.host or address_towards(url),
+        memory_budget=options.memory_budget,
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=agent.stop, daemon=True).start())
     logger.info("agent %d serves %s", rank, paths.command_queue)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import (
     AgentFailedError,
     BatchClosedError,
@@ -47,6 +48,10 @@ from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.registration import Peer, Registered, Registration
 from etha_ray.transport.base import CopyProgram
+
+
+_ANSWER_TIMEOUT = 3 * FAILURE_TIMEOUT
+"""Seconds in which the loop of an agent that lives answers, however busy its host is."""
 
 
 class BatchState(enum.Enum):
@@ -193,13 +198,19 @@ class Batch:
     def deadline(self) -> float | None:
         """When `expire` has something to do, by the monotonic clock."""
         transfer = self.transfer
-        over_soon = transfer is not None and transfer.state in (TransferState.MOVING, TransferState.ASKING)
-        return None if transfer is None or over_soon else transfer.deadline
+        return None if transfer is None or transfer.state is TransferState.MOVING else transfer.deadline
 
     def expire(self, now: float) -> None:
-        """End a transfer whose time is up; one that is MOVING or ASKING ends by itself."""
+        """End a transfer whose time is up; one that is MOVING ends by itself."""
         transfer, deadline = self.transfer, self.deadline
-        if transfer is not None and deadline is not None and now >= deadline:
+        if transfer is None or deadline is None or now < deadline:
+            return
+        if transfer.state is TransferState.ASKING:
+            # What was announced stays so: should the senders answer after all, receiving again takes it.
+            names = ", ".join(sorted(map(self._name, transfer.outstanding)))
+            transfer.torn = f"{names} did not say whether it still stood"
+            self._finish(self._torn(transfer))
+        else:
             self.cancel(TransferTimeoutError(self._who_is_missing(transfer)))
 
     # ------------------------------------------------------------------------------------------------- progress
@@ -246,6 +257,7 @@ class Batch:
             # On this host a DataRevoked is in the queue before anything can be written, and was handled before this. That of another
             # host may be on its way still, but its answer comes after it.
             transfer.state = TransferState.ASKING
+            transfer.deadline = time.monotonic() + _ANSWER_TIMEOUT
             transfer.outstanding = {registration for registration, peer in self.registered.sources.items() if peer.remote}
             for registration in sorted(transfer.outstanding):
                 self._tell(self.registered.sources[registration], DataRead, registration, self.registration, self.announced[registration])

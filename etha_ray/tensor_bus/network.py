@@ -33,7 +33,7 @@ from etha_ray.tensor_bus.commands import (
     decode_command,
 )
 from etha_ray.tensor_bus.records import SECRET_KEY, AgentRecord
-from etha_ray.transport.network import NetworkTransport
+from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET, NetworkTransport
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +49,14 @@ class AgentNetwork:
         store: where the pool keeps its secret.
         host: the address of this host to listen on; other agents connect to it.
         incarnation: this agent's; others learn it when it connects.
+        memory_budget: bytes of staging memory over all transfers under way.
 
     Raises:
-        ConfigError: ``host`` is no address of this host, or none that others could connect to.
+        ConfigError: ``host`` is no address of this host, or none that others could connect to; or the budget is too small.
         StoreError: the secret cannot be had.
     """
 
-    def __init__(self, store: KVStore, host: str, incarnation: str) -> None:
+    def __init__(self, store: KVStore, host: str, incarnation: str, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> None:
         _check_host(host)
         self._hello = incarnation.encode()
         self._receive: Callable[[Message], None] | None = None
@@ -63,7 +64,7 @@ class AgentNetwork:
         self._lock = threading.Lock()
         self._callers: dict[bytes, Channel] = {}
         self._secret = _pool_secret(store)
-        self.transport = NetworkTransport(self._secret)
+        self.transport = NetworkTransport(self._secret, memory_budget=memory_budget)
         services = {**self.transport.services, _MESSAGES: accept_channels(self._take, self._ended, opened=self._opened)}
         self._server = Server(self._secret, services, host)
 

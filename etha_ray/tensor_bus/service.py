@@ -326,8 +326,7 @@ class BusService:
                 f"batch {batch.batch_id!r}: a {under_way} is under way; wait for it before the next {command.transfer_type}"
             )
         batch.start(command)
-        if batch.deadline is not None:
-            self._timed[batch.registration] = batch
+        self._timed[batch.registration] = batch
 
     def _on_cancel(self, command: CancelTransfer) -> None:
         batch = self._batch(command, command.batch_id)

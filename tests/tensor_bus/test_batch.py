@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -147,10 +148,33 @@ def test_what_is_read_from_another_host_is_over_once_its_sender_says_that_it_sto
     target.start("recv", timeout=0.0)
     target.hears(*source.said())
     target.bus.copied()
-    assert target.batch.deadline is None  # the data is here, and a sender that dies now is noticed
+    target.batch.expire(time.monotonic())  # its own time does not count any more: the data is here
     assert target.outcome() is None
     source.hears(*target.said())
     assert source.outcome() is None
+    target.hears(*source.said())
+    assert target.outcome().bytes == 8
+    source.hears(*target.said())
+    assert source.outcome().bytes == 8
+
+
+def test_a_sender_that_lives_and_never_answers_is_not_waited_for_for_ever() -> None:
+    source, target = _ends()
+    source.start("send")
+    target.start("recv")
+    target.hears(*source.said())
+    target.bus.copied()
+    asked = target.said()
+    assert target.batch.deadline is not None
+    target.batch.expire(target.batch.deadline)
+    error = target.outcome()
+    assert isinstance(error, BatchTornError)
+    assert "source[0] did not say whether it still stood" in str(error)
+    source.hears(*asked)
+    target.hears(*source.said())  # too late, and told to nobody
+    target.start("recv")
+    target.bus.copied()
+    source.hears(*target.said())
     target.hears(*source.said())
     assert target.outcome().bytes == 8
     source.hears(*target.said())

@@ -6,12 +6,14 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 
+from etha_ray.config import AgentPaths
 from etha_ray.errors import BatchTornError, ConfigError, PeerLostError, StoreError
 from etha_ray.kvstore import MemoryStore
 from etha_ray.tensor_bus import links, members, registered
@@ -217,6 +219,18 @@ def test_an_agent_whose_lease_was_lost_takes_another_and_gives_it_back(cluster: 
         eventually(lambda: cluster.store.exists(key))
     agent.stop()
     assert not cluster.store.exists(key)
+
+
+def test_the_memory_budget_is_the_users(tmp_path: Path) -> None:
+    paths = AgentPaths(f"{tmp_path}/c.lmdb", f"{tmp_path}/s.lmdb")
+    with contextlib.closing(MemoryStore()) as store:
+        with pytest.raises(ConfigError, match="memory budget 100"):
+            TensorBusAgent(0, store, paths=paths, host="127.0.0.1", memory_budget=100)
+        agent = TensorBusAgent(0, store, paths=paths, host="127.0.0.1", memory_budget=3 << 20)
+        agent.start()
+        assert agent._network is not None
+        assert agent._network.transport.memory_budget == 3 << 20
+        agent.stop()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

@@ -55,6 +55,7 @@ class NetworkTransport:
                 f"memory budget {memory_budget} and {streams} streams: give at least {2 * MIN_BUCKET_SIZE} bytes and 1 stream"
             )
         self._secret = check_secret(secret)
+        self.memory_budget = memory_budget
         self._streams = streams
         self._failure_timeout = failure_timeout
         self._sending, self._receiving = Staging(memory_budget // 2), Staging(memory_budget // 2)
