@@ -49,7 +49,6 @@ from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.registration import Peer, Registered, Registration
 from etha_ray.transport.base import CopyProgram
 
-
 _ANSWER_TIMEOUT = 3 * FAILURE_TIMEOUT
 """Seconds in which the loop of an agent that lives answers, however busy its host is."""
 
