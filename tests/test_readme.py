@@ -80,7 +80,9 @@ def test_torchrun_without_ray(tmp_path: Path) -> None:
     whole = [[6 * row + column for column in range(6)] for row in range(4)]
     for rank in range(2):
         columns = sum(sum(row[3 * rank : 3 * rank + 3]) for row in whole)
-        assert re.search(rf"generator {rank} on agent {2 + rank}: recv policy: 48 B .*; sum {columns}(?!\d)", ended.stdout), ended.stdout
+        assert re.search(rf"generator {rank} on agent {2 + rank}: recv policy: 48 B .*; sum {columns}(?!\d)", ended.stdout), (
+            ended.stdout + ended.stderr
+        )
     deadline = time.monotonic() + 30
     while not default_pool_is_free() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,11 @@ from tests.cluster.ray_hosts import RayHosts, at, call, ray_hosts
 from tests.conftest import left_behind
 from tests.tensor_bus.cluster import LONG, eventually
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.executable.startswith("/tmp/"), reason="the node over there has a /tmp of its own, and this Python is in /tmp"),
+]
 
 SHAPES = [((300, 501), torch.float32), ((1000,), torch.bfloat16), ((7, 11, 13), torch.int64), ((), torch.float64)]
 

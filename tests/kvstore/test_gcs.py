@@ -15,12 +15,13 @@ from ray.experimental import internal_kv
 from etha_ray.errors import StoreUnavailableError
 from etha_ray.kvstore import GcsStore, KVStore
 from etha_ray.kvstore.gcs import _LOCAL, _LocalKv
+from tests.conftest import start_ray
 from tests.contracts.kvstore import AddInParallel, KVStoreContract, MakeStore, StoreInAProcess, in_processes
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, namespace=uuid.uuid4().hex)
+    start_ray(num_cpus=2, namespace=uuid.uuid4().hex)
     yield
     ray.shutdown()
 

@@ -7,8 +7,10 @@ from etha_ray.tensor_bus.commands import (
     BaseCommand,
     CancelTransfer,
     CleanupBatch,
+    DataRead,
     DataReady,
     DataRevoked,
+    DataStands,
     DataTaken,
     Failed,
     Goodbye,
@@ -44,6 +46,8 @@ COMMANDS: list[Message] = [
     DataReady("b", "source", "target", 9),
     DataTaken("b", "source", "target", 9),
     DataRevoked("b", "source", "target", 9),
+    DataRead("b", "source", "target", 9),
+    DataStands("b", "source", "target", 9),
     RegistrationClosed("b", "closed", "target", "its worker died", lost=True),
 ]
 
