@@ -214,9 +214,10 @@ def test_a_store_that_is_away_keeps_nobodys_memory(cluster: _FarAgents, monkeypa
 def test_an_agent_whose_lease_was_lost_takes_another_and_gives_it_back(cluster: _FarAgents) -> None:
     agent, key = cluster.agents[0], agent_key(0)
     for _ in range(2):
-        agent._lease.close()
-        assert not cluster.store.exists(key)
-        eventually(lambda: cluster.store.exists(key))
+        lost = agent._lease
+        lost.close()
+        eventually(lambda lost=lost: agent._lease is not lost)
+        assert cluster.store.exists(key)
     agent.stop()
     assert not cluster.store.exists(key)
 
