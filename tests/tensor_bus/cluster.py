@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,26 @@ fresh.set_forkserver_preload(["etha_ray.tensor_bus.agent", "etha_ray.tensor_bus.
 
 def together(*calls: Callable[[], Any]) -> list[Any]:
     """Run the calls at the same time; what each returned, or the exception that it raised."""
+    return _run_all(calls)[0]
+
+
+def succeed(*calls: Callable[[], Any]) -> list[Any]:
+    """Like `together`, but an exception is raised: the first one, as those after it often only follow from it."""
+    results, raised = _run_all(calls)
+    if raised:
+        raise raised[0]
+    return results
+
+
+def _run_all(calls: Sequence[Callable[[], Any]]) -> tuple[list[Any], list[BaseException]]:
     results: list[Any] = [None] * len(calls)
+    raised: list[BaseException] = []
 
     def run(index: int) -> None:
         try:
             results[index] = calls[index]()
         except BaseException as error:
+            raised.append(error)
             results[index] = error
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
@@ -58,17 +72,8 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join(2 * LONG)
-    assert not any(thread.is_alive() for thread in threads), "a call hangs"
-    return results
-
-
-def succeed(*calls: Callable[[], Any]) -> list[Any]:
-    """Like `together`, but an exception is raised."""
-    results = together(*calls)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
+    assert not any(thread.is_alive() for thread in threads), "a call hangs" + (f", after {raised[0]!r}" if raised else "")
+    return results, raised
 
 
 def eventually(condition: Callable[[], bool], timeout: float = LONG) -> None:
