@@ -5,6 +5,9 @@ States of a batch::
     REGISTERING ──► READY ──► LOST      another member closed or died; `error` says which
          └───────────┴──────► CLOSED
 
+Members do not wait for one another: one that has done its part of a transfer may close before another one begins its own. So in a
+batch that is LOST a transfer still begins where the lost member had completed it and is not needed for it.
+
 States of a transfer::
 
     send:  BLOCKED ──► ANNOUNCED ──► OVER       every receiver has been told, and takes the data when it likes
@@ -21,7 +24,7 @@ import enum
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import (
@@ -115,16 +118,26 @@ class Batch:
     registered: Registered = field(default_factory=Registered)
     error: EthaRayError | None = None
     sequence: int = 0
+    completed: int = 0
+    gone: dict[str, int] = field(default_factory=dict)
     announced: dict[str, int] = field(default_factory=dict)
     transfer: _Transfer | None = None
-    early: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    early: dict[str, tuple[str, bool, int]] = field(default_factory=dict)
     early_agents: dict[str, str] = field(default_factory=dict)
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     # ------------------------------------------------------------------------------------------- worker's calls
 
+    def refusal(self, direction: Literal["send", "recv"]) -> EthaRayError | None:
+        """Why a transfer cannot begin, or go on; None if it can."""
+        if self.state is not BatchState.LOST:
+            return self.error
+        needed = self.registered.targets if direction == "send" else self.registered.sources
+        done_by_all = all(completed > self.completed for completed in self.gone.values())
+        return None if done_by_all and needed.keys().isdisjoint(self.gone) else self.error
+
     def start(self, command: Transfer) -> None:
-        """Begin a transfer; the caller has checked that none is under way and that the batch is not LOST or CLOSED."""
+        """Begin a transfer; the caller has checked that none is under way and that there is no `refusal`."""
         now = time.monotonic()
         deadline = None if command.timeout is None else now + command.timeout
         self.transfer = _Transfer(command=command, started=now, deadline=deadline)
@@ -184,13 +197,14 @@ class Batch:
 
     def catch_up(self) -> None:
         """Do what had to wait for the registration; after its caller has been answered."""
-        for registration, (reason, lost) in self.early.items():
+        for registration, (reason, lost, completed) in self.early.items():
             if registration in self.registered.others:
-                self.lose(registration, reason, lost=lost)
+                self.lose(registration, reason, lost=lost, completed=completed)
         for incarnation, reason in self.early_agents.items():
             self.lose_agent(incarnation, reason)
-        if self.error is not None:
-            self.cancel(self.error)
+        refusal = None if self.transfer is None else self.refusal(self.transfer.command.transfer_type)
+        if refusal is not None:
+            self.cancel(refusal)
         self.advance()
 
     @property
@@ -279,6 +293,7 @@ class Batch:
         transfer, self.transfer = self.transfer, None
         assert transfer is not None
         if error is None:
+            self.completed += 1
             self.bus.answer(transfer.command, self._report(transfer))
         else:
             self.bus.refuse(transfer.command, error)
@@ -345,8 +360,8 @@ class Batch:
         del self.announced[message.source]
         self._tear(f"{self._name(message.source)} gave up waiting", message.source)
 
-    def lose(self, registration: str, reason: str, *, lost: bool) -> None:
-        """Another member is gone."""
+    def lose(self, registration: str, reason: str, *, lost: bool, completed: int = 0) -> None:
+        """Another member is gone, after it had completed so many transfers."""
         name = self._name(registration)
         text = f"batch {self.batch_id!r}: {name} is gone ({reason}): close this batch, and register it again once that side is back"
         error: EthaRayError = PeerLostError(text) if lost else BatchClosedError(text)
@@ -354,12 +369,13 @@ class Batch:
         needed = registration in self.registered.sources or registration in self.registered.targets
         if self.state is BatchState.REGISTERING:
             # Only a member that was ready says this, and then all have agreed.
-            self.early[registration] = (reason, lost)
+            self.early.setdefault(registration, (reason, lost, completed))
             self.work.confirm(registration)
         if self.state is BatchState.READY:
             self.state, self.error = BatchState.LOST, error
         if self.state is not BatchState.LOST:
             return
+        self.gone.setdefault(registration, completed)
         if transfer is None or transfer.state is not TransferState.ASKING:
             self.announced.pop(registration, None)
         if transfer is None or not needed:
@@ -409,7 +425,14 @@ class Batch:
         for peer in self.registered.others.values():
             self.bus.tell(
                 peer.member.agent,
-                RegistrationClosed(batch_id=self.batch_id, closed=self.registration, target=peer.registration, reason=reason, lost=lost),
+                RegistrationClosed(
+                    batch_id=self.batch_id,
+                    closed=self.registration,
+                    target=peer.registration,
+                    reason=reason,
+                    lost=lost,
+                    completed=self.completed,
+                ),
             )
 
     def _release_if_idle(self) -> None:

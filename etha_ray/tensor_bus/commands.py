@@ -184,7 +184,7 @@ class DataRevoked(BaseCommand):
 class RegistrationClosed(BaseCommand):
     """Agent to agent: the registration ``closed``, which ``target`` exchanges data with, is gone, and why.
 
-    lost: its worker or agent died, rather than closed it.
+    lost: its worker or agent died, rather than closed it. completed: how many transfers it had completed.
     """
 
     batch_id: str
@@ -192,6 +192,7 @@ class RegistrationClosed(BaseCommand):
     target: str
     reason: str
     lost: bool = False
+    completed: int = 0
 
 
 Message: TypeAlias = (

@@ -317,8 +317,9 @@ class BusService:
 
     def _on_transfer(self, command: Transfer) -> None:
         batch = self._batch(command, command.batch_id)
-        if batch.error is not None:
-            self._outcomes.failed(command, batch.error)
+        refusal = batch.refusal(command.transfer_type)
+        if refusal is not None:
+            self._outcomes.failed(command, refusal)
             return
         if batch.transfer is not None:
             under_way = batch.transfer.command.transfer_type
@@ -394,7 +395,7 @@ class BusService:
     def _on_registration_closed(self, message: RegistrationClosed) -> None:
         batch = self._by_registration.get(message.target)
         if batch is not None:
-            batch.lose(message.closed, message.reason, lost=message.lost)
+            batch.lose(message.closed, message.reason, lost=message.lost, completed=message.completed)
 
     def _loop_back(self, message: Message) -> None:
         # As a job's result, not through the queue: that may be full, and only this loop empties it.

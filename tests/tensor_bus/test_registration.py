@@ -87,6 +87,34 @@ def test_uneven_shards_whose_shapes_change_with_the_id_kept() -> None:
         succeed(*[lambda index=index: run(index) for index in range(len(sides))])
 
 
+def test_who_is_done_may_close_before_others_begin() -> None:
+    """A transfer needs only those that bytes come from or go to; the next one is refused at once, as nobody would take part."""
+    with local_cluster() as cluster:
+        sides = [*cluster.side("a", "b", [0, 1], (2,), [Shard(0)]), *cluster.side("b", "a", [0, 1], (2,), [Shard(0)])]
+        succeed(*[side.join for side in sides])
+        tensors = [side.cut(torch.arange(4.0) if index < 2 else torch.zeros(4)) for index, side in enumerate(sides)]
+
+        def register(index: int) -> BatchHandler:
+            return sides[index].client.register_tensors("x", [(tensors[index], "pair")], timeout=LONG)
+
+        handlers = succeed(*[lambda index=index: register(index) for index in range(4)])
+        for _ in range(2):
+            sent = handlers[0].transfer("send")
+            handlers[2].transfer("recv", blocking=True, timeout=LONG)
+            sent.result(LONG)
+        handlers[0].close()
+        handlers[2].close()
+        for value in (5.0, 6.0):
+            tensors[1].fill_(value)
+            sent = handlers[1].transfer("send")
+            handlers[3].transfer("recv", blocking=True, timeout=LONG)
+            sent.result(LONG)
+            assert torch.equal(tensors[3], torch.full((2,), value))
+        for handler, direction in ((handlers[1], "send"), (handlers[3], "recv")):
+            with pytest.raises(BatchClosedError, match="is gone"):
+                handler.transfer(direction, blocking=True, timeout=LONG)
+
+
 def test_mismatch_then_match_many_times() -> None:
     with local_cluster() as cluster:
         one, two = cluster.pair()
