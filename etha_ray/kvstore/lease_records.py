@@ -50,6 +50,9 @@ class _Record(msgspec.Struct, frozen=True, array_like=True):
     """By the owner's wall clock."""
 
 
+_records = msgspec.msgpack.Decoder(_Record)  # made at import: threads that do so at once crash in msgspec
+
+
 @dataclass(frozen=True)
 class _Sight:
     """A record as a reader saw it. Unless it changes it is believed, and given no verdict, until these moments (monotonic)."""
@@ -134,7 +137,7 @@ class RecordLeases(KVStore):
         if data is None:  # the namespace was cleaned up
             return self._judge(lease)
         if sight is None or sight.record != data:
-            record = msgspec.msgpack.decode(data, type=_Record)
+            record = _records.decode(data)
             is_new = sight is None or now >= sight.verdict_at
             left = min(record.ttl, record.written + record.ttl - time.time()) if is_new else record.ttl
             self._seen[lease] = sight = _Sight(data, now + left, now + record.ttl)

@@ -133,6 +133,13 @@ class Verdict(msgspec.Struct, frozen=True):
     told: tuple[str, ...] = ()
 
 
+# Made here, by the thread that imports: msgspec builds what it knows of a type when it first meets it, and crashes where two
+# threads do that at once.
+_decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(kind) for kind in (AgentRecord, MemberRecord, Manifest, Differences, PlanInputs, BatchRecord, Verdict)
+}
+
+
 def encode(record: msgspec.Struct) -> bytes:
     """The bytes stored for ``record``."""
     return msgspec.msgpack.encode(record)
@@ -141,7 +148,8 @@ def encode(record: msgspec.Struct) -> bytes:
 def decode(data: bytes, kind: type[T], key: str) -> T:
     """Decode what was stored under ``key``. Raises `StoreError` when it is not a ``kind``."""
     try:
-        return msgspec.msgpack.decode(data, type=kind)
+        record: T = _decoders[kind].decode(data)
+        return record
     except (msgspec.DecodeError, RecursionError) as error:
         raise StoreError(
             f"store key {key!r} does not hold a {kind.__name__} ({error}): another program, or another version of etha_ray,"
