@@ -47,6 +47,7 @@ from etha_ray.tensor_bus.commands import (
     RegistrationClosed,
     Transfer,
 )
+from etha_ray.tensor_bus.history import Flow, PastTransfer, flow_key
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.registration import Peer, Registered, Registration
@@ -91,6 +92,9 @@ class Bus(Protocol):
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         """Run a program beside the loop."""
 
+    def note(self, past: PastTransfer) -> None:
+        """A transfer is over."""
+
 
 @dataclass
 class _Transfer:
@@ -100,7 +104,10 @@ class _Transfer:
     state: TransferState = TransferState.BLOCKED
     outstanding: set[str] = field(default_factory=set)
     moving_since: float = 0.0
+    moved: float = 0.0
     torn: str = ""
+    began: float = field(default_factory=time.time)
+    flows: tuple[Flow, ...] = ()
 
 
 @dataclass
@@ -253,6 +260,10 @@ class Batch:
         transfer.state = TransferState.ANNOUNCED
         self.sequence += 1
         transfer.outstanding = set(self.registered.targets)
+        transfer.flows = tuple(
+            Flow(flow_key(self.registration, registration, self.sequence), peer.name, peer.bytes)
+            for registration, peer in self.registered.targets.items()
+        )
         for registration, peer in self.registered.targets.items():
             self._tell(peer, DataReady, self.registration, registration, self.sequence)
         if not transfer.outstanding:
@@ -262,6 +273,7 @@ class Batch:
         transfer = self.transfer
         assert transfer is not None
         assert transfer.state is TransferState.MOVING
+        transfer.moved = time.monotonic() - transfer.moving_since
         if job.error is not None:
             self._finish(BatchTornError(f"batch {self.batch_id!r}: the copy failed midway: {job.error}"))
         elif transfer.torn:
@@ -279,8 +291,12 @@ class Batch:
     def _take_if_certain(self, transfer: _Transfer) -> None:
         if transfer.outstanding:
             return
+        transfer.flows = tuple(
+            Flow(flow_key(registration, self.registration, self.announced[registration]), peer.name, peer.bytes)
+            for registration, peer in self.registered.sources.items()
+        )
         for registration, peer in self.registered.sources.items():
-            self._tell(peer, DataTaken, registration, self.registration, self.announced.pop(registration))
+            self._tell(peer, DataTaken, registration, self.registration, self.announced.pop(registration), transfer.moved)
         self._finish(None)
 
     def _torn(self, transfer: _Transfer) -> BatchTornError:
@@ -292,31 +308,45 @@ class Batch:
     def _finish(self, error: BaseException | None) -> None:
         transfer, self.transfer = self.transfer, None
         assert transfer is not None
+        seconds = time.monotonic() - transfer.started
+        report = None if error is not None else self._report(transfer, seconds)
         if error is None:
             self.completed += 1
-            self.bus.answer(transfer.command, self._report(transfer))
+            self.bus.answer(transfer.command, report)
         else:
             self.bus.refuse(transfer.command, error)
         transfer.state = TransferState.OVER
+        self.bus.note(
+            PastTransfer(
+                batch_id=self.batch_id,
+                direction=transfer.command.transfer_type,
+                client_id=self.client_id,
+                began=transfer.began,
+                seconds=seconds,
+                report=report,
+                kind="" if error is None else type(error).__name__,
+                message="" if error is None else str(error),
+                flows=transfer.flows,
+            )
+        )
         self._release_if_idle()
 
-    def _report(self, transfer: _Transfer) -> TransferReport:
-        now, kind = time.monotonic(), transfer.command.transfer_type
-        peers = self.registered.targets if kind == "send" else self.registered.sources
-        seconds = now - transfer.started
-        waited = transfer.moving_since - transfer.started if kind == "recv" else 0.0
-        spans = (
-            (Span("wait for senders", 0.0, waited), Span("copy", waited, seconds - waited))
-            if kind == "recv"
-            else (Span("until taken", 0.0, seconds),)
-        )
+    def _report(self, transfer: _Transfer, seconds: float) -> TransferReport:
+        kind, moved = transfer.command.transfer_type, transfer.moved
+        if kind == "send":  # how long each receiver read is in its answer
+            peers, waited, first, second = self.registered.targets, max(0.0, seconds - moved), "wait for receivers", "read by receivers"
+        else:
+            peers, waited, first, second = self.registered.sources, transfer.moving_since - transfer.started, "wait for senders", "move"
+        spans = [Span(first, 0.0, waited), Span(second, waited, moved)]
+        if kind == "recv" and any(peer.remote for peer in peers.values()):
+            spans.append(Span("ask senders", waited + moved, seconds - waited - moved))
         return TransferReport(
             batch_id=self.batch_id,
             direction=kind,
             bytes=sum(peer.bytes for peer in peers.values()),
             seconds=seconds,
-            move_seconds=seconds - waited,
-            spans=spans,
+            move_seconds=moved,
+            spans=tuple(spans),
             peers={peer.name: peer.bytes for peer in peers.values()},
         )
 
@@ -350,6 +380,7 @@ class Batch:
         if transfer is None or transfer.state is not TransferState.ANNOUNCED or message.sequence != self.sequence:
             return
         transfer.outstanding.discard(message.target)
+        transfer.moved = max(transfer.moved, message.seconds)
         if not transfer.outstanding:
             self._finish(None)
 
@@ -417,8 +448,11 @@ class Batch:
         source: str,
         target: str,
         sequence: int,
+        seconds: float = 0.0,
     ) -> None:
         message = kind(batch_id=self.batch_id, source=source, target=target, sequence=sequence)
+        if isinstance(message, DataTaken):
+            message.seconds = seconds
         self.bus.tell(peer.member.agent, message)
 
     def _say_closed(self, reason: str, lost: bool) -> None:
@@ -443,13 +477,22 @@ class Batch:
         for callback in callbacks:
             callback()
 
-    def _who_is_missing(self, transfer: _Transfer) -> str:
-        what = f"{transfer.command.transfer_type} of batch {self.batch_id!r} was not over after {transfer.command.timeout:g} s: "
-        registered = self.registered
+    def waits_for(self, transfer: _Transfer) -> str:
+        """Whom the transfer waits for, in words; empty while bytes move."""
         if transfer.state is TransferState.BLOCKED:
-            return what + "the other side has not registered the batch"
+            return "the other side has not registered the batch"
         if transfer.state is TransferState.ANNOUNCED:
             names = sorted(self._name(registration) for registration in transfer.outstanding)
-            return what + f"{', '.join(names)} did not receive. Call transfer('recv') there, or give more time"
-        names = sorted(peer.name for registration, peer in registered.sources.items() if registration not in self.announced)
-        return what + f"{', '.join(names)} did not send. Call transfer('send') there, or give more time"
+            return f"{', '.join(names)} did not receive"
+        if transfer.state is TransferState.WAITING:
+            names = sorted(peer.name for registration, peer in self.registered.sources.items() if registration not in self.announced)
+            return f"{', '.join(names)} did not send"
+        return ""
+
+    def _who_is_missing(self, transfer: _Transfer) -> str:
+        what = f"{transfer.command.transfer_type} of batch {self.batch_id!r} was not over after {transfer.command.timeout:g} s: "
+        remedy = {
+            TransferState.ANNOUNCED: ". Call transfer('recv') there, or give more time",
+            TransferState.WAITING: ". Call transfer('send') there, or give more time",
+        }
+        return what + self.waits_for(transfer) + remedy.get(transfer.state, "")

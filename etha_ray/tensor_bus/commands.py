@@ -143,12 +143,16 @@ class DataReady(BaseCommand):
 
 
 class DataTaken(BaseCommand):
-    """Agent to agent: the target has read the data that the `DataReady` with the same fields announced."""
+    """Agent to agent: the target has read the data that the `DataReady` with the same fields announced.
+
+    seconds: in which its bytes moved.
+    """
 
     batch_id: str
     source: str
     target: str
     sequence: int
+    seconds: float = 0.0
 
 
 class DataRead(BaseCommand):

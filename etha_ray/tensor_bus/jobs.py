@@ -24,11 +24,12 @@ _LONGEST_PAUSE = 0.05
 
 
 class Cancellation:
-    """Tells a job to stop. The job looks at it between its steps."""
+    """Tells a job to stop. The job looks at it between its steps, and says there whom it waits for, for anyone to read."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self.reason = ""
+        self.waits_for = ""
 
     def cancel(self, reason: str) -> None:
         """Ask the job to stop; ``reason`` becomes its error's message."""

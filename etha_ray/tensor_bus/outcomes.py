@@ -12,6 +12,7 @@ import posix_ipc
 
 from etha_ray.errors import EthaRayError, UnsafePathError
 from etha_ray.tensor_bus.commands import BaseCommand, Failed, Ok, Outcome, encode_outcome
+from etha_ray.tensor_bus.history import History
 from etha_ray.tensor_bus.semaphores import SHM_DIRECTORY, open_semaphore
 from etha_ray.tensor_bus.state_file import StateFile, outcome_key
 
@@ -28,8 +29,9 @@ _LINGER = 10.0
 class Outcomes:
     """Answers commands. On the loop only. Semaphores stay open between commands, as clients use them again."""
 
-    def __init__(self, state: StateFile) -> None:
+    def __init__(self, state: StateFile, history: History) -> None:
         self._state = state
+        self._history = history
         self._semaphores: dict[str, dict[str, posix_ipc.Semaphore]] = {}
         self._look_at: dict[str, int] = {}
         self._leftovers: deque[tuple[float, list[bytes]]] = deque()
@@ -43,8 +45,10 @@ class Outcomes:
         known = isinstance(error, EthaRayError)
         if not known:
             logger.error("agent failed on %s", type(command).__name__, exc_info=error)
+        kind = type(error).__name__ if known else "AgentFailedError"
+        self._history.failed(kind)
         outcome = Failed(
-            kind=type(error).__name__ if known else "AgentFailedError",
+            kind=kind,
             message=str(error) if known else f"{type(error).__name__}: {error}",
             traceback="" if known else "".join(traceback.format_exception(error)),
             command_id=command.command_id,

@@ -113,6 +113,7 @@ def match(store: KVStore, pair_name: str, member: MemberRecord, slot: str, timeo
                 return Match.of(member, local, remote, key)
             if len(local) + len(remote) != seen:
                 seen = len(local) + len(remote)
+                cancellation.waits_for = _absent(member, local, remote)
                 backoff.reset()
             if not backoff.wait():
                 raise PairTimeoutError(_missing(pair_name, member, local, remote, timeout))
@@ -216,7 +217,7 @@ def _check_sides(pair_name: str, one: MemberRecord, other: MemberRecord) -> None
         )
 
 
-def _missing(pair_name: str, member: MemberRecord, local: list[MemberRecord], remote: list[MemberRecord], timeout: float | None) -> str:
+def _absent(member: MemberRecord, local: list[MemberRecord], remote: list[MemberRecord]) -> str:
     parts = []
     for name, side in ((member.peer, local), (member.remote, remote)):
         if not side:
@@ -228,7 +229,11 @@ def _missing(pair_name: str, member: MemberRecord, local: list[MemberRecord], re
             else:
                 who = f"index {sorted(set(range(size)) - {found.index for found in side})} of {size}"
             parts.append(f"{name!r} lacks {who}")
+    return "; ".join(parts)
+
+
+def _missing(pair_name: str, member: MemberRecord, local: list[MemberRecord], remote: list[MemberRecord], timeout: float | None) -> str:
     return (
-        f"pair {pair_name!r} was not complete within {timeout:g} s: {'; '.join(parts)}."
+        f"pair {pair_name!r} was not complete within {timeout:g} s: {_absent(member, local, remote)}."
         " Check that those workers run, and use the same pair name, names and store"
     )

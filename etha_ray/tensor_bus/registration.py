@@ -117,7 +117,7 @@ class Registration:
             while request.after is not None and not request.after.is_set():
                 if not backoff.wait():
                     raise BatchUnmatchedError(f"batch {request.batch_id!r}: this worker's earlier batch of that id is still being closed")
-            matches = self._matches(grouped, backoff)
+            matches = self._matches(grouped, backoff, cancellation)
             own = self._open_own(grouped, result)
             for name in grouped:
                 self._publish(name, matches[name], grouped[name], own[name])
@@ -154,11 +154,12 @@ class Registration:
 
     # ------------------------------------------------------------------------------------------------ own side
 
-    def _matches(self, names: dict[str, list[RegisteredTensor]], backoff: Backoff) -> dict[str, Match]:
+    def _matches(self, names: dict[str, list[RegisteredTensor]], backoff: Backoff, cancellation: Cancellation) -> dict[str, Match]:
         matches = {}
         for name in names:
             pair = self._request.pairs[name]
             while pair.state is PairState.MATCHING:
+                cancellation.waits_for = f"pair {name!r} is not complete: {pair.remote_name!r} has not come"
                 if not backoff.wait():
                     raise BatchUnmatchedError(
                         f"batch {self._request.batch_id!r}: pair {name!r} is not complete yet after {self._request.timeout:g} s:"
@@ -268,6 +269,7 @@ class Registration:
                 if misfit is not None:
                     self._refuse_all(misfit, known)
                     raise misfit
+            cancellation.waits_for = _absent(matches, found)
             if not backoff.wait():
                 raise problem or BatchUnmatchedError(self._missing(matches, found))
 
@@ -349,17 +351,22 @@ class Registration:
         result.refused, result.program = fresh.refused, fresh.program
 
     def _missing(self, matches: dict[str, Match], found: dict[str, _Records]) -> str:
-        parts = []
-        for name, match in matches.items():
-            for members, records in zip((match.local, match.remote), found[name], strict=True):
-                missing = [index for index, record in enumerate(records) if record is None]
-                if missing:
-                    parts.append(f"{members[0].peer!r} lacks index {missing} of {len(records)} (pair {name!r})")
-        what = "; ".join(parts) or "all have registered, and not all of them are ready"
         return (
-            f"batch {self._request.batch_id!r} was not registered by everyone within {self._request.timeout:g} s: {what}."
+            f"batch {self._request.batch_id!r} was not registered by everyone within {self._request.timeout:g} s:"
+            f" {_absent(matches, found)}."
             " Call register_tensors with this batch id on every rank of both sides"
         )
+
+
+def _absent(matches: dict[str, Match], found: dict[str, _Records]) -> str:
+    """Who has not registered yet, in words."""
+    parts = []
+    for name, match in matches.items():
+        for members, records in zip((match.local, match.remote), found[name], strict=True):
+            missing = [index for index, record in enumerate(records) if record is None]
+            if missing:
+                parts.append(f"{members[0].peer!r} lacks index {missing} of {len(records)} (pair {name!r})")
+    return "; ".join(parts) or "all have registered, and not all of them are ready"
 
 
 def _complete_sets(found: dict[str, _Records]) -> dict[str, _Set]:

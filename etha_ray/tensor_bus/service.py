@@ -51,17 +51,19 @@ from etha_ray.tensor_bus.commands import (
     RegistrationClosed,
     Transfer,
 )
+from etha_ray.tensor_bus.history import History, PastTransfer
 from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.pairing import Pairing
 from etha_ray.tensor_bus.queue_entry import CorruptEntry
-from etha_ray.tensor_bus.records import AgentRecord
+from etha_ray.tensor_bus.records import AgentRecord, encode
 from etha_ray.tensor_bus.registered import Registered, Transports
 from etha_ray.tensor_bus.registration import Registration, Request
 from etha_ray.tensor_bus.semaphores import unlink_quietly
-from etha_ray.tensor_bus.state_file import StateFile
+from etha_ray.tensor_bus.snapshot import counts, snapshot
+from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key
 from etha_ray.tensor_bus.workers import Worker, Workers
 from etha_ray.transport.base import CopyProgram, OneSidedTransport
 from etha_ray.transport.buckets import DEFAULT_BUCKET_SIZE
@@ -82,6 +84,7 @@ class BusService:
         jobs: what runs beside the loop.
         transport: what moves bytes on this host.
         network: how agents of other hosts are reached; None if they are not.
+        history: where ended transfers are noted.
     """
 
     def __init__(
@@ -92,13 +95,17 @@ class BusService:
         jobs: Jobs,
         transport: OneSidedTransport,
         network: AgentNetwork | None,
+        history: History,
     ) -> None:
         self.record = record
         self._store = store
         self._state = state
         self._jobs = jobs
         self._transports = Transports(transport, None if network is None else network.transport)
-        self._outcomes = Outcomes(state)
+        self._history = history
+        self._began = time.time()
+        self._told = b""
+        self._outcomes = Outcomes(state, history)
         self._workers = Workers(record.rank)
         self._links = Links(record, network, self._loop_back, jobs.post, self._on_agent_lost)
         self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="etha-ray move")
@@ -177,12 +184,16 @@ class BusService:
 
     def counts(self) -> dict[str, int]:
         """How many workers, pairs and batches there are. From any thread."""
-        workers = self._workers.all()
-        return {
-            "workers": len(workers),
-            "pairs": sum(len(worker.pairs) for worker in workers),
-            "batches": sum(len(worker.batches) for worker in workers),
-        }
+        return counts(self._workers.all())
+
+    def tell_status(self) -> None:
+        """Write what there is, and what ended since, into the state file."""
+        status = encode(snapshot(self.record, self._began, self._workers.all(), self._history.totals))
+        news = {history_key(place): encode(past) for place, past in self._history.unsaved().items()}
+        if status != self._told:
+            news[STATUS] = self._told = status
+        if news:
+            self._state.put_all(news)
 
     def leave_all(self, reason: str) -> None:
         """Close everything, as the agent shuts down; waits for the copies and jobs under way."""
@@ -222,6 +233,10 @@ class BusService:
             self._jobs.post(partial(done, job))
 
         self._movers.submit(run)
+
+    def note(self, past: PastTransfer) -> None:
+        """A transfer is over."""
+        self._history.note(past)
 
     # -------------------------------------------------------------------------------------------------- workers
 

@@ -9,6 +9,8 @@ One writer, the agent; any number of readers. It holds
 - ``outcome:{semaphore}``        the encoded outcome of the command that named this semaphore
 - ``handles:{registration}``     memory handles of a batch, for the agents that will read this memory
 - ``pair:{pair}/state:match``    "matched" once a pair is complete
+- ``agent:status``               `snapshot.AgentStatus`, at most one heartbeat old
+- ``history:{place}``            `history.PastTransfer`, the last ones in a ring
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ _HEARTBEAT = b"agent:heartbeat"
 _RECORD = b"agent:record"
 _STOPPED = b"agent:stopped"
 _CLAIMED = b"agent:claimed"
+STATUS = b"agent:status"
+HISTORY = b"history:"
 _MAP_SIZE = 1 << 30
 
 
@@ -61,6 +65,22 @@ class StateFile:
                 self._attach()
             with self.env.begin(self.db, write=True) as txn:
                 txn.put(key, value)
+
+    def put_all(self, values: dict[bytes, bytes]) -> None:
+        """Store several values at once."""
+        with self._transaction(write=True) as txn:
+            for key, value in values.items():
+                txn.put(key, value)
+
+    def values(self, prefix: bytes) -> list[bytes]:
+        """All values whose keys begin with ``prefix``, in the order of their keys."""
+        found = []
+        with self._transaction() as txn, txn.cursor() as cursor:
+            there = cursor.set_range(prefix)
+            while there and bytes(cursor.key()).startswith(prefix):
+                found.append(bytes(cursor.value()))
+                there = cursor.next()
+        return found
 
     def get(self, key: bytes) -> bytes | None:
         """Read a value, None if there is none."""
@@ -161,6 +181,11 @@ def _decoded(data: bytes) -> AgentRecord | None:
 def outcome_key(semaphore_name: str) -> bytes:
     """Where the outcome of the command that named this semaphore is."""
     return b"outcome:" + semaphore_name.encode()
+
+
+def history_key(place: int) -> bytes:
+    """Where the transfer at this place of the ring is."""
+    return HISTORY + f"{place:04d}".encode()
 
 
 def handles_key(registration: str) -> bytes:

@@ -23,6 +23,7 @@ from etha_ray.tensor_bus.commands import (
     RegistrationClosed,
     Transfer,
 )
+from etha_ray.tensor_bus.history import PastTransfer
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
 from etha_ray.tensor_bus.registered import Peer, Registered
@@ -45,6 +46,7 @@ class _Bus:
         self.said: list[Message] = []
         self.outcomes: list[object] = []
         self.moves: list[Callable[[Job[int]], None]] = []
+        self.past: list[PastTransfer] = []
 
     def tell(self, agent: AgentRecord, message: Message) -> None:
         self.said.append(message)
@@ -57,6 +59,9 @@ class _Bus:
 
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         self.moves.append(done)
+
+    def note(self, past: PastTransfer) -> None:
+        self.past.append(past)
 
     def copied(self) -> None:
         job: Job[int] = Job()
