@@ -27,6 +27,9 @@ Each class also inherits the builtin a caller would catch without knowing etha_r
     │   ├── BatchClosedError        RuntimeError      closed here, or by the other side
     │   ├── BatchUnmatchedError     TimeoutError      registered on one side only
     │   └── BatchTornError          RuntimeError      a receive ended midway; the target holds mixed bytes
+    ├── VersionError                RuntimeError
+    │   ├── VersionMismatchError    ValueError        the senders of a batch do not send the same version
+    │   └── VersionTimeoutError     TimeoutError      a version did not come in time
     ├── TransferError               RuntimeError
     │   ├── TransferInProgressError RuntimeError      this batch is already being transferred
     │   ├── TransferTimeoutError    TimeoutError      the other side did not arrive in time
@@ -142,6 +145,18 @@ class BatchUnmatchedError(BatchError, TimeoutError):
 
 class BatchTornError(BatchError):
     """A receive ended midway: the target holds bytes of two versions until the next receive completes."""
+
+
+class VersionError(EthaRayError, RuntimeError):
+    """The version of a batch is not what it should be."""
+
+
+class VersionMismatchError(VersionError, ValueError):
+    """The senders of a batch do not send the same version; nothing was received."""
+
+
+class VersionTimeoutError(VersionError, TimeoutError):
+    """A version did not come in time; the message says which one is there, and who has not sent."""
 
 
 class TransferError(EthaRayError, RuntimeError):

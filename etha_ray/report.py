@@ -26,6 +26,7 @@ class TransferReport(msgspec.Struct, frozen=True):
         move_seconds: of these, the seconds in which bytes moved.
         spans: where the time went, in order.
         peers: bytes per member of the other side, by "name[index]".
+        version: which version of the batch was sent or received; see `BatchHandler.version`.
     """
 
     batch_id: str
@@ -35,6 +36,7 @@ class TransferReport(msgspec.Struct, frozen=True):
     move_seconds: float
     spans: tuple[Span, ...] = ()
     peers: dict[str, int] = {}
+    version: int = 0
 
     @property
     def gb_per_s(self) -> float:
@@ -44,7 +46,7 @@ class TransferReport(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         where = ", ".join(f"{span.name} {_milliseconds(span.seconds)}" for span in self.spans)
         return (
-            f"{self.direction} {self.batch_id}: {format_bytes(self.bytes)} in {_milliseconds(self.seconds)}"
+            f"{self.direction} {self.batch_id} v{self.version}: {format_bytes(self.bytes)} in {_milliseconds(self.seconds)}"
             f" ({self.gb_per_s:.2f} GB/s while moving; {where or 'no spans'})"
         )
 

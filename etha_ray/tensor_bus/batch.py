@@ -8,14 +8,7 @@ States of a batch::
 Members do not wait for one another: one that has done its part of a transfer may close before another one begins its own. So in a
 batch that is LOST a transfer still begins where the lost member had completed it and is not needed for it.
 
-States of a transfer::
-
-    send:  BLOCKED ──► ANNOUNCED ──► OVER       every receiver has been told, and takes the data when it likes
-    recv:  BLOCKED ──► WAITING ──► MOVING ──► ASKING ──► OVER
-
-BLOCKED until the batch is READY, and OVER then if the sides cannot send that way; WAITING until every sender has announced;
-MOVING while a thread copies; ASKING until every sender on another host has said that what was read still stood then. A transfer
-that is MOVING is never cut short: what ends it meanwhile only decides its outcome.
+What states a transfer has is drawn in `transfer_state`; which version the tensors hold is kept in `versions`.
 """
 
 from __future__ import annotations
@@ -24,7 +17,7 @@ import enum
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import (
@@ -34,24 +27,28 @@ from etha_ray.errors import (
     EthaRayError,
     PeerLostError,
     TransferTimeoutError,
+    VersionMismatchError,
+    error_class,
 )
-from etha_ray.report import Span, TransferReport
+from etha_ray.tensor_bus.bus import Bus
 from etha_ray.tensor_bus.commands import (
     BaseCommand,
+    DataMessage,
     DataRead,
     DataReady,
+    DataRefused,
     DataRevoked,
     DataStands,
     DataTaken,
-    Message,
     RegistrationClosed,
     Transfer,
+    WaitVersion,
 )
-from etha_ray.tensor_bus.history import Flow, PastTransfer, flow_key
+from etha_ray.tensor_bus.history import Flow, flow_key
 from etha_ray.tensor_bus.jobs import Job
-from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.registration import Peer, Registered, Registration
-from etha_ray.transport.base import CopyProgram
+from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay, silent_senders
+from etha_ray.tensor_bus.versions import Announced, Holding, VersionWaits, agreed_version
 
 _ANSWER_TIMEOUT = 3 * FAILURE_TIMEOUT
 """Seconds in which the loop of an agent that lives answers, however busy its host is."""
@@ -64,50 +61,6 @@ class BatchState(enum.Enum):
     READY = "ready"
     LOST = "lost"
     CLOSED = "closed"
-
-
-class TransferState(enum.Enum):
-    """See the top of this file."""
-
-    BLOCKED = "blocked"
-    ANNOUNCED = "announced"
-    WAITING = "waiting"
-    MOVING = "moving"
-    ASKING = "asking"
-    OVER = "over"
-
-
-class Bus(Protocol):
-    """What a batch needs of its agent."""
-
-    def tell(self, agent: AgentRecord, message: Message) -> None:
-        """Send a message to an agent."""
-
-    def answer(self, command: BaseCommand, value: object) -> None:
-        """A command succeeded."""
-
-    def refuse(self, command: BaseCommand, error: BaseException) -> None:
-        """A command failed."""
-
-    def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
-        """Run a program beside the loop."""
-
-    def note(self, past: PastTransfer) -> None:
-        """A transfer is over."""
-
-
-@dataclass
-class _Transfer:
-    command: Transfer
-    started: float
-    deadline: float | None
-    state: TransferState = TransferState.BLOCKED
-    outstanding: set[str] = field(default_factory=set)
-    moving_since: float = 0.0
-    moved: float = 0.0
-    torn: str = ""
-    began: float = field(default_factory=time.time)
-    flows: tuple[Flow, ...] = ()
 
 
 @dataclass
@@ -127,11 +80,15 @@ class Batch:
     sequence: int = 0
     completed: int = 0
     gone: dict[str, int] = field(default_factory=dict)
-    announced: dict[str, int] = field(default_factory=dict)
-    transfer: _Transfer | None = None
+    announced: dict[str, Announced] = field(default_factory=dict)
+    transfer: UnderWay | None = None
+    holding: Holding = field(default_factory=Holding)
     early: dict[str, tuple[str, bool, int]] = field(default_factory=dict)
     early_agents: dict[str, str] = field(default_factory=dict)
     closing: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.waits = VersionWaits(self.bus.answer, self.bus.refuse)
 
     # ------------------------------------------------------------------------------------------- worker's calls
 
@@ -144,11 +101,22 @@ class Batch:
         return None if done_by_all and needed.keys().isdisjoint(self.gone) else self.error
 
     def start(self, command: Transfer) -> None:
-        """Begin a transfer; the caller has checked that none is under way and that there is no `refusal`."""
-        now = time.monotonic()
-        deadline = None if command.timeout is None else now + command.timeout
-        self.transfer = _Transfer(command=command, started=now, deadline=deadline)
+        """Begin a transfer; the caller has checked that none is under way and that there is no `refusal`.
+
+        Raises ConfigError or BatchTornError for a version that cannot be sent.
+        """
+        transfer = UnderWay.of(command)
+        if command.transfer_type == "send":
+            transfer.version = self.holding.next_send(self.batch_id, command.version)
+        self.transfer = transfer
         self.advance()
+
+    def wait_version(self, command: WaitVersion) -> None:
+        """Answer once the tensors hold this version or a later one."""
+        self.waits.add(command, time.monotonic())
+        if self.holding.version:
+            self.waits.reach(self.holding.version)
+        self._end_waits()
 
     def signal(self) -> bool:
         """Whether the sender's data is ready, or sent, and not yet received."""
@@ -182,6 +150,7 @@ class Batch:
         self.cancel(error)
         self.state, self.error = BatchState.CLOSED, error
         self._say_closed(str(error), lost)
+        self.waits.fail(error)
         self._release_if_idle()
 
     def registration_over(self, job: Job[Registered]) -> BaseException | None:
@@ -198,6 +167,7 @@ class Batch:
         if job.value is None:
             error = job.error if isinstance(job.error, EthaRayError) else AgentFailedError(f"the registration failed: {job.error}")
             self.cancel(error)
+            self.waits.fail(error)
             return job.error
         self.state = BatchState.READY
         return None
@@ -215,14 +185,25 @@ class Batch:
         self.advance()
 
     @property
+    def waiting(self) -> bool:
+        """Whether anything waits that may have a `deadline`."""
+        return self.transfer is not None or bool(self.waits.waiting)
+
+    @property
     def deadline(self) -> float | None:
         """When `expire` has something to do, by the monotonic clock."""
+        return min((deadline for deadline in (self._transfer_deadline, self.waits.deadline) if deadline is not None), default=None)
+
+    @property
+    def _transfer_deadline(self) -> float | None:
         transfer = self.transfer
         return None if transfer is None or transfer.state is TransferState.MOVING else transfer.deadline
 
     def expire(self, now: float) -> None:
-        """End a transfer whose time is up; one that is MOVING ends by itself."""
-        transfer, deadline = self.transfer, self.deadline
+        """End what waits and whose time is up; a transfer that is MOVING ends by itself."""
+        if self.waits.waiting:
+            self.waits.expire(now, self._version_state())
+        transfer, deadline = self.transfer, self._transfer_deadline
         if transfer is None or deadline is None or now < deadline:
             return
         if transfer.state is TransferState.ASKING:
@@ -231,7 +212,7 @@ class Batch:
             transfer.torn = f"{names} did not say whether it still stood"
             self._finish(self._torn(transfer))
         else:
-            self.cancel(TransferTimeoutError(self._who_is_missing(transfer)))
+            self.cancel(TransferTimeoutError(transfer.who_is_missing(self.registered, self.announced)))
 
     # ------------------------------------------------------------------------------------------------- progress
 
@@ -250,13 +231,9 @@ class Batch:
             else:
                 transfer.state = TransferState.WAITING
         if transfer.state is TransferState.WAITING and all(source in self.announced for source in self.registered.sources):
-            transfer.state = TransferState.MOVING
-            transfer.moving_since = time.monotonic()
-            program = self.registered.program
-            assert program is not None
-            self.bus.move(program, self._moved)
+            self._receive(transfer)
 
-    def _announce(self, transfer: _Transfer) -> None:
+    def _announce(self, transfer: UnderWay) -> None:
         transfer.state = TransferState.ANNOUNCED
         self.sequence += 1
         transfer.outstanding = set(self.registered.targets)
@@ -264,10 +241,30 @@ class Batch:
             Flow(flow_key(self.registration, registration, self.sequence), peer.name, peer.bytes)
             for registration, peer in self.registered.targets.items()
         )
+        chosen = transfer.command.version is not None
         for registration, peer in self.registered.targets.items():
-            self._tell(peer, DataReady, self.registration, registration, self.sequence)
+            self._tell(peer, DataReady, self.registration, registration, self.sequence, version=transfer.version, chosen=chosen)
         if not transfer.outstanding:
             self._finish(None)
+
+    def _receive(self, transfer: UnderWay) -> None:
+        """All senders have announced: read, if they mean the same version."""
+        sources = self.registered.sources
+        try:
+            by_name = {peer.name: self.announced[registration] for registration, peer in sources.items()}
+            transfer.version = agreed_version(self.batch_id, by_name, self.holding.last)
+        except VersionMismatchError as error:
+            for registration, peer in sources.items():
+                sequence = self.announced.pop(registration).sequence
+                self._tell(peer, DataRefused, registration, self.registration, sequence, kind=type(error).__name__, message=str(error))
+            self._finish(error)
+            return
+        transfer.state = TransferState.MOVING
+        transfer.moving_since = time.monotonic()
+        program = self.registered.program
+        assert program is not None
+        self._hold(self.holding.tear(self.registered.received, f"version {transfer.version} is being received, or its agent was killed"))
+        self.bus.move(program, self._moved)
 
     def _moved(self, job: Job[int]) -> None:
         transfer = self.transfer
@@ -285,21 +282,23 @@ class Batch:
             transfer.deadline = time.monotonic() + _ANSWER_TIMEOUT
             transfer.outstanding = {registration for registration, peer in self.registered.sources.items() if peer.remote}
             for registration in sorted(transfer.outstanding):
-                self._tell(self.registered.sources[registration], DataRead, registration, self.registration, self.announced[registration])
+                sequence = self.announced[registration].sequence
+                self._tell(self.registered.sources[registration], DataRead, registration, self.registration, sequence)
             self._take_if_certain(transfer)
 
-    def _take_if_certain(self, transfer: _Transfer) -> None:
+    def _take_if_certain(self, transfer: UnderWay) -> None:
         if transfer.outstanding:
             return
         transfer.flows = tuple(
-            Flow(flow_key(registration, self.registration, self.announced[registration]), peer.name, peer.bytes)
+            Flow(flow_key(registration, self.registration, self.announced[registration].sequence), peer.name, peer.bytes)
             for registration, peer in self.registered.sources.items()
         )
         for registration, peer in self.registered.sources.items():
-            self._tell(peer, DataTaken, registration, self.registration, self.announced.pop(registration), transfer.moved)
+            sequence = self.announced.pop(registration).sequence
+            self._tell(peer, DataTaken, registration, self.registration, sequence, version=transfer.version, seconds=transfer.moved)
         self._finish(None)
 
-    def _torn(self, transfer: _Transfer) -> BatchTornError:
+    def _torn(self, transfer: UnderWay) -> BatchTornError:
         return BatchTornError(
             f"batch {self.batch_id!r}: {transfer.torn} while its data was being read, so the tensors may hold bytes of"
             " two versions: receive again"
@@ -308,53 +307,52 @@ class Batch:
     def _finish(self, error: BaseException | None) -> None:
         transfer, self.transfer = self.transfer, None
         assert transfer is not None
-        seconds = time.monotonic() - transfer.started
-        report = None if error is not None else self._report(transfer, seconds)
+        transfer.state, transfer.seconds = TransferState.OVER, time.monotonic() - transfer.started
+        report = None if error is not None else transfer.report(self.registered)
+        self._settle(transfer, error)
         if error is None:
             self.completed += 1
             self.bus.answer(transfer.command, report)
         else:
             self.bus.refuse(transfer.command, error)
-        transfer.state = TransferState.OVER
-        self.bus.note(
-            PastTransfer(
-                batch_id=self.batch_id,
-                direction=transfer.command.transfer_type,
-                client_id=self.client_id,
-                began=transfer.began,
-                seconds=seconds,
-                report=report,
-                kind="" if error is None else type(error).__name__,
-                message="" if error is None else str(error),
-                flows=transfer.flows,
-            )
-        )
+        self.bus.note(transfer.past(report, error))
         self._release_if_idle()
 
-    def _report(self, transfer: _Transfer, seconds: float) -> TransferReport:
-        kind, moved = transfer.command.transfer_type, transfer.moved
-        if kind == "send":  # how long each receiver read is in its answer
-            peers, waited, first, second = self.registered.targets, max(0.0, seconds - moved), "wait for receivers", "read by receivers"
-        else:
-            peers, waited, first, second = self.registered.sources, transfer.moving_since - transfer.started, "wait for senders", "move"
-        spans = [Span(first, 0.0, waited), Span(second, waited, moved)]
-        if kind == "recv" and any(peer.remote for peer in peers.values()):
-            spans.append(Span("ask senders", waited + moved, seconds - waited - moved))
-        return TransferReport(
-            batch_id=self.batch_id,
-            direction=kind,
-            bytes=sum(peer.bytes for peer in peers.values()),
-            seconds=seconds,
-            move_seconds=moved,
-            spans=tuple(spans),
-            peers={peer.name: peer.bytes for peer in peers.values()},
-        )
+    def _settle(self, transfer: UnderWay, error: BaseException | None) -> None:
+        """Note what the tensors hold now that a transfer is over, and let those know who wait for it."""
+        if error is None:
+            self._hold(self.holding.complete(transfer.version))
+            self.waits.reach(transfer.version)
+        elif transfer.moving_since:
+            self._hold(self.holding.tear(self.registered.received, str(error)))
+        self._end_waits()
+
+    def _end_waits(self) -> None:
+        refusal = None if self.transfer is not None else self.refusal("recv")
+        if refusal is not None:
+            self.waits.fail(refusal)
+
+    def _hold(self, holding: Holding) -> None:
+        self.holding = holding
+        self.bus.hold(self.client_id, self.batch_id, holding)
+
+    def _version_state(self) -> str:
+        held, transfer = self.holding, self.transfer
+        what = f"batch {self.batch_id!r} is torn ({held.why})" if held.torn else f"batch {self.batch_id!r} holds version {held.version}"
+        if self.state is BatchState.REGISTERING:
+            return f"{what}: the other side has not registered it"
+        missing = silent_senders(self.registered, self.announced)
+        if missing:
+            return f"{what}: {missing} did not send a newer one"
+        if transfer is None or transfer.command.transfer_type == "send":
+            return f"{what}: a newer one was sent, call transfer('recv') for it" if self.registered.sources else what
+        return f"{what}: {transfer.version} is being received"
 
     # ---------------------------------------------------------------------------------------- other side's messages
 
     def on_ready(self, message: DataReady) -> None:
         """A sender announces its data."""
-        self.announced[message.source] = message.sequence
+        self.announced[message.source] = Announced(message.sequence, message.version, message.chosen)
         self.advance()
 
     def on_read(self, message: DataRead) -> None:
@@ -370,7 +368,7 @@ class Batch:
         """A sender on another host says that what was read stood until then."""
         transfer = self.transfer
         asked = transfer is not None and transfer.state is TransferState.ASKING
-        if transfer is not None and asked and self.announced.get(message.source) == message.sequence:
+        if transfer is not None and asked and self._is_announced(message.source, message.sequence):
             transfer.outstanding.discard(message.source)
             self._take_if_certain(transfer)
 
@@ -381,12 +379,22 @@ class Batch:
             return
         transfer.outstanding.discard(message.target)
         transfer.moved = max(transfer.moved, message.seconds)
+        # Where numbers are counted on, receivers may have met others at a higher one.
+        transfer.version = max(transfer.version, message.version)
         if not transfer.outstanding:
             self._finish(None)
 
+    def on_refused(self, message: DataRefused) -> None:
+        """A receiver will not read this side's data, so this send fails for all."""
+        transfer = self.transfer
+        if transfer is None or transfer.state is not TransferState.ANNOUNCED or message.sequence != self.sequence:
+            return
+        transfer.outstanding.discard(message.target)
+        self.cancel(error_class(message.kind)(message.message))
+
     def on_revoked(self, message: DataRevoked) -> None:
         """A sender takes back what it announced."""
-        if self.announced.get(message.source) != message.sequence:
+        if not self._is_announced(message.source, message.sequence):
             return
         del self.announced[message.source]
         self._tear(f"{self._name(message.source)} gave up waiting", message.source)
@@ -409,6 +417,7 @@ class Batch:
         self.gone.setdefault(registration, completed)
         if transfer is None or transfer.state is not TransferState.ASKING:
             self.announced.pop(registration, None)
+        self._end_waits()
         if transfer is None or not needed:
             return
         if transfer.state in (TransferState.MOVING, TransferState.ASKING):
@@ -441,18 +450,12 @@ class Batch:
         peer = self.registered.others.get(registration)
         return peer.name if peer is not None else "a peer"
 
-    def _tell(
-        self,
-        peer: Peer,
-        kind: type[DataReady] | type[DataRead] | type[DataStands] | type[DataTaken] | type[DataRevoked],
-        source: str,
-        target: str,
-        sequence: int,
-        seconds: float = 0.0,
-    ) -> None:
-        message = kind(batch_id=self.batch_id, source=source, target=target, sequence=sequence)
-        if isinstance(message, DataTaken):
-            message.seconds = seconds
+    def _is_announced(self, source: str, sequence: int) -> bool:
+        known = self.announced.get(source)
+        return known is not None and known.sequence == sequence
+
+    def _tell(self, peer: Peer, what: type[DataMessage], source: str, target: str, sequence: int, **more: Any) -> None:
+        message = what(batch_id=self.batch_id, source=source, target=target, sequence=sequence, **more)
         self.bus.tell(peer.member.agent, message)
 
     def _say_closed(self, reason: str, lost: bool) -> None:
@@ -477,22 +480,6 @@ class Batch:
         for callback in callbacks:
             callback()
 
-    def waits_for(self, transfer: _Transfer) -> str:
+    def waits_for(self, transfer: UnderWay) -> str:
         """Whom the transfer waits for, in words; empty while bytes move."""
-        if transfer.state is TransferState.BLOCKED:
-            return "the other side has not registered the batch"
-        if transfer.state is TransferState.ANNOUNCED:
-            names = sorted(self._name(registration) for registration in transfer.outstanding)
-            return f"{', '.join(names)} did not receive"
-        if transfer.state is TransferState.WAITING:
-            names = sorted(peer.name for registration, peer in self.registered.sources.items() if registration not in self.announced)
-            return f"{', '.join(names)} did not send"
-        return ""
-
-    def _who_is_missing(self, transfer: _Transfer) -> str:
-        what = f"{transfer.command.transfer_type} of batch {self.batch_id!r} was not over after {transfer.command.timeout:g} s: "
-        remedy = {
-            TransferState.ANNOUNCED: ". Call transfer('recv') there, or give more time",
-            TransferState.WAITING: ". Call transfer('send') there, or give more time",
-        }
-        return what + self.waits_for(transfer) + remedy.get(transfer.state, "")
+        return transfer.waits_for(self.registered, self.announced)

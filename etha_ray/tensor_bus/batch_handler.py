@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import posix_ipc
 
+from etha_ray.errors import EthaRayError
+from etha_ray.tensor_bus.versions import Holding, check_version
+
 if TYPE_CHECKING:
     from etha_ray.tensor_bus.client import TensorBusClient
 
@@ -42,9 +45,41 @@ class BatchHandler:
         """
         self.client._wait_registered(self.batch_id, timeout)
 
-    def transfer(self, transfer_type: Literal["send", "recv"], blocking: bool = False, timeout: float = 30.0) -> posix_ipc.Semaphore:
+    def transfer(
+        self, transfer_type: Literal["send", "recv"], blocking: bool = False, timeout: float = 30.0, version: int | None = None
+    ) -> posix_ipc.Semaphore:
         """Transfer all tensors of this batch; see `TensorBusClient.transfer`."""
-        return self.client.transfer(self.batch_id, transfer_type, blocking=blocking, timeout=timeout)
+        return self.client.transfer(self.batch_id, transfer_type, blocking=blocking, timeout=timeout, version=version)
+
+    @property
+    def version(self) -> int:
+        """The version that this worker's tensors hold: that of the last transfer which completed here, "send" or "recv".
+
+        0 until there was one since the batch was registered, while one is being received, and while the batch is `torn`. Asks nobody,
+        so it is there even if the agent is not. Raises `UnknownBatchError` or `BatchClosedError` once this handler or its client is closed.
+        """
+        return self._holding().version
+
+    @property
+    def torn(self) -> tuple[int, ...]:
+        """The positions, in `register_tensors`, of the tensors that may hold bytes of two versions; empty if all are whole.
+
+        So it is while tensors are being received in place, and after a receive that ended midway, or whose agent was killed, until the
+        next one that completes. Raises as `version`.
+        """
+        return self._holding().torn
+
+    def wait_version(self, version: int, timeout: float | None = 30.0) -> int:
+        """Wait until this worker's tensors hold ``version`` or a later one, and return which.
+
+        For another thread than the one that transfers, say. ``timeout``: seconds; None for as long as it takes.
+
+        Raises:
+            VersionTimeoutError: (a TimeoutError) it did not come in time; says which version is there and who has not sent.
+            PeerLostError, BatchClosedError: no version will come any more.
+            AgentDiedError: (a ConnectionError) the agent died meanwhile.
+        """
+        return self.client._wait_version(self.batch_id, check_version(version), timeout)
 
     def query_transfer_signal(self, blocking: bool = True, timeout: float = 30.0) -> bool:
         """Whether the sender's data is ready or sent and not yet received; see `TensorBusClient.query_transfer_signal`."""
@@ -61,4 +96,16 @@ class BatchHandler:
     def __repr__(self) -> str:
         client = self._client_ref()
         where = "client gone" if client is None else f"agent {client.agent_rank}"
-        return f"BatchHandler({self.batch_id!r}, pairs={self.pair_names}, {where})"
+        return f"BatchHandler({self.batch_id!r}, pairs={self.pair_names}, {where}, {self._shown()})"
+
+    def _holding(self) -> Holding:
+        return self.client._holding(self.batch_id)
+
+    def _shown(self) -> str:
+        try:
+            holding = self._holding()
+        except (EthaRayError, RuntimeError):
+            return "closed"
+        if holding.torn:
+            return f"torn: {holding.why}"
+        return f"version {holding.version}" if holding.version else "version 0: nothing sent or received yet"

@@ -38,11 +38,14 @@ from etha_ray.tensor_bus.commands import (
     RegisteredTensor,
     RegisterTensors,
     Transfer,
+    WaitVersion,
 )
 from etha_ray.tensor_bus.connection import Connection
 from etha_ray.tensor_bus.reply import OutcomeSemaphore, Reply
 from etha_ray.tensor_bus.semaphores import generate_semaphore_name
+from etha_ray.tensor_bus.state_file import holding_key
 from etha_ray.tensor_bus.tensors import Piece, Registrable, check_label, describe, described
+from etha_ray.tensor_bus.versions import Holding, check_version
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -248,6 +251,7 @@ class TensorBusClient:
         transfer_type: Literal["send", "recv"],
         blocking: bool = False,
         timeout: float = 30.0,
+        version: int | None = None,
     ) -> posix_ipc.Semaphore:
         """Transfer all tensors of a batch; completes when both sides have called it and the bytes have moved.
 
@@ -260,6 +264,8 @@ class TensorBusClient:
             blocking: wait until it is over.
             timeout: with ``blocking``, seconds after which the transfer is cancelled. Without, the transfer waits for the
                 other side as long as it takes; `OutcomeSemaphore.result` takes a timeout of its own.
+            version: what this "send" is called, above all before it; the training step, say. All ranks of the side say the same, or
+                none says any: then the next number is taken. A send that failed may be tried again under its version.
 
         Returns:
             A ``posix_ipc.Semaphore``, posted when it is over; ``.result(timeout)`` gives the `TransferReport` or raises.
@@ -270,16 +276,21 @@ class TensorBusClient:
             TransferTimeoutError: (a TimeoutError) the other side did not arrive; says who.
             PeerLostError: (a ConnectionError) a process on the other side died.
             LayoutError, TensorMismatchError: (ValueErrors) this side cannot send that way, or receive: a Partial, a lossy cast.
+            ConfigError: (a ValueError) the version is not above the last one.
+            VersionMismatchError: (a ValueError) the ranks of the sending side gave different versions; raised on both sides.
+            BatchTornError: a receive ended midway, or what is to be sent without a version is torn; see `BatchHandler.torn`.
             BatchClosedError: closed here, or by the other side.
             AgentDiedError: (a ConnectionError) the agent died meanwhile.
         """
         check_timeout(timeout)
         if transfer_type not in ("send", "recv"):
             raise ConfigError(f'transfer type {transfer_type!r} is not known: give "send" or "recv"')
+        if version is not None and transfer_type != "send":
+            raise ConfigError(f'batch {batch_id!r}: version goes with "send": a "recv" gets the version that is sent')
         batch = self._known(batch_id)
         if batch.registration is not None and batch.registration.wait(0.0):
             self._wait_registered(batch_id, timeout)  # raises what made the registration fail
-        command = Transfer(batch_id=batch_id, transfer_type=transfer_type)
+        command = Transfer(batch_id=batch_id, transfer_type=transfer_type, version=None if version is None else check_version(version))
         reply = self._connection.start(command, "transfer", batch_id, timeout if blocking else None, timeout)
         semaphore = OutcomeSemaphore.of(reply)
         if blocking:
@@ -340,6 +351,17 @@ class TensorBusClient:
         return f"TensorBusClient(agent_rank={self.agent_rank}, {state})"
 
     # ------------------------------------------------------------------------------------------------ batches
+
+    def _holding(self, batch_id: str) -> Holding:
+        self._known(batch_id)
+        data = self._connection.state.get(holding_key(self.client_id, batch_id))
+        return Holding() if data is None else Holding.decode(data)
+
+    def _wait_version(self, batch_id: str, version: int, timeout: float | None) -> int:
+        check_timeout(timeout)
+        self._known(batch_id)
+        reply = self._connection.start(WaitVersion(batch_id=batch_id, version=version), "wait_version", batch_id, timeout)
+        return int(self._connection.finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id)))
 
     def _wait_registered(self, batch_id: str, timeout: float | None) -> None:
         check_timeout(timeout)

@@ -9,9 +9,14 @@ Encoders and decoders are shared and may be used from any thread.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
+
+HIGHEST_VERSION = (1 << 63) - 1
+"""The highest version that a batch can have; 1 is the first."""
+
+Version: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=HIGHEST_VERSION)]
 
 
 class BaseCommand(msgspec.Struct, tag=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -55,10 +60,11 @@ class RegisteredTensor(msgspec.Struct, frozen=True, omit_defaults=True, forbid_u
 
 
 class Transfer(BaseCommand):
-    """Run this side ("send" or "recv") of a registered batch."""
+    """Run this side ("send" or "recv") of a registered batch. version: what a sender calls what it sends; None to count on."""
 
     batch_id: str
     transfer_type: Literal["send", "recv"]
+    version: Version | None = None
 
 
 class RegisterTensors(BaseCommand):
@@ -97,6 +103,13 @@ class QueryStatus(BaseCommand):
     state_name: str
 
 
+class WaitVersion(BaseCommand):
+    """Answer with the version of a batch once it is ``version`` or a later one."""
+
+    batch_id: str
+    version: Version
+
+
 class CleanupBatch(BaseCommand):
     """Close a batch and drop what the agent holds for it."""
 
@@ -104,7 +117,7 @@ class CleanupBatch(BaseCommand):
 
 
 class CancelTransfer(BaseCommand):
-    """Stop the transfer of this batch that is under way, if there is one."""
+    """Stop the command of this batch, a transfer or a wait for a version, that had this command's number."""
 
     batch_id: str
 
@@ -133,17 +146,19 @@ class DataReady(BaseCommand):
     """Agent to agent: the sender's data of this batch may be read now.
 
     source, target: the sending and the receiving worker's registration of the batch. sequence: number of this send within
-    the source's registration.
+    the source's registration. version: what is sent. chosen: the source's worker said so itself, and did not only count on.
     """
 
     batch_id: str
     source: str
     target: str
     sequence: int
+    version: Version
+    chosen: bool = False
 
 
 class DataTaken(BaseCommand):
-    """Agent to agent: the target has read the data that the `DataReady` with the same fields announced.
+    """Agent to agent: the target has read the data that the `DataReady` with the same fields announced, as this version.
 
     seconds: in which its bytes moved.
     """
@@ -152,7 +167,22 @@ class DataTaken(BaseCommand):
     source: str
     target: str
     sequence: int
+    version: Version
     seconds: float = 0.0
+
+
+class DataRefused(BaseCommand):
+    """Agent to agent: the target will not read what the `DataReady` with the same fields announced, and why.
+
+    kind, message: the error that the source's worker is to get, as in `Failed`.
+    """
+
+    batch_id: str
+    source: str
+    target: str
+    sequence: int
+    kind: str
+    message: str
 
 
 class DataRead(BaseCommand):
@@ -199,11 +229,15 @@ class RegistrationClosed(BaseCommand):
     completed: int = 0
 
 
+DataMessage: TypeAlias = DataReady | DataRead | DataStands | DataTaken | DataRefused | DataRevoked
+"""What agents say to one another in a transfer."""
+
 Message: TypeAlias = (
     Transfer
     | RegisterTensors
     | InitPair
     | QueryStatus
+    | WaitVersion
     | CleanupBatch
     | CancelTransfer
     | Hello
@@ -213,6 +247,7 @@ Message: TypeAlias = (
     | DataRead
     | DataStands
     | DataTaken
+    | DataRefused
     | DataRevoked
     | RegistrationClosed
 )

@@ -29,11 +29,15 @@ OpenRemote = Callable[[int, Sequence[int]], Sequence[Source]]
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors of one batch that belong to one pair, as this rank holds them, and as both sides agreed to."""
+    """The tensors of one batch that belong to one pair, as this rank holds them, and as both sides agreed to.
+
+    ``places`` says which of the batch's tensors they are.
+    """
 
     batch_id: str
     pair_name: str
     match: Match
+    places: Sequence[int]
     tensors: Sequence[torch.Tensor]
     agreed: Sequence[AgreedTensor]
 

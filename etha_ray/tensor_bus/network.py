@@ -25,6 +25,7 @@ from etha_ray.net import SECRET_BYTES, Address, Channel, Server, accept_channels
 from etha_ray.tensor_bus.commands import (
     DataRead,
     DataReady,
+    DataRefused,
     DataRevoked,
     DataStands,
     DataTaken,
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _ANY_PORT = 9
 _MESSAGES = "messages"
-_FROM_AGENTS = (DataReady, DataRead, DataStands, DataTaken, DataRevoked, RegistrationClosed)
+_FROM_AGENTS = (DataReady, DataRead, DataStands, DataTaken, DataRefused, DataRevoked, RegistrationClosed)
 
 
 class AgentNetwork:

@@ -37,13 +37,15 @@ class Registered:
     """What a registration came to: everything a transfer needs.
 
     ``targets`` get bytes from this rank and ``sources`` give it some; ``others`` are all other members, of both sides. By
-    registration. ``refused`` says why a direction is impossible: such a transfer fails with it, and nobody waits for it.
+    registration. ``refused`` says why a direction is impossible: such a transfer fails with it, and nobody waits for it. ``received``
+    are the positions, among the worker's tensors, of those that a receive writes.
     """
 
     targets: dict[str, Peer] = field(default_factory=dict)
     sources: dict[str, Peer] = field(default_factory=dict)
     others: dict[str, Peer] = field(default_factory=dict)
     refused: dict[Direction, EthaRayError] = field(default_factory=dict)
+    received: tuple[int, ...] = ()
     program: CopyProgram | None = None
     opened: list[OpenedTensors] = field(default_factory=list)
 
@@ -92,6 +94,8 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
     try:
         for part in parts:
             moves += _connect(transports, part, result)
+        if "recv" not in result.refused:
+            result.received = tuple(sorted(place for part in parts for place in part.part.places))
         result.program = prepare(moves, transports.mapped, transports.network, bucket_size)
     except BaseException:
         result.close()

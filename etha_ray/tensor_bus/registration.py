@@ -341,14 +341,15 @@ class Registration:
             local, remote = sets[name]
             manifests = [[self._manifests.read(record) for record in side] for side in (local, remote)]
             agreement = agree(self._request.batch_id, name, match, *manifests)
-            part = Part(self._request.batch_id, name, match, own[name], agreement.tensors)
+            places = [place for place, (pair_name, _) in enumerate(self._request.tensors) if pair_name == name]
+            part = Part(self._request.batch_id, name, match, places, own[name], agreement.tensors)
             parts.append(AgreedPart(part, agreement, local, remote))
             self._inputs[name] = agreement.inputs
         fresh = connect(self._transports, parts, self._request.bucket_size)
         del result.opened[1:]
         result.opened.extend(fresh.opened)
         result.targets, result.sources, result.others = fresh.targets, fresh.sources, fresh.others
-        result.refused, result.program = fresh.refused, fresh.program
+        result.refused, result.received, result.program = fresh.refused, fresh.received, fresh.program
 
     def _missing(self, matches: dict[str, Match], found: dict[str, _Records]) -> str:
         return (

@@ -34,8 +34,10 @@ from etha_ray.tensor_bus.commands import (
     BaseCommand,
     CancelTransfer,
     CleanupBatch,
+    DataMessage,
     DataRead,
     DataReady,
+    DataRefused,
     DataRevoked,
     DataStands,
     DataTaken,
@@ -50,6 +52,7 @@ from etha_ray.tensor_bus.commands import (
     RegisterTensors,
     RegistrationClosed,
     Transfer,
+    WaitVersion,
 )
 from etha_ray.tensor_bus.history import History, PastTransfer
 from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
@@ -63,7 +66,8 @@ from etha_ray.tensor_bus.registered import Registered, Transports
 from etha_ray.tensor_bus.registration import Registration, Request
 from etha_ray.tensor_bus.semaphores import unlink_quietly
 from etha_ray.tensor_bus.snapshot import counts, snapshot
-from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key
+from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key, holding_key
+from etha_ray.tensor_bus.versions import Holding
 from etha_ray.tensor_bus.workers import Worker, Workers
 from etha_ray.transport.base import CopyProgram, OneSidedTransport
 from etha_ray.transport.buckets import DEFAULT_BUCKET_SIZE
@@ -121,11 +125,13 @@ class BusService:
             Transfer: self._on_transfer,
             CancelTransfer: self._on_cancel,
             QueryStatus: self._on_query,
+            WaitVersion: self._on_wait_version,
             CleanupBatch: self._on_cleanup,
             DataReady: self._on_data,
             DataRead: self._on_data,
             DataStands: self._on_data,
             DataTaken: self._on_data,
+            DataRefused: self._on_data,
             DataRevoked: self._on_data,
             RegistrationClosed: self._on_registration_closed,
         }
@@ -160,7 +166,7 @@ class BusService:
         """End the transfers whose time is up, by the monotonic clock."""
         for registration, batch in list(self._timed.items()):
             batch.expire(now)
-            if batch.transfer is None:
+            if not batch.waiting:
                 del self._timed[registration]
 
     def next_deadline(self) -> float | None:
@@ -237,6 +243,10 @@ class BusService:
     def note(self, past: PastTransfer) -> None:
         """A transfer is over."""
         self._history.note(past)
+
+    def hold(self, client_id: str, batch_id: str, holding: Holding) -> None:
+        """Write down what a client's batch holds, for its worker to read."""
+        self._state.put(holding_key(client_id, batch_id), holding.encode())
 
     # -------------------------------------------------------------------------------------------------- workers
 
@@ -346,6 +356,7 @@ class BusService:
 
     def _on_cancel(self, command: CancelTransfer) -> None:
         batch = self._batch(command, command.batch_id)
+        batch.waits.drop(command.command_id)
         if batch.transfer is not None and batch.transfer.command.command_id == command.command_id:
             batch.cancel(TransferCancelledError(f"batch {batch.batch_id!r}: its worker gave up waiting"))
 
@@ -354,6 +365,11 @@ class BusService:
         if command.state_name != "transfer_signal":
             raise UnknownBatchError(f'batch {command.batch_id!r} has no state {command.state_name!r}; ask for "transfer_signal"')
         self._outcomes.ok(command, batch.signal())
+
+    def _on_wait_version(self, command: WaitVersion) -> None:
+        batch = self._batch(command, command.batch_id)
+        batch.wait_version(command)
+        self._timed[batch.registration] = batch
 
     def _on_cleanup(self, command: CleanupBatch) -> None:
         worker = self._workers.of(command)
@@ -371,6 +387,7 @@ class BusService:
 
         def released() -> None:
             self._by_registration.pop(batch.registration, None)
+            self._state.delete([holding_key(batch.client_id, batch.batch_id)])
             self._jobs.start(f"withdraw {batch.batch_id}", lambda _: batch.work.close(), over)
 
         def over(job: Job[Any]) -> None:
@@ -391,8 +408,8 @@ class BusService:
 
     # ---------------------------------------------------------------------------------------------- other agents
 
-    def _on_data(self, message: DataReady | DataRead | DataStands | DataTaken | DataRevoked) -> None:
-        own = message.source if isinstance(message, (DataRead, DataTaken)) else message.target
+    def _on_data(self, message: DataMessage) -> None:
+        own = message.source if isinstance(message, (DataRead, DataTaken, DataRefused)) else message.target
         batch = self._by_registration.get(own)
         if batch is None:
             return  # closed meanwhile, and the sender has been told
@@ -404,6 +421,8 @@ class BusService:
             batch.on_stands(message)
         elif isinstance(message, DataTaken):
             batch.on_taken(message)
+        elif isinstance(message, DataRefused):
+            batch.on_refused(message)
         else:
             batch.on_revoked(message)
 

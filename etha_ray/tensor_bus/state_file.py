@@ -8,6 +8,7 @@ One writer, the agent; any number of readers. It holds
 - ``agent:stopped``              there once the agent was shut down; clients that still have the file open look for it
 - ``outcome:{semaphore}``        the encoded outcome of the command that named this semaphore
 - ``handles:{registration}``     memory handles of a batch, for the agents that will read this memory
+- ``held:{client}/{digest}``     `versions.Holding` of the batch whose id has this digest
 - ``pair:{pair}/state:match``    "matched" once a pair is complete
 - ``agent:status``               `snapshot.AgentStatus`, at most one heartbeat old
 - ``history:{place}``            `history.PastTransfer`, the last ones in a ring
@@ -23,7 +24,7 @@ import lmdb
 import msgspec
 
 from etha_ray.tensor_bus.lmdb_file import open_file
-from etha_ray.tensor_bus.records import AgentRecord
+from etha_ray.tensor_bus.records import AgentRecord, fingerprint
 
 DATABASE = b"pair_state"
 _HEARTBEAT = b"agent:heartbeat"
@@ -191,6 +192,11 @@ def history_key(place: int) -> bytes:
 def handles_key(registration: str) -> bytes:
     """Where the memory handles of a registration are."""
     return b"handles:" + registration.encode()
+
+
+def holding_key(client_id: str, batch_id: str) -> bytes:
+    """Where it stands what a client's batch holds."""
+    return f"held:{client_id}/{fingerprint(batch_id)}".encode()
 
 
 def pair_state_key(pair_name: str) -> bytes:

@@ -9,12 +9,21 @@ from typing import Any
 
 import pytest
 
-from etha_ray.errors import BatchTornError, PeerLostError, TransferTimeoutError
+from etha_ray.errors import (
+    BatchTornError,
+    ConfigError,
+    PeerLostError,
+    TransferTimeoutError,
+    VersionMismatchError,
+    VersionTimeoutError,
+)
+from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.batch import Batch, BatchState
 from etha_ray.tensor_bus.commands import (
     BaseCommand,
     DataRead,
     DataReady,
+    DataRefused,
     DataRevoked,
     DataStands,
     DataTaken,
@@ -22,11 +31,13 @@ from etha_ray.tensor_bus.commands import (
     Ping,
     RegistrationClosed,
     Transfer,
+    WaitVersion,
 )
 from etha_ray.tensor_bus.history import PastTransfer
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
 from etha_ray.tensor_bus.registered import Peer, Registered
+from etha_ray.tensor_bus.versions import Announced, Holding, agreed_version
 from etha_ray.transport.base import CopyProgram
 
 
@@ -47,6 +58,7 @@ class _Bus:
         self.outcomes: list[object] = []
         self.moves: list[Callable[[Job[int]], None]] = []
         self.past: list[PastTransfer] = []
+        self.held: list[Holding] = []
 
     def tell(self, agent: AgentRecord, message: Message) -> None:
         self.said.append(message)
@@ -62,6 +74,9 @@ class _Bus:
 
     def note(self, past: PastTransfer) -> None:
         self.past.append(past)
+
+    def hold(self, client_id: str, batch_id: str, holding: Holding) -> None:
+        self.held.append(holding)
 
     def copied(self) -> None:
         job: Job[int] = Job()
@@ -90,7 +105,7 @@ class _End:
         work: Any = _Work()
         self.batch = Batch(self.bus, "batch", name, "client", work, Ping())
         self.batch.job = Job()
-        registered = Registered(program=_Copy())
+        registered = Registered(program=_Copy(), received=(0, 1))
         registered.sources = {source: _peer(source, remote=remote) for source, remote in (sources or {}).items()}
         registered.targets = {target: _peer(target, remote=remote) for target, remote in (targets or {}).items()}
         registered.others = {**registered.sources, **registered.targets}
@@ -102,8 +117,8 @@ class _End:
         assert self.batch.registration_over(self._job) is None
         self.batch.catch_up()
 
-    def start(self, direction: Any, timeout: float | None = None) -> None:
-        self.batch.start(Transfer(batch_id="batch", transfer_type=direction, timeout=timeout))
+    def start(self, direction: Any, timeout: float | None = None, version: int | None = None) -> None:
+        self.batch.start(Transfer(batch_id="batch", transfer_type=direction, timeout=timeout, version=version))
 
     def hears(self, *messages: Message) -> None:
         handlers: dict[type, Callable[[Any], None]] = {
@@ -111,6 +126,7 @@ class _End:
             DataRead: self.batch.on_read,
             DataStands: self.batch.on_stands,
             DataTaken: self.batch.on_taken,
+            DataRefused: self.batch.on_refused,
             DataRevoked: self.batch.on_revoked,
             RegistrationClosed: lambda message: self.batch.lose(message.closed, message.reason, lost=message.lost),
         }
@@ -241,7 +257,7 @@ def test_no_sender_is_done_before_all_have_said_that_their_data_stood() -> None:
     target.register()
     target.start("recv")
     for source in ("near", "far", "farther"):
-        target.hears(DataReady(batch_id="batch", source=source, target="target", sequence=1))
+        target.hears(DataReady(batch_id="batch", source=source, target="target", sequence=1, version=1))
     target.bus.copied()
     assert {message.source for message in target.said() if isinstance(message, DataRead)} == {"far", "farther"}
     target.hears(DataStands(batch_id="batch", source="far", target="target", sequence=1))
@@ -250,7 +266,7 @@ def test_no_sender_is_done_before_all_have_said_that_their_data_stood() -> None:
     assert isinstance(target.outcome(), BatchTornError)
     assert target.said() == []
     target.start("recv")
-    target.hears(DataReady(batch_id="batch", source="farther", target="target", sequence=2))
+    target.hears(DataReady(batch_id="batch", source="farther", target="target", sequence=2, version=2))
     target.bus.copied()
     for source, sequence in (("farther", 2), ("far", 1)):
         target.hears(DataStands(batch_id="batch", source=source, target="target", sequence=sequence))
@@ -289,3 +305,146 @@ def test_closing_waits_for_a_copy_and_not_for_an_answer() -> None:
     target.batch.close(PeerLostError("closed"), lost=False, then=closed.set)
     assert closed.is_set()
     assert isinstance(target.outcome(), PeerLostError)
+
+
+def two_senders() -> tuple[_End, _End, _End]:
+    one, two = (_End(name, targets={"target": False}) for name in ("one", "two"))
+    target = _End("target", sources={"one": False, "two": False})
+    for end in (one, two, target):
+        end.register()
+    return one, two, target
+
+
+def carry(*ends: _End) -> None:
+    """Let everything arrive that was said, until nobody says anything more."""
+    by_name = {end.batch.registration: end for end in ends}
+    while said := [message for end in ends for message in end.said()]:
+        for message in said:
+            assert isinstance(message, DataReady | DataRefused | DataRevoked | DataTaken)
+            own = message.source if isinstance(message, DataTaken | DataRefused) else message.target
+            by_name[own].hears(message)
+
+
+class TestVersions:
+    def test_both_sides_count_and_the_sender_may_say(self) -> None:
+        source, target = _ends(remote=False)
+        for chosen, expected in ((None, 1), (None, 2), (7, 7), (None, 8)):
+            source.start("send", version=chosen)
+            target.start("recv")
+            target.hears(*source.said())
+            assert target.batch.holding.version == 0
+            assert target.bus.held[-1].torn == (0, 1)  # written down before a byte changes
+            target.bus.copied()
+            source.hears(*target.said())
+            assert target.outcome().version == source.outcome().version == expected
+            assert target.bus.held[-1] == source.bus.held[-1] == Holding(version=expected, last=expected)
+
+    def test_it_must_grow_and_one_that_failed_may_be_tried_again(self) -> None:
+        source, target = _ends(remote=False)
+        for _ in range(2):
+            source.start("send", version=5)
+            source.batch.cancel(TransferTimeoutError("time is up"))
+            assert isinstance(source.outcome(), TransferTimeoutError)
+        source.start("send", version=5)
+        carry(source, target)
+        target.start("recv")
+        carry_on(source, target)
+        for version in (5, 4):
+            with pytest.raises(ConfigError, match=rf"version {version} is not above 5"):
+                source.start("send", version=version)
+            assert source.batch.transfer is None
+        target.start("send")  # the other way, where nobody wants any of it
+        assert target.outcome().version == 6
+
+    def test_different_versions_are_refused_before_a_byte_moves_and_the_next_send_works(self) -> None:
+        one, two, target = two_senders()
+        one.start("send", version=5)
+        two.start("send", version=6)
+        target.start("recv")
+        carry(one, two, target)
+        outcomes = [end.outcome() for end in (one, two, target)]
+        for error in outcomes:
+            assert isinstance(error, VersionMismatchError)
+            assert "one[0] says 5, two[0] says 6" in str(error)
+        assert not target.bus.moves
+        assert not target.bus.held
+        target.start("recv")
+        for end in (one, two):
+            end.start("send", version=6)
+        carry(one, two, target)
+        target.bus.copied()
+        carry(one, two, target)
+        assert [end.outcome().version for end in (one, two, target)] == [6, 6, 6]
+
+    def test_ranks_that_counted_apart_meet_again(self) -> None:
+        one, two, target = two_senders()
+        one.batch.holding = Holding(version=3, last=3)  # the last one was not completed by the other
+        target.batch.holding = Holding(version=3, last=3)
+        for expected in (4, 5):
+            for end in (one, two):
+                end.start("send")
+            target.start("recv")
+            carry(one, two, target)
+            target.bus.copied()
+            carry(one, two, target)
+            assert [end.outcome().version for end in (one, two, target)] == [expected] * 3
+
+    @pytest.mark.parametrize(("counted", "fits"), [(4, True), (5, False)])
+    def test_who_only_counts_follows_who_says(self, counted: int, fits: bool) -> None:
+        announced = {"one": Announced(1, 4, True), "two": Announced(1, counted, False)}
+        if fits:
+            assert agreed_version("batch", announced, last=9) == 4  # a trainer that went back to an earlier step
+        else:
+            with pytest.raises(VersionMismatchError, match="one says 4, two says 5"):
+                agreed_version("batch", announced, last=0)
+
+    def test_a_torn_batch_holds_no_version_and_is_not_sent_on_by_mistake(self) -> None:
+        source, target = _ends()
+        source.start("send")
+        target.start("recv")
+        target.hears(*source.said())
+        target.batch.lose_agent("agent of source", "the cable was cut")
+        assert target.outcome() is None
+        target.bus.copied()
+        assert isinstance(target.outcome(), BatchTornError)
+        assert target.batch.holding.version == 0
+        assert target.batch.holding.torn == (0, 1)
+        with pytest.raises(BatchTornError, match="must not be sent on"):
+            target.start("send")
+        target.start("send", version=3)  # its worker has written them all
+        assert target.batch.holding == Holding(version=3, last=3)
+
+    def test_waiting_for_one(self) -> None:
+        source, target = _ends(remote=False)
+        target.batch.wait_version(WaitVersion(batch_id="batch", version=2, command_id=1))
+        target.batch.wait_version(WaitVersion(batch_id="batch", version=2, command_id=2, timeout=0.0))
+        target.batch.wait_version(WaitVersion(batch_id="batch", version=9, command_id=3))
+        target.batch.waits.drop(3)
+        for step in (1, 2):
+            source.start("send")
+            target.start("recv")
+            carry_on(source, target)
+            if step == 1:
+                assert target.batch.deadline is not None
+                target.batch.expire(target.batch.deadline)
+                error = target.outcome()
+                assert isinstance(error, VersionTimeoutError)
+                assert "holds version 1: source[0] did not send a newer one; version 2 did not come within 0 s" in str(error)
+        assert target.outcome() == 2
+        target.batch.wait_version(WaitVersion(batch_id="batch", version=1, command_id=4))
+        assert target.outcome() == 2
+        target.batch.wait_version(WaitVersion(batch_id="batch", version=3, command_id=5))
+        target.batch.lose_agent("agent of source", "the cable was cut")
+        assert isinstance(target.outcome(), PeerLostError)
+        target.batch.wait_version(WaitVersion(batch_id="batch", version=3, command_id=6))
+        assert isinstance(target.outcome(), PeerLostError)
+
+
+def carry_on(source: _End, target: _End) -> None:
+    """One transfer on this host, to its end."""
+    carry(source, target)
+    target.bus.copied()
+    reports = [message for message in target.bus.outcomes if isinstance(message, TransferReport)]
+    target.bus.outcomes[:] = [outcome for outcome in target.bus.outcomes if outcome not in reports]
+    carry(source, target)
+    assert source.outcome().version == reports[0].version

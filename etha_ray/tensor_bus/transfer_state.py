@@ -1,0 +1,126 @@
+"""One transfer of a batch, while it is under way: where it stands, and what is told of it. `batch` moves it on.
+
+States::
+
+    send:  BLOCKED ──► ANNOUNCED ──► OVER       every receiver has been told, and takes the data when it likes
+    recv:  BLOCKED ──► WAITING ──► MOVING ──► ASKING ──► OVER
+
+BLOCKED until the batch is READY, and OVER then if the sides cannot send that way; WAITING until every sender has announced;
+MOVING while a thread copies; ASKING until every sender on another host has said that what was read still stood then. A transfer
+that is MOVING is never cut short: what ends it meanwhile only decides its outcome.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
+
+from etha_ray.report import Span, TransferReport
+from etha_ray.tensor_bus.commands import Transfer
+from etha_ray.tensor_bus.history import Flow, PastTransfer
+from etha_ray.tensor_bus.registered import Registered
+
+
+class TransferState(enum.Enum):
+    """See the top of this file."""
+
+    BLOCKED = "blocked"
+    ANNOUNCED = "announced"
+    WAITING = "waiting"
+    MOVING = "moving"
+    ASKING = "asking"
+    OVER = "over"
+
+
+@dataclass
+class UnderWay:
+    """A transfer that is under way.
+
+    ``outstanding`` are the registrations it waits for: receivers that have not taken what was announced, or senders that have not
+    said that what was read still stood. ``version`` is the one it sends or receives, as far as that is settled. ``moved``
+    are the seconds in which bytes moved, ``seconds`` all until its end. ``torn`` says what happened while bytes moved.
+    """
+
+    command: Transfer
+    started: float
+    deadline: float | None
+    state: TransferState = TransferState.BLOCKED
+    outstanding: set[str] = field(default_factory=set)
+    version: int = 0
+    began: float = field(default_factory=time.time)
+    moving_since: float = 0.0
+    moved: float = 0.0
+    seconds: float = 0.0
+    torn: str = ""
+    flows: tuple[Flow, ...] = ()
+
+    @classmethod
+    def of(cls, command: Transfer) -> UnderWay:
+        """One that begins now."""
+        now = time.monotonic()
+        return cls(command=command, started=now, deadline=None if command.timeout is None else now + command.timeout)
+
+    def report(self, registered: Registered) -> TransferReport:
+        """What it did, now that it is over."""
+        kind, moved, seconds = self.command.transfer_type, self.moved, self.seconds
+        if kind == "send":  # how long each receiver read is in its answer
+            peers, waited, first, second = registered.targets, max(0.0, seconds - moved), "wait for receivers", "read by receivers"
+        else:
+            peers, waited, first, second = registered.sources, self.moving_since - self.started, "wait for senders", "move"
+        spans = [Span(first, 0.0, waited), Span(second, waited, moved)]
+        if kind == "recv" and any(peer.remote for peer in peers.values()):
+            spans.append(Span("ask senders", waited + moved, seconds - waited - moved))
+        return TransferReport(
+            batch_id=self.command.batch_id,
+            direction=kind,
+            bytes=sum(peer.bytes for peer in peers.values()),
+            seconds=seconds,
+            move_seconds=moved,
+            spans=tuple(spans),
+            peers={peer.name: peer.bytes for peer in peers.values()},
+            version=self.version,
+        )
+
+    def past(self, report: TransferReport | None, error: BaseException | None) -> PastTransfer:
+        """What is kept of it, now that it is over: its report, or its error."""
+        return PastTransfer(
+            batch_id=self.command.batch_id,
+            direction=self.command.transfer_type,
+            client_id=self.command.client_id,
+            began=self.began,
+            seconds=self.seconds,
+            report=report,
+            kind="" if error is None else type(error).__name__,
+            message="" if error is None else str(error),
+            flows=self.flows,
+        )
+
+    def waits_for(self, registered: Registered, announced: Container[str]) -> str:
+        """Whom it waits for, in words; empty while bytes move."""
+        if self.state is TransferState.BLOCKED:
+            return "the other side has not registered the batch"
+        if self.state is TransferState.ANNOUNCED:
+            return f"{_names(registered, self.outstanding)} did not receive"
+        if self.state is TransferState.WAITING:
+            return f"{silent_senders(registered, announced)} did not send"
+        return ""
+
+    def who_is_missing(self, registered: Registered, announced: Container[str]) -> str:
+        """Why it was not over in time."""
+        what = f"{self.command.transfer_type} of batch {self.command.batch_id!r} was not over after {self.command.timeout:g} s: "
+        remedy = {
+            TransferState.ANNOUNCED: ". Call transfer('recv') there, or give more time",
+            TransferState.WAITING: ". Call transfer('send') there, or give more time",
+        }
+        return what + self.waits_for(registered, announced) + remedy.get(self.state, "")
+
+
+def silent_senders(registered: Registered, announced: Container[str]) -> str:
+    """The names of the senders that have not announced anything."""
+    return _names(registered, (registration for registration in registered.sources if registration not in announced))
+
+
+def _names(registered: Registered, registrations: Iterable[str]) -> str:
+    return ", ".join(sorted(registered.others[registration].name for registration in registrations))

@@ -1,0 +1,149 @@
+"""Which version of a batch one worker's tensors hold, and who waits for one.
+
+Versions count the transfers of a batch, or are the sender's own numbers; they only grow. A receiver takes the version that its
+senders announce. Where they chose their numbers themselves, all must be the same. Numbers that were only counted on are reconciled:
+ranks that gave up an earlier transfer, or took part in one that others gave up, have counted apart, and meet again at the highest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from etha_ray.errors import BatchTornError, ConfigError, VersionMismatchError, VersionTimeoutError
+from etha_ray.tensor_bus.commands import HIGHEST_VERSION, BaseCommand, WaitVersion
+
+
+class Holding(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one worker's tensors of one batch hold, as it stands in the agent's state file.
+
+    There before a byte of them changes: a worker whose agent was killed in the midst of a copy finds its tensors torn.
+
+    version: 0 until the batch was sent or received, and while it is torn. last: the highest version of a transfer that completed.
+    torn: positions of the tensors that may hold bytes of two versions, as they were registered; and why.
+    """
+
+    version: int = 0
+    last: int = 0
+    torn: tuple[int, ...] = ()
+    why: str = ""
+
+    @classmethod
+    def decode(cls, data: bytes) -> Holding:
+        """Back from `encode`."""
+        return _decoder.decode(data)
+
+    def encode(self) -> bytes:
+        """As it stands in the state file."""
+        return _encoder.encode(self)
+
+    def next_send(self, batch_id: str, chosen: int | None) -> int:
+        """The version of the next send; ``chosen``: what the worker calls it.
+
+        Raises:
+            ConfigError: the version that the worker chose is not above the last one.
+            BatchTornError: the tensors are torn, and the worker does not say what version it has made of them.
+        """
+        if chosen is None:
+            if self.torn:
+                raise BatchTornError(
+                    f"batch {batch_id!r} is torn ({self.why}), and must not be sent on: receive again, or write all its tensors"
+                    " and say which version they hold now, transfer('send', version=...)"
+                )
+            chosen = self.last + 1
+        if not self.last < chosen <= HIGHEST_VERSION:
+            raise ConfigError(f"batch {batch_id!r}: version {chosen} is not above {self.last}, its last one, and below 2**63")
+        return chosen
+
+    def complete(self, version: int) -> Holding:
+        """After a transfer that completed."""
+        return Holding(version=version, last=max(version, self.last))
+
+    def tear(self, positions: tuple[int, ...], why: str) -> Holding:
+        """Once bytes of tensors at these positions may have changed, and not all of them."""
+        return Holding(version=0, last=self.last, torn=positions, why=why)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Holding] = msgspec.msgpack.Decoder(Holding)
+
+
+def check_version(version: int) -> int:
+    """``version`` if it is one; raises ConfigError otherwise."""
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= HIGHEST_VERSION:
+        raise ConfigError(f"version {version!r} is not an integer from 1 to 2**63 - 1")
+    return version
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What one sender announced: the number of the send within its registration, its version, and whether its worker chose that."""
+
+    sequence: int
+    version: int
+    chosen: bool
+
+
+def agreed_version(batch_id: str, announced: Mapping[str, Announced], last: int) -> int:
+    """The version that these senders send together, by name; ``last`` is the receiver's last one.
+
+    Raises:
+        VersionMismatchError: they chose different ones, or one counts further than the others chose.
+    """
+    chosen = {each.version for each in announced.values() if each.chosen}
+    counted = max((each.version for each in announced.values() if not each.chosen), default=0)
+    if not chosen:
+        return min(max(counted, last + 1), HIGHEST_VERSION)
+    version = max(chosen)
+    if len(chosen) > 1 or counted > version:
+        said = ", ".join(f"{name} says {each.version}" for name, each in sorted(announced.items()))
+        raise VersionMismatchError(
+            f"batch {batch_id!r}: its senders do not send the same version: {said}. Nothing was received; send again, with the same"
+            " version on every rank of that side"
+        )
+    return version
+
+
+@dataclass
+class VersionWaits:
+    """Commands that are answered once the tensors hold a version. On the agent's loop only."""
+
+    answer: Callable[[BaseCommand, object], None]
+    refuse: Callable[[BaseCommand, BaseException], None]
+    waiting: list[tuple[WaitVersion, float | None]] = field(default_factory=list)
+
+    def add(self, command: WaitVersion, now: float) -> None:
+        """Keep a command until its version is there, or its time is up, by the monotonic clock."""
+        self.waiting.append((command, None if command.timeout is None else now + command.timeout))
+
+    @property
+    def deadline(self) -> float | None:
+        """When `expire` has something to do."""
+        return min((deadline for _, deadline in self.waiting if deadline is not None), default=None)
+
+    def reach(self, version: int) -> None:
+        """The tensors hold this version now."""
+        for command in self._take(lambda command, _: command.version <= version):
+            self.answer(command, version)
+
+    def expire(self, now: float, state: str) -> None:
+        """Answer those whose time is up; ``state`` says what is there and what is missing."""
+        for command in self._take(lambda _, deadline: deadline is not None and deadline <= now):
+            self.refuse(command, VersionTimeoutError(f"{state}; version {command.version} did not come within {command.timeout:g} s"))
+
+    def fail(self, error: BaseException) -> None:
+        """No version will come any more."""
+        for command in self._take(lambda *_: True):
+            self.refuse(command, error)
+
+    def drop(self, command_id: int) -> None:
+        """Nobody waits for this one any more."""
+        self._take(lambda command, _: command.command_id == command_id)
+
+    def _take(self, wanted: Callable[[WaitVersion, float | None], bool]) -> list[WaitVersion]:
+        found = [command for command, deadline in self.waiting if wanted(command, deadline)]
+        if found:
+            self.waiting = [(command, deadline) for command, deadline in self.waiting if not wanted(command, deadline)]
+        return found
