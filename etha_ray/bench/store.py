@@ -27,7 +27,7 @@ _WAKE_SHARE = 20
 _KEYS = 16
 _VALUE = bytes(64)
 _PAUSE = (0.05, 0.15)
-"""Seconds that a wait is under way before its key is put: long enough for one that polls to do so as seldom as it ever will."""
+"""Seconds that a wait is under way before its key is put. One that polls pauses for a 32nd of that, and after 0.3 s always for 10 ms."""
 
 
 @dataclass(frozen=True)

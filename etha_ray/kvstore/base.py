@@ -27,7 +27,7 @@ Change: TypeAlias = Callable[["bytes | None"], "bytes | None"]
 Sleep: TypeAlias = Callable[[float], None]
 """Sleeps until a change, at the latest until the deadline it is given; see `KVStore._changes`."""
 
-_POLL_SHARE = 1 / 8
+_POLL_SHARE = 1 / 32
 
 
 class KVStore(ABC):
@@ -52,8 +52,8 @@ class KVStore(ABC):
     """The longest whole key, namespace and component included, in UTF-8."""
     poll_from: float = 0.001
     poll_to: float = 0.01
-    """Seconds between two looks of a wait in a backend that has to poll: the first pause and the longest. In between a pause is an eighth
-    of the time waited so far, so that polling prolongs no wait by much."""
+    """Seconds between two looks of a wait in a backend that has to poll: the first pause and the longest. In between a pause is a 32nd of
+    the time waited so far, so that polling prolongs no wait by much; it has looked a hundred times when its pauses are longest."""
 
     def __init__(self, namespace: str = "default", component: str = "tensorbus") -> None:
         """Raises `ConfigError` for an empty namespace or component."""
