@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from etha_ray.config import DEFAULT_NAMESPACE, AgentPaths, agent_paths, check_name
-from etha_ray.errors import AgentBusyError, AgentFailedError, ConfigError
+from etha_ray.errors import AgentBusyError, AgentFailedError, AgentNotFoundError, ConfigError
 from etha_ray.kvstore import create_store
 from etha_ray.tensor_bus.agent import TensorBusAgent
+from etha_ray.tensor_bus.inspection import SeenAgent, decode_seen, encode_seen, inspect_agent
 from etha_ray.tensor_bus.leftovers import remove_dead_agents, remove_files
-from etha_ray.tensor_bus.ray_lookup import PoolEntry, write_pool
+from etha_ray.tensor_bus.ray_lookup import PoolEntry, read_pool, write_pool
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,12 @@ class AgentActor:
     def describe(self) -> dict[str, Any]:
         """What `TensorBusAgent.describe` says, and the Ray node."""
         return {**self._agent.describe(), "node_id": ray.get_runtime_context().get_node_id()}
+
+    def inspect(self) -> bytes:
+        """What the agent's state file shows, for `decode_seen`."""
+        seen = inspect_agent(self._agent.rank, self._agent.paths)
+        assert seen is not None, "a live agent has a state file"
+        return encode_seen(seen)
 
     def stop(self) -> None:
         """End the agent; its files and semaphores are removed."""
@@ -153,11 +161,12 @@ def launch_agents(
     namespace: str = DEFAULT_NAMESPACE,
     store: str = "gcs",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    detached: bool = False,
 ) -> AgentPool:
     """Start agents on the Ray cluster (on a Ray of this process's own if it has none yet) and wait until they serve.
 
     Agents take no CPU and no GPU share from other actors, and Ray restarts those that die. They end with
-    `AgentPool.shutdown`, or with this driver.
+    `AgentPool.shutdown`, or with this driver unless they are detached.
 
     Args:
         devices: "auto": one agent per GPU of every node, and one CPU agent on a node without. Or a list for this node, such
@@ -166,6 +175,7 @@ def launch_agents(
             ETHA_RAY_NAMESPACE.
         store: where agents meet: "gcs" (Ray's own) or a URL that `etha_ray.create_store` takes.
         memory_budget: bytes of staging memory that transfers between hosts may have on each agent, over all under way.
+        detached: they outlive this driver, and end with `AgentPool.shutdown` (`find_pool` finds them), or with the cluster.
 
     Returns:
         The pool; ranks count from 0, by node, then device.
@@ -197,6 +207,7 @@ def launch_agents(
             num_gpus=0,
             max_restarts=-1,
             max_concurrency=4,
+            lifetime="detached" if detached else None,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         ).remote(rank, namespace, device, url, neighbours[node_id], len(places), memory_budget)
         for rank, (node_id, device) in enumerate(places)
@@ -206,6 +217,64 @@ def launch_agents(
     _wait_until_started(pool, actors)
     write_pool(namespace, entries)
     return pool
+
+
+def connect(address: str) -> None:
+    """Connect this process to the Ray cluster at ``address`` ("auto", HOST:PORT, ray://HOST:PORT), unless it is connected already.
+
+    Raises:
+        AgentNotFoundError: (a ConnectionError) no Ray cluster answers there.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise AgentNotFoundError(
+            f"no Ray cluster answers at {address!r}: {error}. Start one (`ray start --head`), or give the address of one that runs"
+        ) from error
+
+
+def find_pool(namespace: str = DEFAULT_NAMESPACE) -> AgentPool:
+    """The pool of this name on the Ray cluster, whoever started it.
+
+    Raises:
+        AgentNotFoundError: (a ConnectionError) there is none.
+    """
+    found = []
+    for entry in read_pool(check_name("namespace", namespace)):
+        try:
+            found.append((entry, ray.get_actor(_actor_name(namespace, entry.rank), namespace=RAY_NAMESPACE)))
+        except ValueError:  # its driver was killed, or another ends it just now
+            continue
+    if not found:
+        raise AgentNotFoundError(f"no pool named {namespace!r} runs on this Ray cluster: start one with `etha-ray up`")
+    return AgentPool(namespace, [entry for entry, _ in found], [actor for _, actor in found])
+
+
+def seen_agents(namespace: str, timeout: float = 5.0) -> list[SeenAgent]:
+    """What the agents of a pool of this Ray cluster show; those that do not say so within ``timeout`` seconds are unreachable."""
+    calls: dict[Any, PoolEntry] = {}
+    found = []
+    for entry in read_pool(namespace):
+        try:
+            actor = ray.get_actor(_actor_name(namespace, entry.rank), namespace=RAY_NAMESPACE)
+        except ValueError:
+            found.append(_unreachable(entry))
+        else:
+            calls[actor.inspect.remote()] = entry
+    answered = set(ray.wait(list(calls), num_returns=len(calls), timeout=timeout)[0]) if calls else set()
+    for call, entry in calls.items():
+        try:
+            found.append(decode_seen(ray.get(call)) if call in answered else _unreachable(entry))
+        except (ray.exceptions.RayError, msgspec.DecodeError) as error:
+            logger.warning("agent %d does not show what it does: %s", entry.rank, error)
+            found.append(_unreachable(entry))
+    return found
+
+
+def _unreachable(entry: PoolEntry) -> SeenAgent:
+    return SeenAgent(entry.rank, "unreachable", time.time(), (entry.command_queue_path, entry.state_path))
 
 
 def _nodes() -> list[dict[str, Any]]:

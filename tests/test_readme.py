@@ -53,7 +53,7 @@ def test_quick_start_is_at_most_30_lines_and_moves_the_matrix(tmp_path: Path) ->
     script.write_text(code)
     ended = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, timeout=110, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("policy: 48 B in") == 4
+    assert ended.stdout.count("policy v1: 48 B in") == 4
     # Trainer 0 holds rows of zeros and trainer 1 rows of ones; each generator ends with its columns of both.
     rows = re.findall(r"\[(?:[01]\., *){5}[01]\.\]", ended.stdout)
     assert [set(re.findall(r"[01]", row)) for row in rows] == [{"0"}, {"0"}, {"1"}, {"1"}]
@@ -80,7 +80,7 @@ def test_torchrun_without_ray(tmp_path: Path) -> None:
     whole = [[6 * row + column for column in range(6)] for row in range(4)]
     for rank in range(2):
         columns = sum(sum(row[3 * rank : 3 * rank + 3]) for row in whole)
-        assert re.search(rf"generator {rank} on agent {2 + rank}: recv policy: 48 B .*; sum {columns}(?!\d)", ended.stdout), (
+        assert re.search(rf"generator {rank} on agent {2 + rank}: recv policy v1: 48 B .*; sum {columns}(?!\d)", ended.stdout), (
             ended.stdout + ended.stderr
         )
     deadline = time.monotonic() + 30

@@ -59,7 +59,7 @@ def explain_command(
         sys.stdout.write(json.dumps(made.as_dict()) + "\n")
         return
     console = Console(highlight=False)
-    console.print(_shown(made, console.width))
+    console.print(explained(made, console.width))
     if save is not None:
         console.print(Text(f"pictures are in {save}", style="dim"))
 
@@ -71,7 +71,7 @@ def _read(option: str, read: Callable[[str], _T], text: str) -> _T:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
-def _shown(made: Explanation, width: int) -> Group:
+def explained(made: Explanation, width: int) -> Group:
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="dim")
     lines.add_column()

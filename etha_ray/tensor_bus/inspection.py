@@ -23,8 +23,6 @@ Life: TypeAlias = Literal["running", "starting", "stuck", "stopped", "dead", "un
 """stuck: the process is there, and its loop has not turned for `FAILURE_TIMEOUT`. dead: it was killed, and left its files.
 unreachable: on another host, and does not answer."""
 
-_T = TypeVar("_T")
-
 
 class SeenAgent(msgspec.Struct, frozen=True, omit_defaults=True):
     """One agent as it was seen at ``time`` (seconds since the epoch, of its own host).
@@ -41,6 +39,12 @@ class SeenAgent(msgspec.Struct, frozen=True, omit_defaults=True):
     record: AgentRecord | None = None
     status: AgentStatus | None = None
     past: tuple[PastTransfer, ...] = ()
+
+
+_T = TypeVar("_T")
+_statuses = msgspec.msgpack.Decoder(AgentStatus)
+_transfers = msgspec.msgpack.Decoder(PastTransfer)
+_agents = msgspec.msgpack.Decoder(SeenAgent)
 
 
 def inspect_agent(rank: int, paths: AgentPaths) -> SeenAgent | None:
@@ -63,7 +67,7 @@ def inspect_agent(rank: int, paths: AgentPaths) -> SeenAgent | None:
             paths=(paths.command_queue, paths.state),
             beat_age=None if beat is None else now - beat,
             record=record,
-            status=None if status is None else _decoded(status, AgentStatus),
+            status=None if status is None else _decoded(status, _statuses),
             past=tuple(sorted(_each(state.values(HISTORY)), key=lambda past: past.began + past.seconds)),
         )
     finally:
@@ -99,7 +103,7 @@ def encode_seen(agent: SeenAgent) -> bytes:
 
 def decode_seen(data: bytes) -> SeenAgent:
     """Back from `encode_seen`; raises `msgspec.DecodeError` for what another version of etha_ray wrote."""
-    return msgspec.msgpack.decode(data, type=SeenAgent)
+    return _agents.decode(data)
 
 
 def _life(state: StateFile, record: AgentRecord | None, beat: float | None, now: float) -> Life:
@@ -115,12 +119,12 @@ def _life(state: StateFile, record: AgentRecord | None, beat: float | None, now:
 
 
 def _each(values: list[bytes]) -> list[PastTransfer]:
-    found = (_decoded(value, PastTransfer) for value in values)
+    found = (_decoded(value, _transfers) for value in values)
     return [past for past in found if past is not None]
 
 
-def _decoded(data: bytes, kind: type[_T]) -> _T | None:
+def _decoded(data: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T | None:
     try:
-        return msgspec.msgpack.decode(data, type=kind)
+        return decoder.decode(data)
     except msgspec.DecodeError:  # an agent of another version: what it has in common is shown
         return None

@@ -25,6 +25,9 @@ class PoolEntry(msgspec.Struct, frozen=True):
     state_path: str
 
 
+_entries = msgspec.msgpack.Decoder(list[PoolEntry])
+
+
 def write_pool(namespace: str, entries: list[PoolEntry]) -> None:
     """Publish a pool; an empty list withdraws it. Needs an initialised Ray."""
     store = GcsStore(namespace=namespace, component=COMPONENT)
@@ -34,6 +37,16 @@ def write_pool(namespace: str, entries: list[PoolEntry]) -> None:
             store.set_bytes(_TABLE, msgspec.msgpack.encode(entries))
     finally:
         store.close(cleanup=False)
+
+
+def read_pool(namespace: str) -> list[PoolEntry]:
+    """The agents of a pool that `write_pool` published, by rank; empty when there is none. Needs an initialised Ray."""
+    store = GcsStore(namespace=namespace, component=COMPONENT)
+    try:
+        table = store.get_bytes(_TABLE)
+    finally:
+        store.close(cleanup=False)
+    return [] if table is None else _entries.decode(table)
 
 
 def find_agent_on_node(namespace: str) -> PoolEntry | None:
@@ -51,7 +64,7 @@ def find_agent_on_node(namespace: str) -> PoolEntry | None:
         if table is None:
             return None
         node_id = ray.get_runtime_context().get_node_id()
-        here = [entry for entry in msgspec.msgpack.decode(table, type=list[PoolEntry]) if entry.node_id == node_id]
+        here = [entry for entry in _entries.decode(table) if entry.node_id == node_id]
         gpus = ray.get_gpu_ids()
         if gpus:
             return next((entry for entry in here if entry.device == f"cuda:{gpus[0]}"), None)

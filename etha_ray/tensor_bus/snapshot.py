@@ -45,12 +45,17 @@ class TransferStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class BatchStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One worker's registration of a batch. ``waits_for`` is about the registration."""
+    """One worker's registration of a batch. ``waits_for`` is about the registration.
+
+    ``version`` is what its tensors hold, 0 before the first transfer and while they are torn; then ``torn`` says why.
+    """
 
     batch_id: str
     client_id: str
     state: str
     transfers: int = 0
+    version: int = 0
+    torn: str = ""
     transfer: TransferStatus | None = None
     waits_for: str = ""
     error: str = ""
@@ -130,6 +135,8 @@ def _batch(batch: Batch) -> BatchStatus:
         client_id=batch.client_id,
         state=batch.state.value,
         transfers=batch.completed,
+        version=batch.holding.version,
+        torn=batch.holding.why if batch.holding.torn and not (transfer is not None and transfer.moving_since) else "",
         transfer=None
         if transfer is None
         else TransferStatus(
