@@ -96,6 +96,30 @@ class InitPair(BaseCommand):
     coordinate_payload: bytes | None = None
 
 
+class Announce(BaseCommand):
+    """Let the workers that read ``topic`` know ``data``, in ``slot``, for as long as this worker lives.
+
+    body: what ``data`` refers to by its digest (`records.fingerprint`): stored once, however many workers announce the same.
+    """
+
+    topic: str
+    slot: str
+    data: bytes
+    body: bytes = b""
+
+
+class ReadNotices(BaseCommand):
+    """Ask for what living workers have announced under ``topic``: ``data`` by slot."""
+
+    topic: str
+
+
+class ReadBody(BaseCommand):
+    """Ask for the body with this digest, that of an `Announce`."""
+
+    digest: str
+
+
 class QueryStatus(BaseCommand):
     """Ask for one named state of a batch."""
 
@@ -236,6 +260,9 @@ Message: TypeAlias = (
     Transfer
     | RegisterTensors
     | InitPair
+    | Announce
+    | ReadNotices
+    | ReadBody
     | QueryStatus
     | WaitVersion
     | CleanupBatch

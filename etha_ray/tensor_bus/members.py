@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from etha_ray.errors import CoordinateTakenError, EthaRayError, error_class
 from etha_ray.kvstore import KVStore
 from etha_ray.processes import is_alive
 from etha_ray.tensor_bus.host import host_identity, shares_memory
-from etha_ray.tensor_bus.records import AGENTS, AgentRecord, MemberRecord, Verdict, decode, encode, pair_prefix, verdict_key
+from etha_ray.tensor_bus.records import AGENTS, AgentRecord, MemberRecord, NoticeRecord, Verdict, decode, encode, pair_prefix, verdict_key
+
+Claim = TypeVar("Claim", MemberRecord, NoticeRecord)
 
 
-def gone_among(store: KVStore, members: Iterable[MemberRecord]) -> set[str]:
-    """The attempts of those members whose worker or agent is known to be dead.
+def gone_among(store: KVStore, members: Iterable[MemberRecord | NoticeRecord]) -> set[str]:
+    """The attempts of those whose worker or agent is known to be dead.
 
     Where memory is shared with an agent, the processes are looked at. Of another host the store knows which agents live, by their
     leases; a worker that dies there is taken out of the pair by its agent. What says it is this host and shares no memory may be a
@@ -49,28 +52,36 @@ def claim(store: KVStore, pair_name: str, member: MemberRecord, slot: str) -> st
         CoordinateTakenError: a worker that is not known to be dead holds it.
     """
     key = pair_prefix(pair_name, member.peer) + slot
-    mine, expected = encode(member), None
+    holder = take(store, key, member)
+    if holder is not None:
+        raise CoordinateTakenError(
+            f"pair {pair_name!r}: index {member.index} of {member.peer!r} is held by pid {holder.worker_pid} on agent"
+            f" {holder.agent.rank} ({holder.agent.hostname}); this is pid {member.worker_pid} on agent"
+            f" {member.agent.rank}. Give each worker its own coordinate, or close the other worker's client first"
+        )
+    return key
+
+
+def take(store: KVStore, key: str, record: Claim) -> Claim | None:
+    """Store ``record`` under ``key``, in place of one of the same client or of a dead one; returns who else holds it, if one does."""
+    mine, expected = encode(record), None
     while True:
         held = store.compare_and_set(key, expected, mine)
         if held == mine:
-            return key
+            return None
         if held is None:  # deleted between two looks
             expected = None
             continue
-        holder = decode(held, MemberRecord, key)
-        if not gone_among(store, [holder]) and holder.client_id != member.client_id:
-            raise CoordinateTakenError(
-                f"pair {pair_name!r}: index {member.index} of {member.peer!r} is held by pid {holder.worker_pid} on agent"
-                f" {holder.agent.rank} ({holder.agent.hostname}); this is pid {member.worker_pid} on agent"
-                f" {member.agent.rank}. Give each worker its own coordinate, or close the other worker's client first"
-            )
+        holder = decode(held, type(record), key)
+        if not gone_among(store, [holder]) and holder.client_id != record.client_id:
+            return holder
         expected = held
 
 
-def release(store: KVStore, key: str, member: MemberRecord) -> None:
-    """Give back the place that ``member`` took under ``key``, unless another has taken it since."""
+def release(store: KVStore, key: str, record: MemberRecord | NoticeRecord) -> None:
+    """Give back the place that ``record`` took under ``key``, unless another has taken it since."""
     held = store.get_bytes(key)
-    if held is not None and decode(held, MemberRecord, key).attempt == member.attempt:
+    if held is not None and decode(held, type(record), key).attempt == record.attempt:
         store.delete(key)
 
 

@@ -7,7 +7,8 @@ The kvstore holds these for rendezvous, under ``{namespace}/tensorbus/``:
 ``secret``                                   what agents of this pool prove to one another across hosts
 ``pair/{pair}/{peer}/{slot}``                `MemberRecord` of one worker on one side of a pair
 ``batch/{batch}/{pair}/{peer}/{attempt}``    `BatchRecord` of one worker's registration
-``manifest/{digest}``                        `Manifest`, `Differences` or `PlanInputs`, once however many ranks share it
+``manifest/{digest}``                        `Manifest`, `Differences`, `PlanInputs`, or the body of notices, once however many share it
+``notice/{topic}/{slot}``                    `NoticeRecord`: what one worker lets others know before they are a pair
 ``verdict/{attempt or registration}``        `Verdict`: why it cannot be matched; its addressee removes it
 ===========================================  =======================================================================
 """
@@ -69,6 +70,17 @@ class MemberRecord(msgspec.Struct, frozen=True):
     worker_pid: int
     worker_start_time: float
     agent: AgentRecord
+
+
+class NoticeRecord(msgspec.Struct, frozen=True):
+    """What one worker announced. ``attempt`` differs for each announcement."""
+
+    attempt: str
+    client_id: str
+    worker_pid: int
+    worker_start_time: float
+    agent: AgentRecord
+    data: bytes
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
@@ -185,6 +197,11 @@ def batch_prefix(batch: str, pair: str, peer: str) -> str:
 def manifest_key(digest: str) -> str:
     """Where the manifest, the differences or the plan's inputs with this digest are."""
     return f"manifest/{digest}"
+
+
+def notice_prefix(topic: str) -> str:
+    """Where the notices of one topic are."""
+    return f"notice/{part(topic)}/"
 
 
 def verdict_key(addressee: str) -> str:

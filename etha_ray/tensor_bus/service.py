@@ -31,6 +31,7 @@ from etha_ray.errors import (
 from etha_ray.kvstore import KVStore
 from etha_ray.tensor_bus.batch import Batch
 from etha_ray.tensor_bus.commands import (
+    Announce,
     BaseCommand,
     CancelTransfer,
     CleanupBatch,
@@ -48,6 +49,8 @@ from etha_ray.tensor_bus.commands import (
     Message,
     Ping,
     QueryStatus,
+    ReadBody,
+    ReadNotices,
     RegisteredTensor,
     RegisterTensors,
     RegistrationClosed,
@@ -58,6 +61,7 @@ from etha_ray.tensor_bus.history import History, PastTransfer
 from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.network import AgentNetwork
+from etha_ray.tensor_bus.notices import Notices
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.pairing import Pairing
 from etha_ray.tensor_bus.queue_entry import CorruptEntry
@@ -114,6 +118,7 @@ class BusService:
         self._links = Links(record, network, self._loop_back, jobs.post, self._on_agent_lost)
         self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="etha-ray move")
         self._pairing = Pairing(record, store, state, jobs, self._outcomes)
+        self._notices = Notices(record, store, jobs, self._outcomes)
         self._by_registration: dict[str, Batch] = {}
         self._timed: dict[str, Batch] = {}
         self._handlers: dict[type[BaseCommand], Callable[[Any], None]] = {
@@ -121,6 +126,9 @@ class BusService:
             Hello: self._on_hello,
             Goodbye: self._on_goodbye,
             InitPair: self._on_init_pair,
+            Announce: self._on_announce,
+            ReadNotices: self._notices.read,
+            ReadBody: self._notices.read_body,
             RegisterTensors: self._on_register,
             Transfer: self._on_transfer,
             CancelTransfer: self._on_cancel,
@@ -265,7 +273,7 @@ class BusService:
     def _drop_worker(self, worker: Worker, error: EthaRayError, *, lost: bool, then: Callable[[], None]) -> None:
         """Close all that a worker has; ``then`` runs once no byte of it moves any more, and its places are free."""
         self._workers.remove(worker)
-        remaining = 1 + len(worker.pairs) + len(worker.batches)
+        remaining = 2 + len(worker.pairs) + len(worker.batches)
 
         def one_less() -> None:
             nonlocal remaining
@@ -277,6 +285,7 @@ class BusService:
                     for name in names:
                         unlink_quietly(name)
 
+        self._notices.withdraw(worker, one_less)
         for pair in worker.pairs.values():
             self._pairing.leave(pair, str(error), one_less)
         for batch in list(worker.batches.values()):
@@ -285,6 +294,9 @@ class BusService:
 
     def _on_init_pair(self, command: InitPair) -> None:
         self._pairing.join(self._workers.of(command), command)
+
+    def _on_announce(self, command: Announce) -> None:
+        self._notices.announce(self._workers.of(command), command)
 
     # -------------------------------------------------------------------------------------------------- batches
 

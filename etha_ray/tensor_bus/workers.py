@@ -11,13 +11,15 @@ from etha_ray.processes import is_alive, pid_namespace
 from etha_ray.tensor_bus.batch import Batch
 from etha_ray.tensor_bus.commands import BaseCommand, Hello
 from etha_ray.tensor_bus.pair import Pair
+from etha_ray.tensor_bus.records import NoticeRecord
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Worker:
-    """One client of the agent, with its pairs and batches by name; ``closing`` are set once a batch is withdrawn."""
+    """One client of the agent, with its pairs and batches by name; ``closing`` are set once a batch is withdrawn; ``notices``
+    are what it announced, by key."""
 
     client_id: str
     pid: int
@@ -26,6 +28,7 @@ class Worker:
     pairs: dict[str, Pair] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
     closing: dict[str, threading.Event] = field(default_factory=dict)
+    notices: dict[str, NoticeRecord] = field(default_factory=dict)
 
     @property
     def alive(self) -> bool:

@@ -5,6 +5,7 @@ import pytest
 
 from etha_ray.tensor_bus.commands import (
     HIGHEST_VERSION,
+    Announce,
     BaseCommand,
     CancelTransfer,
     CleanupBatch,
@@ -23,6 +24,8 @@ from etha_ray.tensor_bus.commands import (
     Outcome,
     Ping,
     QueryStatus,
+    ReadBody,
+    ReadNotices,
     RegisteredTensor,
     RegisterTensors,
     RegistrationClosed,
@@ -42,6 +45,9 @@ COMMANDS: list[Message] = [
     RegisterTensors(batch_id="b", tensors=[("actor", b"\x00\xff"), ("critic", b"")], bucket_size=1 << 40),
     InitPair("p", "trainer", 8, "generator", b"mesh", b"placements", b"coordinate"),
     InitPair(pair_name="p", local_name="l", expected_world_size=1, remote_name="r"),
+    Announce("weights/policy", "sender/0", b"\x00\xff", body=b"table"),
+    ReadNotices("weights/policy"),
+    ReadBody("0123"),
     QueryStatus("b", "transfer_signal"),
     CleanupBatch("b"),
     CancelTransfer("b"),

@@ -1,0 +1,133 @@
+"""What workers let one another know before they are a pair: the agent's part. Owned by the loop.
+
+A notice is a few bytes under a topic and a slot in the key-value store. It is there for as long as the worker that announced it:
+removed when that leaves, and passed over by all readers (who remove it) once the worker or its agent is dead. What is larger, and
+the same for many, is stored once, under its digest.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from etha_ray.errors import CoordinateTakenError, StoreError
+from etha_ray.kvstore import KVStore
+from etha_ray.tensor_bus.commands import Announce, ReadBody, ReadNotices
+from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
+from etha_ray.tensor_bus.members import gone_among, release, take
+from etha_ray.tensor_bus.outcomes import Outcomes
+from etha_ray.tensor_bus.records import AgentRecord, NoticeRecord, decode, fingerprint, manifest_key, notice_prefix, part
+from etha_ray.tensor_bus.workers import Worker
+
+logger = logging.getLogger(__name__)
+
+
+class Notices:
+    """Announces and reads.
+
+    Args:
+        record: who the agent is.
+        store: where notices are.
+        jobs: what runs beside the loop.
+        outcomes: what answers commands.
+    """
+
+    def __init__(self, record: AgentRecord, store: KVStore, jobs: Jobs, outcomes: Outcomes) -> None:
+        self._record = record
+        self._store = store
+        self._jobs = jobs
+        self._outcomes = outcomes
+
+    def announce(self, worker: Worker, command: Announce) -> None:
+        """Publish a worker's notice, in place of its earlier one in that slot.
+
+        The worker is answered with `CoordinateTakenError` while another worker, that lives, has one there.
+        """
+        key = notice_prefix(command.topic) + part(command.slot)
+        notice = NoticeRecord(
+            attempt=secrets.token_hex(8),
+            client_id=command.client_id,
+            worker_pid=worker.pid,
+            worker_start_time=worker.start_time,
+            agent=self._record,
+            data=command.data,
+        )
+        worker.notices[key] = notice
+
+        def publish(_: Cancellation) -> None:
+            if command.body:
+                body = manifest_key(fingerprint(command.body))
+                if not self._store.exists(body):
+                    self._store.set_bytes(body, command.body)
+            holder = take(self._store, key, notice)
+            if holder is not None:
+                raise CoordinateTakenError(
+                    f"{command.slot!r} of {command.topic!r} is taken by pid {holder.worker_pid} on agent {holder.agent.rank}"
+                    f" ({holder.agent.hostname}); this is pid {worker.pid} on agent {self._record.rank}. Give each worker a rank of"
+                    " its own, another name to what is published twice, or close the other worker's first"
+                )
+
+        def over(job: Job[None]) -> None:
+            if worker.notices.get(key) is not notice:  # the worker left meanwhile
+                self._jobs.start("withdraw a notice", lambda _: release(self._store, key, notice), _log_error)
+            elif job.error is not None:
+                del worker.notices[key]
+            self._answer(command, job)
+
+        self._jobs.start(f"announce {command.topic}", publish, over)
+
+    def read(self, command: ReadNotices) -> None:
+        """Answer with the data of all notices under a topic whose workers live, by slot."""
+        prefix = notice_prefix(command.topic)
+
+        def look(_: Cancellation) -> dict[str, bytes]:
+            found = {key: decode(value, NoticeRecord, key) for key, value in self._store.list(prefix).items()}
+            gone = gone_among(self._store, found.values())
+            for key, notice in found.items():
+                if notice.attempt in gone:
+                    release(self._store, key, notice)
+            return {key.removeprefix(prefix): notice.data for key, notice in found.items() if notice.attempt not in gone}
+
+        self._jobs.start(f"read {command.topic}", look, lambda job: self._answer(command, job))
+
+    def read_body(self, command: ReadBody) -> None:
+        """Answer with the body that has this digest."""
+        key = manifest_key(command.digest)
+
+        def look(_: Cancellation) -> bytes:
+            data = self._store.get_bytes(key)
+            if data is None or fingerprint(data) != command.digest:
+                raise StoreError(f"store key {key!r} does not hold what its name says: another program writes to this namespace")
+            return data
+
+        self._jobs.start("read a notice's body", look, lambda job: self._answer(command, job))
+
+    def withdraw(self, worker: Worker, then: Callable[[], None]) -> None:
+        """Remove all that a worker announced; ``then`` runs once that is done. What is just being announced goes when it is."""
+        held, worker.notices = worker.notices, {}
+        if not held:
+            then()
+            return
+
+        def remove(_: Cancellation) -> None:
+            for key, notice in held.items():
+                release(self._store, key, notice)
+
+        def over(job: Job[None]) -> None:
+            _log_error(job)
+            then()
+
+        self._jobs.start("withdraw notices", remove, over)
+
+    def _answer(self, command: Announce | ReadNotices | ReadBody, job: Job[Any]) -> None:
+        if job.error is None:
+            self._outcomes.ok(command, job.value)
+        else:
+            self._outcomes.failed(command, job.error)
+
+
+def _log_error(job: Job[None]) -> None:
+    if job.error is not None:
+        logger.warning("a notice could not be withdrawn: %s", job.error)
