@@ -72,14 +72,15 @@ class WorkerEnvironment:
     """What the environment says about this worker process.
 
     ``agent_rank`` (AGENT_RANK), ``agent_rank_offset`` (AGENT_RANK_OFFSET), ``local_rank`` (LOCAL_RANK), ``global_rank``
-    (RANK), ``command_queue_path`` (TENSOR_BUS_COMMAND_QUEUE_PATH), ``state_path`` (TENSOR_BUS_STATE_PATH) and
-    ``namespace`` (ETHA_RAY_NAMESPACE, "default" when unset).
+    (RANK), ``world_size`` (WORLD_SIZE), ``command_queue_path`` (TENSOR_BUS_COMMAND_QUEUE_PATH), ``state_path``
+    (TENSOR_BUS_STATE_PATH) and ``namespace`` (ETHA_RAY_NAMESPACE, "default" when unset).
     """
 
     agent_rank: int | None
     agent_rank_offset: int | None
     local_rank: int | None
     global_rank: int | None
+    world_size: int | None
     command_queue_path: str | None
     state_path: str | None
     namespace: str
@@ -92,6 +93,7 @@ def worker_environment() -> WorkerEnvironment:
         agent_rank_offset=_integer("AGENT_RANK_OFFSET"),
         local_rank=_integer("LOCAL_RANK"),
         global_rank=_integer("RANK"),
+        world_size=_integer("WORLD_SIZE"),
         command_queue_path=os.environ.get("TENSOR_BUS_COMMAND_QUEUE_PATH"),
         state_path=os.environ.get("TENSOR_BUS_STATE_PATH"),
         namespace=check_name("ETHA_RAY_NAMESPACE", os.environ.get("ETHA_RAY_NAMESPACE", DEFAULT_NAMESPACE)),

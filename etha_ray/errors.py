@@ -10,6 +10,7 @@ Each class also inherits the builtin a caller would catch without knowing etha_r
     ├── OptionalDependencyError     ImportError       an extra is not installed
     ├── LayoutError                 ValueError        mesh, placements and shape do not fit together
     │   └── TensorMismatchError     ValueError        the two sides disagree on a tensor's shape, dtype or count
+    │       └── NamesMismatchError  ValueError        one side publishes names that the other does not pull, or the reverse
     ├── MemoryHandleError           RuntimeError
     │   ├── NotShareableError       ValueError        this tensor's memory cannot be shared
     │   ├── WrongDeviceError        ValueError        the tensor is on a device this agent does not have
@@ -77,6 +78,10 @@ class LayoutError(EthaRayError, ValueError):
 
 class TensorMismatchError(LayoutError):
     """The two sides of a pair disagree on a tensor's shape, dtype, or on how many tensors there are."""
+
+
+class NamesMismatchError(TensorMismatchError):
+    """One side of a model has tensors by names that the other side has not; the message lists them for both sides."""
 
 
 class MemoryHandleError(EthaRayError, RuntimeError):

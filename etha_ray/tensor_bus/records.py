@@ -148,7 +148,8 @@ class Verdict(msgspec.Struct, frozen=True):
 # Made here, by the thread that imports: msgspec builds what it knows of a type when it first meets it, and crashes where two
 # threads do that at once.
 _decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind) for kind in (AgentRecord, MemberRecord, Manifest, Differences, PlanInputs, BatchRecord, Verdict)
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (AgentRecord, MemberRecord, NoticeRecord, Manifest, Differences, PlanInputs, BatchRecord, Verdict)
 }
 
 

@@ -1,0 +1,145 @@
+"""One rank of one side: its tensors, its agent, and how it announces itself."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from etha_ray.config import check_name
+from etha_ray.errors import NotShareableError
+from etha_ray.layout import MeshSpec
+from etha_ray.memory import export_tensors
+from etha_ray.report import format_bytes
+from etha_ray.tensor_bus.board import Board
+from etha_ray.tensor_bus.bootstrap import bootstrap_client
+from etha_ray.tensor_bus.client import TensorBusClient
+from etha_ray.tensor_bus.records import fingerprint
+from etha_ray.weights.layouts import Layouts, PlacementsOf, find_seat
+from etha_ray.weights.names import Rename, Source, among, named_tensors, patterns
+from etha_ray.weights.session import AgentAddress
+from etha_ray.weights.tables import Notice, encode_notice, encode_table, make_table
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WORD = 10.0
+_NEXT_WORD = 60.0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What `publish` and `pull` were called with, of what both take."""
+
+    source: Source
+    name: str
+    rename: Rename = None
+    only: str | Iterable[str] | None = None
+    strict: bool = True
+    buffers: bool = False
+    placements: PlacementsOf = None
+    mesh: DeviceMesh | MeshSpec | None = None
+    world_size: int | None = None
+    rank: int | None = None
+    client: TensorBusClient | None = None
+
+
+class Member:
+    """Shares the tensors with the agent, and announces this rank.
+
+    Args:
+        given: what the user said.
+        slot: where a rank of this side announces itself.
+
+    Raises:
+        ConfigError, LayoutError: see `names`, `layouts`.
+        ValueError, ConnectionError: there is no agent; see `bootstrap_client`.
+        MemoryHandleError: a tensor's memory cannot be shared; see `memory.export_tensors`.
+        CoordinateTakenError: another process is this rank of this side already.
+    """
+
+    def __init__(self, given: Given, slot: Callable[[int], str]) -> None:
+        check_name("the weights' name", given.name)
+        only = patterns(given.only)
+        every = named_tensors(given.source, given.rename, given.buffers)
+        crossing = among(every, only)
+        self.seat = find_seat((one.tensor for one in every), given.mesh, given.world_size, given.rank)
+        table = make_table(every, Layouts(self.seat, given.mesh, given.placements), only, given.strict)
+        self.name = given.name
+        self.tensors = {one.key: one.tensor for one in crossing}
+        self._own_names = {one.key: one.own for one in crossing}
+        self._slot = slot(self.seat.rank)
+        self._owned = given.client is None
+        self.client = bootstrap_client()[0] if given.client is None else given.client
+        try:
+            # Here, on the caller's thread, and once: nobody else writes to the tensors while they are moved to shared memory.
+            self._exported = export_tensors(list(self.tensors.values()), [repr(one.own) for one in crossing])
+            logger.info("weights %r: %s in %d tensors", self.name, format_bytes(self._exported.nbytes), len(self.tensors))
+            self._places = {key: self._place(key) for key in self.tensors}
+            self.address = AgentAddress.of(self.client)
+            self.board = Board(self.client, f"weights/{self.name}")
+            self._table = encode_table(table)
+            self.announce()
+        except BaseException:
+            self.close()
+            raise
+
+    def announce(self) -> None:
+        """Say that this rank is there, or that it begins anew."""
+        notice = Notice(secrets.token_hex(8), self.seat.size, fingerprint(self._table))
+        self.board.announce(self._slot, encode_notice(notice), body=self._table)
+
+    def check_unmoved(self) -> None:
+        """Raise `NotShareableError` if a tensor has other memory than when it was published: its new values would not cross."""
+        moved = [self._own_names[key] for key, place in self._places.items() if self._place(key) != place]
+        if moved:
+            raise NotShareableError(
+                f"weights {self.name!r}: {moved[:5]} ({len(moved)} in all) have other memory than when they were given (.data was"
+                " set, or the module was moved): write values in place, with copy_, or publish again"
+            )
+
+    def close(self) -> None:
+        """Leave."""
+        if self._owned:
+            self.client.close()
+        self.tensors.clear()
+
+    def _place(self, key: tuple[str, ...]) -> int:
+        tensor = self.tensors[key]
+        return int(getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr())
+
+
+class Patience:
+    """Says in the log what is waited for, when that takes long: after 10 seconds, then every minute."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._began = time.monotonic()
+        self._next = self._began + _FIRST_WORD
+
+    def wait(self, changed: threading.Condition, deadline: float | None, for_what: Callable[[], str]) -> bool:
+        """Wait a moment for ``changed``, which is held; False once ``deadline``, by the monotonic clock, has passed."""
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            return False
+        if now >= self._next:
+            self._next = now + _NEXT_WORD
+            logger.warning("%s: for %.0f s by now it waits for %s", self._what, now - self._began, for_what())
+        changed.wait(0.2 if deadline is None else min(0.2, deadline - now))
+        return True
+
+
+def deadline_in(timeout: float | None) -> float | None:
+    """``timeout`` seconds from now, by the monotonic clock."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def remaining(deadline: float | None) -> float | None:
+    """Seconds until ``deadline``, 0 once it has passed."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

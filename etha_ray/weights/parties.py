@@ -1,0 +1,149 @@
+"""Who is there: the ranks of the sender and of each receiver, as they have announced themselves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from etha_ray.errors import AgentDiedError, BatchClosedError, EthaRayError
+from etha_ray.tensor_bus.board import Board
+from etha_ray.tensor_bus.records import fingerprint
+from etha_ray.weights.tables import Notice, Table, decode_notice, decode_table
+
+SENDER = "sender"
+_FIRST_PAUSE = 0.005
+_LONGEST_PAUSE = 1.0
+
+
+@dataclass(frozen=True)
+class Parties:
+    """All ranks of the sender and of one receiver, in order. ``id`` differs as soon as one of them has begun anew."""
+
+    senders: tuple[Notice, ...]
+    receivers: tuple[Notice, ...]
+
+    @property
+    def id(self) -> str:
+        """The same on all ranks that see the same."""
+        return fingerprint(*(tuple(notice.token for notice in side) for side in (self.senders, self.receivers)))[:16]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is announced.
+
+    Attributes:
+        senders: by rank; None until all are there.
+        receivers: of each replica, by rank; None where some are missing.
+        missing: who is not there, in words, by "sender" or replica.
+    """
+
+    senders: tuple[Notice, ...] | None
+    receivers: Mapping[str, tuple[Notice, ...] | None]
+    missing: Mapping[str, str]
+
+    def parties(self, replica: str) -> Parties | None:
+        """The sender and a replica, once both are complete."""
+        receivers = self.receivers.get(replica)
+        return None if self.senders is None or receivers is None else Parties(self.senders, receivers)
+
+
+def sender_slot(rank: int) -> str:
+    """Where a rank of the sender announces itself."""
+    return f"{SENDER}/{rank:08d}"
+
+
+def receiver_slot(replica: str, rank: int) -> str:
+    """Where a rank of a receiver announces itself."""
+    return f"receiver/{replica}/{rank:08d}"
+
+
+def seen(notices: Mapping[str, bytes]) -> Seen:
+    """What notices, by slot, say."""
+    sides: dict[str, dict[int, Notice]] = {SENDER: {}}
+    for slot, data in notices.items():
+        *kind, rank = slot.split("/")
+        sides.setdefault("/".join(kind), {})[int(rank)] = decode_notice(data)
+    complete = {side: _complete(by_rank) for side, by_rank in sides.items()}
+    receivers = {side.partition("/")[2]: found for side, found in complete.items() if side != SENDER}
+    missing = {side.partition("/")[2] or side: _missing(sides[side]) for side, found in complete.items() if found is None}
+    return Seen(complete[SENDER], receivers, missing)
+
+
+def _complete(by_rank: Mapping[int, Notice]) -> tuple[Notice, ...] | None:
+    sizes = {notice.world_size for notice in by_rank.values()}
+    if len(sizes) != 1 or sorted(by_rank) != list(range(next(iter(sizes)))):
+        return None
+    return tuple(by_rank[rank] for rank in sorted(by_rank))
+
+
+def _missing(by_rank: Mapping[int, Notice]) -> str:
+    sizes = sorted({notice.world_size for notice in by_rank.values()})
+    if not sizes:
+        return "nobody is there"
+    if len(sizes) > 1:
+        return f"its ranks say that there are {' or '.join(map(str, sizes))} of them"
+    return f"ranks {sorted(set(range(sizes[0])).difference(by_rank))} of {sizes[0]} are not there"
+
+
+class Tables:
+    """Tables by their digests, each read once."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._known: dict[str, Table] = {}
+
+    def of(self, notices: Sequence[Notice]) -> list[Table]:
+        """The tables of these ranks."""
+        for digest in {notice.table for notice in notices} - self._known.keys():
+            self._known[digest] = decode_table(self._board.body(digest))
+        return [self._known[notice.table] for notice in notices]
+
+
+class Watcher:
+    """Looks who is there, on a thread of its own: often while somebody waits, else once a second.
+
+    Args:
+        board: where all announce themselves.
+        on_seen: called on that thread with what is there, after each look.
+    """
+
+    def __init__(self, board: Board, on_seen: Callable[[Seen], None]) -> None:
+        self._board = board
+        self._on_seen = on_seen
+        self._closed = False
+        self._wake = threading.Event()
+        self.error: EthaRayError | None = None
+        """Why it has ended, other than by `close`: its agent is gone."""
+        self.problem = ""
+        """What kept it from looking the last time, in words."""
+        self._thread = threading.Thread(target=self._run, name="etha-ray watch weights", daemon=True)
+        self._thread.start()
+
+    def hurry(self) -> None:
+        """Somebody waits: look often again."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """End it; it is over when this returns."""
+        self._closed = True
+        self._wake.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        pause = _FIRST_PAUSE
+        while not self._closed:
+            try:
+                self._on_seen(seen(self._board.read()))
+                self.problem = ""
+            except (AgentDiedError, BatchClosedError) as error:
+                self.error = error
+                return
+            except (EthaRayError, TimeoutError) as error:  # a store that is away: what is connected needs none
+                self.problem = str(error)
+            if self._wake.wait(pause):
+                self._wake.clear()
+                pause = _FIRST_PAUSE
+            pause = min(pause * 1.5, _LONGEST_PAUSE)

@@ -1,0 +1,156 @@
+"""The side that takes the weights."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+from etha_ray.config import check_name, check_timeout
+from etha_ray.errors import BatchClosedError, BatchUnmatchedError, PeerLostError
+from etha_ray.report import TransferReport
+from etha_ray.weights.agreement import agree
+from etha_ray.weights.link import Link, LinkState
+from etha_ray.weights.member import Given, Member, Patience, deadline_in, remaining
+from etha_ray.weights.parties import SENDER, Parties, Seen, Tables, Watcher, receiver_slot, seen
+from etha_ray.weights.session import Session, part_of
+
+
+class Receiver:
+    """Made by `etha_ray.pull`: takes each version that the publisher pushes, in place, when `update` is called.
+
+    Close it, or use it as a context manager. One thread at a time may update.
+    """
+
+    def __init__(self, given: Given, replica: str) -> None:
+        check_name("replica", replica)
+        self.replica = replica
+        self._changed = threading.Condition()
+        self._seen: Seen = seen({})
+        self._version = 0
+        self._report: TransferReport | None = None
+        self._raised = ""
+        self._closed = False
+        self._member = Member(given, lambda rank: receiver_slot(replica, rank))
+        self._tables = Tables(self._member.board)
+        self._link = Link(f"the sender of {given.name!r}", self._connect, self._changed)
+        self._watcher = Watcher(self._member.board, self._on_seen)
+
+    # ------------------------------------------------------------------------------------------------- public
+
+    @property
+    def name(self) -> str:
+        """What is pulled."""
+        return self._member.name
+
+    @property
+    def version(self) -> int:
+        """The version that was received last; 0 until there was one."""
+        return self._version
+
+    @property
+    def report(self) -> TransferReport | None:
+        """What the last update did; None before the first."""
+        return self._report
+
+    def wait_ready(self, timeout: float | None = 300.0) -> None:
+        """Wait until all ranks of both sides are connected. Raises what `update` raises, and `BatchUnmatchedError` (a TimeoutError)."""
+        check_timeout(timeout)
+        self._session(deadline_in(timeout), timeout)
+
+    def update(self, timeout: float | None = 300.0) -> int:
+        """Wait for the next version and take it into the tensors. All ranks of the replica call it together; returns the version.
+
+        After an error the next call connects anew, with whoever is there then.
+
+        Args:
+            timeout: seconds to wait; None for as long as it takes.
+
+        Raises:
+            NamesMismatchError, TensorMismatchError, LayoutError: (ValueErrors) the sides do not hold the same.
+            BatchUnmatchedError, TransferTimeoutError: (TimeoutErrors) there is no sender, or it has not pushed.
+            PeerLostError, BatchClosedError: a rank of the sender or of this replica has died, or left.
+            BatchTornError: the sender gave up midway: the tensors hold bytes of two versions until the next update.
+            NotShareableError: (a ValueError) a tensor has other memory than when it was given to `pull`.
+            AgentDiedError: (a ConnectionError) the agent died.
+        """
+        check_timeout(timeout)
+        self._member.check_unmoved()
+        deadline = deadline_in(timeout)
+        session = self._session(deadline, timeout)
+        try:
+            report = session.transfer(remaining(deadline))
+        except (PeerLostError, BatchClosedError) as error:
+            self._raised = self._link.id
+            self._link.fail(session, error)
+            raise
+        self._report, self._version = report, session.version
+        return self._version
+
+    def close(self) -> None:
+        """Leave: the publisher goes on without this replica. May be called more than once."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._link.close()
+        self._watcher.close()
+        self._link.join()
+        self._member.close()
+
+    def __enter__(self) -> Receiver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self._link.state.value
+        return f"Receiver({self.name!r}, replica={self.replica!r}, version={self._version}, {state})"
+
+    # ------------------------------------------------------------------------------------------------- connecting
+
+    def _session(self, deadline: float | None, timeout: float | None) -> Session:
+        patience = Patience(f"weights {self.name!r}, replica {self.replica!r}")
+        stale = self._raised
+        if stale and self._link.state is LinkState.FAILED and self._link.id == stale:
+            self._member.announce()  # the others see somebody new, and connect anew
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise BatchClosedError(f"weights {self.name!r}: the receiver was closed")
+                if self._link.session is not None:
+                    return self._link.session
+                if self._link.state is LinkState.FAILED and self._link.id != stale and self._link.error is not None:
+                    self._raised = self._link.id
+                    raise self._link.error
+                if self._watcher.error is not None:
+                    raise self._watcher.error
+                self._watcher.hurry()
+                if not patience.wait(self._changed, deadline, self._state):
+                    raise BatchUnmatchedError(
+                        f"weights {self.name!r}: replica {self.replica!r} was not connected within {timeout:g} s; waiting for"
+                        f" {self._state()}"
+                    )
+
+    def _state(self) -> str:
+        """Who is missing, in words."""
+        missing = self._seen.missing
+        parts = [f"the sender: {missing[SENDER]}"] if SENDER in missing else []
+        if self.replica in missing:
+            parts.append(f"this replica: {missing[self.replica]}")
+        if self._watcher.problem:
+            parts.append(f"the store: {self._watcher.problem}")
+        return "; ".join(parts) or "all ranks to register: all are there"
+
+    def _on_seen(self, found: Seen) -> None:
+        with self._changed:
+            self._seen = found
+            if found.senders is not None and found.receivers.get(self.replica) is not None and not self._closed:
+                self._link.offer(found.parties(self.replica))
+            self._changed.notify_all()
+
+    def _connect(self, parties: Parties) -> Session:
+        member = self._member
+        agreement = agree(member.name, self._tables.of(parties.senders), self._tables.of(parties.receivers))
+        batch_id = f"{member.name}/{self.replica}"
+        return Session(member.address, part_of(agreement, "recv", member.seat.rank, member.tensors, batch_id, parties.id))
