@@ -1,6 +1,6 @@
 """etha_ray moves tensors between two groups of processes, from any device mesh and placement to any other.
 
-Start with `launch_agents`, then `tensor_bus.bootstrap_client` in each worker.
+Start with `launch_agents`, then `publish` and `pull` for whole models, or `bootstrap_client` in each worker.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from etha_ray.tensor_bus.tensors import Piece
 
 if TYPE_CHECKING:
     from etha_ray.runtime import AgentPool, launch_agents
+    from etha_ray.weights import publish, pull
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,8 @@ __all__ = [
     "create_store",
     "explain",
     "launch_agents",
+    "publish",
+    "pull",
 ]
 
 
@@ -40,4 +43,8 @@ def __getattr__(name: str) -> Any:
         from etha_ray import runtime
 
         return getattr(runtime, name)
+    if name in ("publish", "pull"):
+        from etha_ray import weights
+
+        return getattr(weights, name)
     raise AttributeError(f"module 'etha_ray' has no attribute {name!r}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from urllib.parse import unquote
 
 from etha_ray.tensor_bus.client import TensorBusClient
-from etha_ray.tensor_bus.commands import Announce, ReadBody, ReadNotices
+from etha_ray.tensor_bus.commands import Announce, ReadBody, ReadNotices, Withdraw
 
 
 class Board:
@@ -17,13 +17,17 @@ class Board:
         self._topic = topic
 
     def announce(self, slot: str, data: bytes, body: bytes = b"", timeout: float = 30.0) -> None:
-        """Let readers know ``data`` in ``slot``, until this worker's client is closed or dies; again replaces it.
+        """Let readers know ``data`` in ``slot``, until it is withdrawn, or this worker's client closed or dead; again replaces it.
 
         ``body`` is what ``data`` refers to by its digest (`records.fingerprint`), stored once however many announce the same.
 
         Raises `CoordinateTakenError` while another worker has that slot, and `ValueTooLargeError` above the store's limit.
         """
         self._call(Announce(topic=self._topic, slot=slot, data=data, body=body), "announce", self._topic, timeout)
+
+    def withdraw(self, slot: str, timeout: float = 30.0) -> None:
+        """Take back what was announced in ``slot``."""
+        self._call(Withdraw(topic=self._topic, slot=slot), "withdraw", self._topic, timeout)
 
     def read(self, timeout: float = 30.0) -> dict[str, bytes]:
         """What living workers have announced, by slot."""

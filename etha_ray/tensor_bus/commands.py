@@ -108,6 +108,13 @@ class Announce(BaseCommand):
     body: bytes = b""
 
 
+class Withdraw(BaseCommand):
+    """Take back what this worker announced in ``slot`` of ``topic``."""
+
+    topic: str
+    slot: str
+
+
 class ReadNotices(BaseCommand):
     """Ask for what living workers have announced under ``topic``: ``data`` by slot."""
 
@@ -261,6 +268,7 @@ Message: TypeAlias = (
     | RegisterTensors
     | InitPair
     | Announce
+    | Withdraw
     | ReadNotices
     | ReadBody
     | QueryStatus

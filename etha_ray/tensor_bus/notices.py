@@ -14,7 +14,7 @@ from typing import Any
 
 from etha_ray.errors import CoordinateTakenError, StoreError
 from etha_ray.kvstore import KVStore
-from etha_ray.tensor_bus.commands import Announce, ReadBody, ReadNotices
+from etha_ray.tensor_bus.commands import Announce, BaseCommand, ReadBody, ReadNotices, Withdraw
 from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.members import gone_among, release, take
 from etha_ray.tensor_bus.outcomes import Outcomes
@@ -104,24 +104,36 @@ class Notices:
 
         self._jobs.start("read a notice's body", look, lambda job: self._answer(command, job))
 
-    def withdraw(self, worker: Worker, then: Callable[[], None]) -> None:
+    def withdraw(self, worker: Worker, command: Withdraw) -> None:
+        """Remove one of a worker's notices, if it is there."""
+        key = notice_prefix(command.topic) + part(command.slot)
+        notice = worker.notices.pop(key, None)
+        if notice is None:
+            self._outcomes.ok(command)
+        else:
+            self._remove({key: notice}, lambda job: self._answer(command, job))
+
+    def drop(self, worker: Worker, then: Callable[[], None]) -> None:
         """Remove all that a worker announced; ``then`` runs once that is done. What is just being announced goes when it is."""
         held, worker.notices = worker.notices, {}
         if not held:
             then()
             return
 
-        def remove(_: Cancellation) -> None:
-            for key, notice in held.items():
-                release(self._store, key, notice)
-
         def over(job: Job[None]) -> None:
             _log_error(job)
             then()
 
+        self._remove(held, over)
+
+    def _remove(self, held: dict[str, NoticeRecord], over: Callable[[Job[None]], None]) -> None:
+        def remove(_: Cancellation) -> None:
+            for key, notice in held.items():
+                release(self._store, key, notice)
+
         self._jobs.start("withdraw notices", remove, over)
 
-    def _answer(self, command: Announce | ReadNotices | ReadBody, job: Job[Any]) -> None:
+    def _answer(self, command: BaseCommand, job: Job[Any]) -> None:
         if job.error is None:
             self._outcomes.ok(command, job.value)
         else:

@@ -56,6 +56,7 @@ from etha_ray.tensor_bus.commands import (
     RegistrationClosed,
     Transfer,
     WaitVersion,
+    Withdraw,
 )
 from etha_ray.tensor_bus.history import History, PastTransfer
 from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
@@ -127,6 +128,7 @@ class BusService:
             Goodbye: self._on_goodbye,
             InitPair: self._on_init_pair,
             Announce: self._on_announce,
+            Withdraw: self._on_withdraw,
             ReadNotices: self._notices.read,
             ReadBody: self._notices.read_body,
             RegisterTensors: self._on_register,
@@ -285,7 +287,7 @@ class BusService:
                     for name in names:
                         unlink_quietly(name)
 
-        self._notices.withdraw(worker, one_less)
+        self._notices.drop(worker, one_less)
         for pair in worker.pairs.values():
             self._pairing.leave(pair, str(error), one_less)
         for batch in list(worker.batches.values()):
@@ -297,6 +299,9 @@ class BusService:
 
     def _on_announce(self, command: Announce) -> None:
         self._notices.announce(self._workers.of(command), command)
+
+    def _on_withdraw(self, command: Withdraw) -> None:
+        self._notices.withdraw(self._workers.of(command), command)
 
     # -------------------------------------------------------------------------------------------------- batches
 

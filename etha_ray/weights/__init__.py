@@ -56,7 +56,7 @@ def publish(
         mesh: a torch ``DeviceMesh`` or a `MeshSpec`; by default the ranks of this side in a row.
         world_size, rank: how many ranks this side has, and which this is. By default as the mesh says, or the DTensors' meshes, or
             torch.distributed if it is initialised, or RANK and WORLD_SIZE; else this process is alone.
-        min_replicas: how many receivers a push waits for, if fewer have joined.
+        min_replicas: how many receivers a push waits for, if fewer have joined; with 0 it does not fail if nobody gets it.
         client: of which agent; by default `bootstrap_client` finds it.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from etha_ray.config import check_name
-from etha_ray.errors import NotShareableError
+from etha_ray.errors import EthaRayError, NotShareableError
 from etha_ray.layout import MeshSpec
 from etha_ray.memory import export_tensors
 from etha_ray.report import format_bytes
@@ -75,7 +76,7 @@ class Member:
         self.tensors = {one.key: one.tensor for one in crossing}
         self._own_names = {one.key: one.own for one in crossing}
         self._slot = slot(self.seat.rank)
-        self._owned = given.client is None
+        self._owned, self._announced = given.client is None, False
         self.client = bootstrap_client()[0] if given.client is None else given.client
         try:
             # Here, on the caller's thread, and once: nobody else writes to the tensors while they are moved to shared memory.
@@ -94,6 +95,7 @@ class Member:
         """Say that this rank is there, or that it begins anew."""
         notice = Notice(secrets.token_hex(8), self.seat.size, fingerprint(self._table))
         self.board.announce(self._slot, encode_notice(notice), body=self._table)
+        self._announced = True
 
     def check_unmoved(self) -> None:
         """Raise `NotShareableError` if a tensor has other memory than when it was published: its new values would not cross."""
@@ -108,6 +110,9 @@ class Member:
         """Leave."""
         if self._owned:
             self.client.close()
+        elif self._announced:
+            with contextlib.suppress(EthaRayError, TimeoutError):  # what an agent that is gone knew is gone with it
+                self.board.withdraw(self._slot)
         self.tensors.clear()
 
     def _place(self, key: tuple[str, ...]) -> int:

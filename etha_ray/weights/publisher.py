@@ -47,7 +47,7 @@ class Publisher:
         self._links: dict[str, Link] = {}
         self._gone: list[Link] = []
         self._seen = seen({})
-        self._version = 0
+        self._version = self._tried = 0
         self._closed = False
         self._member = Member(given, sender_slot)
         seat = self._member.seat
@@ -148,6 +148,7 @@ class Publisher:
         began = time.monotonic()
         self._member.check_unmoved()
         call = self._decide(version, deadline, timeout)
+        self._tried = call.version  # also if it fails: other ranks may have sent it
         reports: dict[str, TransferReport] = {}
         failed: dict[str, BaseException] = {}
 
@@ -165,21 +166,21 @@ class Publisher:
             send(*first)
         for thread in threads:
             thread.join()
-        if failed and not reports:
+        if failed and not reports and self._min_replicas:
             raise next(iter(failed.values()))
         self._version = call.version
         for replica, error in failed.items():
             logger.warning("weights %r: version %d did not reach replica %r: %s", self.name, call.version, replica, error)
         with self._changed:
-            errors = {replica: link.error for replica, link in self._links.items() if replica not in call.replicas}
-        failed.update({replica: error for replica, error in errors.items() if error is not None})
+            misfits = {replica: _misfit(link) for replica, link in self._links.items()}
+        failed.update({replica: error for replica, error in misfits.items() if error is not None})
         return PushReport(call.version, time.monotonic() - began, reports, failed)
 
     def _decide(self, version: int | None, deadline: float | None, timeout: float | None) -> Call:
         """The version, and which replicas get it: decided by rank 0, heard by the others."""
         if self._roster is None:
-            return Call(version or self._version + 1, self._joined(deadline, timeout))
-        call = Call(version or self._version + 1, self._joined(deadline, timeout)) if self._leads else None
+            return Call(version or self._tried + 1, self._joined(deadline, timeout))
+        call = Call(version or self._tried + 1, self._joined(deadline, timeout)) if self._leads else None
         link = self._roster.link
         session = self._wait(lambda: self._session_of(link), f"the sender's other ranks ({self._missing(SENDER)})", deadline, timeout)
         try:
@@ -204,10 +205,9 @@ class Publisher:
             ready = replica_ids(self._links)
             if len(ready) >= self._min_replicas:
                 return ready
-            # One that died may come back; one that does not fit will not fit later either.
-            errors = [None if isinstance(link.error, (PeerLostError, BatchClosedError)) else link.error for link in self._links.values()]
-            if errors and all(error is not None for error in errors):
-                raise next(error for error in errors if error is not None)
+            misfits = [_misfit(link) for link in self._links.values()]
+            if misfits and all(error is not None for error in misfits):
+                raise next(error for error in misfits if error is not None)
             return None
 
         return self._wait(enough, f"{self._min_replicas} replicas to join", deadline, timeout)
@@ -289,6 +289,11 @@ class Publisher:
             return Session(member.address, part_of(agreement, "send", member.seat.rank, member.tensors, batch_id, parties.id))
 
         return connect
+
+
+def _misfit(link: Link) -> BaseException | None:
+    """Why a replica cannot be connected with. One that is lost may come back; one that does not fit will not fit later either."""
+    return None if isinstance(link.error, (PeerLostError, BatchClosedError)) else link.error
 
 
 def in_background(what: str, call: Callable[[], _T]) -> Future[_T]:

@@ -83,7 +83,7 @@ class Receiver:
             self._raised = self._link.id
             self._link.fail(session, error)
             raise
-        self._report, self._version = report, session.version
+        self._report, self._version = report, report.version
         return self._version
 
     def close(self) -> None:

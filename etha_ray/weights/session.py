@@ -70,7 +70,7 @@ def part_of(
         tensors: what this rank holds, by `NamedTensor.key`.
         session: tells the pairs from those of earlier sessions.
     """
-    seal = torch.zeros(1, dtype=torch.int64)  # one number that joins all ranks, also those that hold nothing of what crosses
+    seal = torch.zeros(1, dtype=torch.uint8)  # one byte that joins all ranks, also those that hold nothing of what crosses
     names = [f"{batch_id}/{session}/{index}" for index in range(len(agreement.pairs))]
     seats = (_seat(name, plan, direction, rank) for name, plan in zip(names, agreement.pairs, strict=True))
     pairs = tuple(seat for seat in seats if seat is not None)
@@ -123,8 +123,6 @@ class Session:
 
     def __init__(self, address: AgentAddress, part: Part) -> None:
         self._direction = part.direction
-        self._seal: Any = part.tensors[0][0]
-        self.version = 0
         self._client = address.client()
         local, remote = ("sender", "receiver") if part.direction == "send" else ("receiver", "sender")
         try:
@@ -147,11 +145,8 @@ class Session:
 
     def transfer(self, timeout: float | None, version: int | None = None) -> TransferReport:
         """Send, or receive, all that crosses. Raises what `TensorBusClient.transfer` raises."""
-        if version is not None:
-            self._seal.fill_(version)
-        semaphore: Any = self._handler.transfer(self._direction, blocking=True, timeout=timeout)  # type: ignore[arg-type]
+        semaphore: Any = self._handler.transfer(self._direction, blocking=True, timeout=timeout, version=version)  # type: ignore[arg-type]
         report: TransferReport = semaphore.result()
-        self.version = int(self._seal.view(-1)[0])
         return report
 
     def close(self) -> None:

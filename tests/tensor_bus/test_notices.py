@@ -23,8 +23,11 @@ def test_notices_of_a_topic_are_read_by_all_until_their_worker_leaves() -> None:
         Board(one, "topic/1").announce("a/0", b"again")
         assert Board(two, "topic/1").read()["a/0"] == b"again"
         assert Board(two, "topic/1").body(fingerprint(b"body")) == b"body"
-        one.close()
+        Board(one, "topic/1").withdraw("a/0")
+        Board(one, "topic/1").withdraw("b 1")  # another's stays
         assert Board(two, "topic/1").read() == {"b 1": b"second"}
+        two.close()
+        assert Board(one, "topic/1").read() == {}
 
 
 def test_a_slot_has_one_worker() -> None:

@@ -58,9 +58,7 @@ def crossed(sender: Group, receiver: Group) -> Agreement:
     parts = {
         direction: [
             {name: [thing for thing, pair in part.tensors if pair == name] for name in [seat.name for seat in part.pairs]}
-            for part in (
-                part_of(agreement, direction, rank, group.held(rank), "batch", "session") for rank in range(len(group.ranks))
-            )
+            for part in (part_of(agreement, direction, rank, group.held(rank), "batch", "session") for rank in range(len(group.ranks)))
         ]
         for direction, group in (("send", sender), ("recv", receiver))
     }
