@@ -17,18 +17,14 @@ import enum
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import (
     AgentFailedError,
     BatchClosedError,
-    BatchTornError,
     EthaRayError,
     PeerLostError,
     TransferTimeoutError,
-    VersionMismatchError,
-    error_class,
 )
 from etha_ray.tensor_bus.bus import Bus
 from etha_ray.tensor_bus.commands import (
@@ -37,21 +33,18 @@ from etha_ray.tensor_bus.commands import (
     DataRead,
     DataReady,
     DataRefused,
-    DataRevoked,
     DataStands,
     DataTaken,
     RegistrationClosed,
     Transfer,
     WaitVersion,
 )
-from etha_ray.tensor_bus.history import Flow, flow_key
 from etha_ray.tensor_bus.jobs import Job
-from etha_ray.tensor_bus.registration import Peer, Registered, Registration
+from etha_ray.tensor_bus.receiving import Receiving
+from etha_ray.tensor_bus.registration import Registered, Registration
+from etha_ray.tensor_bus.sending import Sending
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay, silent_senders
-from etha_ray.tensor_bus.versions import Announced, Holding, VersionWaits, agreed_version
-
-_ANSWER_TIMEOUT = 3 * FAILURE_TIMEOUT
-"""Seconds in which the loop of an agent that lives answers, however busy its host is."""
+from etha_ray.tensor_bus.versions import Holding, VersionWaits
 
 
 class BatchState(enum.Enum):
@@ -77,10 +70,8 @@ class Batch:
     job: Job[Registered] | None = None
     registered: Registered = field(default_factory=Registered)
     error: EthaRayError | None = None
-    sequence: int = 0
     completed: int = 0
     gone: dict[str, int] = field(default_factory=dict)
-    announced: dict[str, Announced] = field(default_factory=dict)
     transfer: UnderWay | None = None
     holding: Holding = field(default_factory=Holding)
     early: dict[str, tuple[str, bool, int]] = field(default_factory=dict)
@@ -88,6 +79,7 @@ class Batch:
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.sending, self.receiving = Sending(self), Receiving(self)
         self.waits = VersionWaits(self.bus.answer, self.bus.refuse)
 
     # ------------------------------------------------------------------------------------------- worker's calls
@@ -123,19 +115,18 @@ class Batch:
         transfer = self.transfer
         if transfer is not None and transfer.state is TransferState.ANNOUNCED:
             return True
-        sources = self.registered.sources
-        return bool(sources) and all(source in self.announced for source in sources)
+        return bool(self.registered.sources) and self.receiving.all_announced
 
     def cancel(self, error: EthaRayError) -> None:
-        """End the transfer under way with ``error``; one that is MOVING ends by itself, with its own outcome."""
+        """End the transfer under way with ``error``; one that is MOVING or SWAPPING ends by itself, with its own outcome."""
         transfer = self.transfer
-        if transfer is None or transfer.state is TransferState.MOVING:
+        if transfer is None or transfer.runs:
             return
         if transfer.state is TransferState.ANNOUNCED:
-            for registration in transfer.outstanding:
-                peer = self.registered.targets[registration]
-                self._tell(peer, DataRevoked, self.registration, registration, self.sequence)
-        self._finish(error)
+            self.sending.revoke(transfer)
+        elif transfer.state is TransferState.ASKING and not transfer.command.atomic:
+            self.hold(self.holding.tear(self.registered.received, str(error)))
+        self.finish(error)
 
     def close(self, error: EthaRayError, *, lost: bool, then: Callable[[], None]) -> None:
         """Release everything and tell the other members; ``then`` runs once no byte moves and no job runs any more.
@@ -197,22 +188,19 @@ class Batch:
     @property
     def _transfer_deadline(self) -> float | None:
         transfer = self.transfer
-        return None if transfer is None or transfer.state is TransferState.MOVING else transfer.deadline
+        return None if transfer is None or transfer.runs else transfer.deadline
 
     def expire(self, now: float) -> None:
-        """End what waits and whose time is up; a transfer that is MOVING ends by itself."""
+        """End what waits and whose time is up; a transfer that is MOVING or SWAPPING ends by itself."""
         if self.waits.waiting:
             self.waits.expire(now, self._version_state())
         transfer, deadline = self.transfer, self._transfer_deadline
         if transfer is None or deadline is None or now < deadline:
             return
         if transfer.state is TransferState.ASKING:
-            # What was announced stays so: should the senders answer after all, receiving again takes it.
-            names = ", ".join(sorted(map(self._name, transfer.outstanding)))
-            transfer.torn = f"{names} did not say whether it still stood"
-            self._finish(self._torn(transfer))
+            self.receiving.not_answered(transfer)
         else:
-            self.cancel(TransferTimeoutError(transfer.who_is_missing(self.registered, self.announced)))
+            self.cancel(TransferTimeoutError(transfer.who_is_missing(self.registered, self.receiving.announced)))
 
     # ------------------------------------------------------------------------------------------------- progress
 
@@ -224,115 +212,38 @@ class Batch:
         if transfer.state is TransferState.BLOCKED:
             refused = self.registered.refused.get(transfer.command.transfer_type)
             if refused is not None:
-                self._finish(refused)
+                self.finish(refused)
                 return
             if transfer.command.transfer_type == "send":
-                self._announce(transfer)
-            else:
-                transfer.state = TransferState.WAITING
-        if transfer.state is TransferState.WAITING and all(source in self.announced for source in self.registered.sources):
-            self._receive(transfer)
+                self.sending.announce(transfer)
+                return
+            transfer.state = TransferState.WAITING
+        self.receiving.advance(transfer)
 
-    def _announce(self, transfer: UnderWay) -> None:
-        transfer.state = TransferState.ANNOUNCED
-        self.sequence += 1
-        transfer.outstanding = set(self.registered.targets)
-        transfer.flows = tuple(
-            Flow(flow_key(self.registration, registration, self.sequence), peer.name, peer.bytes)
-            for registration, peer in self.registered.targets.items()
-        )
-        chosen = transfer.command.version is not None
-        for registration, peer in self.registered.targets.items():
-            self._tell(peer, DataReady, self.registration, registration, self.sequence, version=transfer.version, chosen=chosen)
-        if not transfer.outstanding:
-            self._finish(None)
-
-    def _receive(self, transfer: UnderWay) -> None:
-        """All senders have announced: read, if they mean the same version."""
-        sources = self.registered.sources
-        try:
-            by_name = {peer.name: self.announced[registration] for registration, peer in sources.items()}
-            transfer.version = agreed_version(self.batch_id, by_name, self.holding.last)
-        except VersionMismatchError as error:
-            for registration, peer in sources.items():
-                sequence = self.announced.pop(registration).sequence
-                self._tell(peer, DataRefused, registration, self.registration, sequence, kind=type(error).__name__, message=str(error))
-            self._finish(error)
-            return
-        transfer.state = TransferState.MOVING
-        transfer.moving_since = time.monotonic()
-        program = self.registered.program
-        assert program is not None
-        self._hold(self.holding.tear(self.registered.received, f"version {transfer.version} is being received, or its agent was killed"))
-        self.bus.move(program, self._moved)
-
-    def _moved(self, job: Job[int]) -> None:
-        transfer = self.transfer
-        assert transfer is not None
-        assert transfer.state is TransferState.MOVING
-        transfer.moved = time.monotonic() - transfer.moving_since
-        if job.error is not None:
-            self._finish(BatchTornError(f"batch {self.batch_id!r}: the copy failed midway: {job.error}"))
-        elif transfer.torn:
-            self._finish(self._torn(transfer))
-        else:
-            # On this host a DataRevoked is in the queue before anything can be written, and was handled before this. That of another
-            # host may be on its way still, but its answer comes after it.
-            transfer.state = TransferState.ASKING
-            transfer.deadline = time.monotonic() + _ANSWER_TIMEOUT
-            transfer.outstanding = {registration for registration, peer in self.registered.sources.items() if peer.remote}
-            for registration in sorted(transfer.outstanding):
-                sequence = self.announced[registration].sequence
-                self._tell(self.registered.sources[registration], DataRead, registration, self.registration, sequence)
-            self._take_if_certain(transfer)
-
-    def _take_if_certain(self, transfer: UnderWay) -> None:
-        if transfer.outstanding:
-            return
-        transfer.flows = tuple(
-            Flow(flow_key(registration, self.registration, self.announced[registration].sequence), peer.name, peer.bytes)
-            for registration, peer in self.registered.sources.items()
-        )
-        for registration, peer in self.registered.sources.items():
-            sequence = self.announced.pop(registration).sequence
-            self._tell(peer, DataTaken, registration, self.registration, sequence, version=transfer.version, seconds=transfer.moved)
-        self._finish(None)
-
-    def _torn(self, transfer: UnderWay) -> BatchTornError:
-        return BatchTornError(
-            f"batch {self.batch_id!r}: {transfer.torn} while its data was being read, so the tensors may hold bytes of"
-            " two versions: receive again"
-        )
-
-    def _finish(self, error: BaseException | None) -> None:
+    def finish(self, error: BaseException | None) -> None:
+        """The transfer under way is over: its worker is answered. From this class and the two sides of the batch only."""
         transfer, self.transfer = self.transfer, None
         assert transfer is not None
         transfer.state, transfer.seconds = TransferState.OVER, time.monotonic() - transfer.started
         report = None if error is not None else transfer.report(self.registered)
-        self._settle(transfer, error)
         if error is None:
+            self.hold(self.holding.complete(transfer.version))
             self.completed += 1
+            self.waits.reach(transfer.version)
             self.bus.answer(transfer.command, report)
         else:
             self.bus.refuse(transfer.command, error)
+        self._end_waits()
         self.bus.note(transfer.past(report, error))
         self._release_if_idle()
-
-    def _settle(self, transfer: UnderWay, error: BaseException | None) -> None:
-        """Note what the tensors hold now that a transfer is over, and let those know who wait for it."""
-        if error is None:
-            self._hold(self.holding.complete(transfer.version))
-            self.waits.reach(transfer.version)
-        elif transfer.moving_since:
-            self._hold(self.holding.tear(self.registered.received, str(error)))
-        self._end_waits()
 
     def _end_waits(self) -> None:
         refusal = None if self.transfer is not None else self.refusal("recv")
         if refusal is not None:
             self.waits.fail(refusal)
 
-    def _hold(self, holding: Holding) -> None:
+    def hold(self, holding: Holding) -> None:
+        """Note what the tensors hold from now on, where their worker can read it."""
         self.holding = holding
         self.bus.hold(self.client_id, self.batch_id, holding)
 
@@ -341,7 +252,7 @@ class Batch:
         what = f"batch {self.batch_id!r} is torn ({held.why})" if held.torn else f"batch {self.batch_id!r} holds version {held.version}"
         if self.state is BatchState.REGISTERING:
             return f"{what}: the other side has not registered it"
-        missing = silent_senders(self.registered, self.announced)
+        missing = silent_senders(self.registered, self.receiving.announced)
         if missing:
             return f"{what}: {missing} did not send a newer one"
         if transfer is None or transfer.command.transfer_type == "send":
@@ -350,58 +261,25 @@ class Batch:
 
     # ---------------------------------------------------------------------------------------- other side's messages
 
-    def on_ready(self, message: DataReady) -> None:
-        """A sender announces its data."""
-        self.announced[message.source] = Announced(message.sequence, message.version, message.chosen)
-        self.advance()
-
-    def on_read(self, message: DataRead) -> None:
-        """A receiver on another host has read this side's data, and asks whether it still stands."""
-        transfer, peer = self.transfer, self.registered.targets.get(message.target)
-        if peer is None:
-            return
-        offered = transfer is not None and transfer.state is TransferState.ANNOUNCED and message.target in transfer.outstanding
-        stands = offered and message.sequence == self.sequence
-        self._tell(peer, DataStands if stands else DataRevoked, self.registration, message.target, message.sequence)
-
-    def on_stands(self, message: DataStands) -> None:
-        """A sender on another host says that what was read stood until then."""
-        transfer = self.transfer
-        asked = transfer is not None and transfer.state is TransferState.ASKING
-        if transfer is not None and asked and self._is_announced(message.source, message.sequence):
-            transfer.outstanding.discard(message.source)
-            self._take_if_certain(transfer)
-
-    def on_taken(self, message: DataTaken) -> None:
-        """A receiver has read this side's data."""
-        transfer = self.transfer
-        if transfer is None or transfer.state is not TransferState.ANNOUNCED or message.sequence != self.sequence:
-            return
-        transfer.outstanding.discard(message.target)
-        transfer.moved = max(transfer.moved, message.seconds)
-        # Where numbers are counted on, receivers may have met others at a higher one.
-        transfer.version = max(transfer.version, message.version)
-        if not transfer.outstanding:
-            self._finish(None)
-
-    def on_refused(self, message: DataRefused) -> None:
-        """A receiver will not read this side's data, so this send fails for all."""
-        transfer = self.transfer
-        if transfer is None or transfer.state is not TransferState.ANNOUNCED or message.sequence != self.sequence:
-            return
-        transfer.outstanding.discard(message.target)
-        self.cancel(error_class(message.kind)(message.message))
-
-    def on_revoked(self, message: DataRevoked) -> None:
-        """A sender takes back what it announced."""
-        if not self._is_announced(message.source, message.sequence):
-            return
-        del self.announced[message.source]
-        self._tear(f"{self._name(message.source)} gave up waiting", message.source)
+    def hear(self, message: DataMessage) -> None:
+        """Another member says something of a transfer."""
+        if isinstance(message, DataReady):
+            self.receiving.on_ready(message)
+            self.advance()
+        elif isinstance(message, DataRead):
+            self.sending.on_read(message)
+        elif isinstance(message, DataStands):
+            self.receiving.on_stands(message)
+        elif isinstance(message, DataTaken):
+            self.sending.on_taken(message)
+        elif isinstance(message, DataRefused):
+            self.sending.on_refused(message)
+        else:
+            self.receiving.on_revoked(message)
 
     def lose(self, registration: str, reason: str, *, lost: bool, completed: int = 0) -> None:
         """Another member is gone, after it had completed so many transfers."""
-        name = self._name(registration)
+        name = self.name(registration)
         text = f"batch {self.batch_id!r}: {name} is gone ({reason}): close this batch, and register it again once that side is back"
         error: EthaRayError = PeerLostError(text) if lost else BatchClosedError(text)
         transfer = self.transfer
@@ -416,12 +294,12 @@ class Batch:
             return
         self.gone.setdefault(registration, completed)
         if transfer is None or transfer.state is not TransferState.ASKING:
-            self.announced.pop(registration, None)
+            self.receiving.announced.pop(registration, None)
         self._end_waits()
         if transfer is None or not needed:
             return
-        if transfer.state in (TransferState.MOVING, TransferState.ASKING):
-            self._tear(f"{name} went away ({reason})", registration)
+        if transfer.runs or transfer.state is TransferState.ASKING:
+            self.receiving.spoil(transfer, registration, f"{name} went away ({reason}) while its data was being read", error)
         elif transfer.state is not TransferState.ANNOUNCED or registration in transfer.outstanding:
             self.cancel(error)
 
@@ -433,30 +311,12 @@ class Batch:
             if peer.member.agent.incarnation == incarnation:
                 self.lose(registration, reason, lost=True)
 
-    def _tear(self, why: str, source: str) -> None:
-        transfer = self.transfer
-        if transfer is None or source not in self.registered.sources:
-            return
-        if transfer.state is TransferState.MOVING:
-            transfer.torn = why
-        elif transfer.state is TransferState.ASKING and source in transfer.outstanding:
-            self.announced.pop(source, None)
-            transfer.torn = why
-            self._finish(self._torn(transfer))
-
     # -------------------------------------------------------------------------------------------------- helpers
 
-    def _name(self, registration: str) -> str:
+    def name(self, registration: str) -> str:
+        """Another member, for messages."""
         peer = self.registered.others.get(registration)
         return peer.name if peer is not None else "a peer"
-
-    def _is_announced(self, source: str, sequence: int) -> bool:
-        known = self.announced.get(source)
-        return known is not None and known.sequence == sequence
-
-    def _tell(self, peer: Peer, what: type[DataMessage], source: str, target: str, sequence: int, **more: Any) -> None:
-        message = what(batch_id=self.batch_id, source=source, target=target, sequence=sequence, **more)
-        self.bus.tell(peer.member.agent, message)
 
     def _say_closed(self, reason: str, lost: bool) -> None:
         for peer in self.registered.others.values():
@@ -482,4 +342,4 @@ class Batch:
 
     def waits_for(self, transfer: UnderWay) -> str:
         """Whom the transfer waits for, in words; empty while bytes move."""
-        return transfer.waits_for(self.registered, self.announced)
+        return transfer.waits_for(self.registered, self.receiving.announced)

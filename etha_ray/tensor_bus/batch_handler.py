@@ -46,10 +46,15 @@ class BatchHandler:
         self.client._wait_registered(self.batch_id, timeout)
 
     def transfer(
-        self, transfer_type: Literal["send", "recv"], blocking: bool = False, timeout: float = 30.0, version: int | None = None
+        self,
+        transfer_type: Literal["send", "recv"],
+        blocking: bool = False,
+        timeout: float = 30.0,
+        version: int | None = None,
+        atomic: bool = False,
     ) -> posix_ipc.Semaphore:
         """Transfer all tensors of this batch; see `TensorBusClient.transfer`."""
-        return self.client.transfer(self.batch_id, transfer_type, blocking=blocking, timeout=timeout, version=version)
+        return self.client.transfer(self.batch_id, transfer_type, blocking=blocking, timeout=timeout, version=version, atomic=atomic)
 
     @property
     def version(self) -> int:

@@ -1,14 +1,16 @@
-"""What a batch needs of its agent."""
+"""What a batch needs of its agent, and what its two sides need of the batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
-from etha_ray.tensor_bus.commands import BaseCommand, Message
+from etha_ray.tensor_bus.commands import BaseCommand, DataMessage, Message
 from etha_ray.tensor_bus.history import PastTransfer
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.records import AgentRecord
+from etha_ray.tensor_bus.registered import Peer, Registered
+from etha_ray.tensor_bus.transfer_state import UnderWay
 from etha_ray.tensor_bus.versions import Holding
 from etha_ray.transport.base import CopyProgram
 
@@ -18,6 +20,9 @@ class Bus(Protocol):
 
     def tell(self, agent: AgentRecord, message: Message) -> None:
         """Send a message to an agent."""
+
+    def gone(self, agent: AgentRecord, seconds: float) -> str:
+        """Why an agent that shares memory with this one may have failed its workers in the last ``seconds``; empty if it has not."""
 
     def answer(self, command: BaseCommand, value: object) -> None:
         """A command succeeded."""
@@ -33,3 +38,28 @@ class Bus(Protocol):
 
     def hold(self, client_id: str, batch_id: str, holding: Holding) -> None:
         """Write down what a client's batch holds, for its worker to read."""
+
+
+class Member(Protocol):
+    """What the two sides of a batch need of it: one worker's registration, and the transfer under way."""
+
+    bus: Bus
+    batch_id: str
+    registration: str
+    registered: Registered
+    transfer: UnderWay | None
+    holding: Holding
+
+    def name(self, registration: str) -> str:
+        """Another member, for messages."""
+
+    def hold(self, holding: Holding) -> None:
+        """Note what the tensors hold from now on."""
+
+    def finish(self, error: BaseException | None) -> None:
+        """The transfer under way is over."""
+
+
+def tell(member: Member, peer: Peer, what: type[DataMessage], source: str, target: str, sequence: int, **more: Any) -> None:
+    """Send a message about the transfer number ``sequence`` to ``peer``'s agent."""
+    member.bus.tell(peer.member.agent, what(batch_id=member.batch_id, source=source, target=target, sequence=sequence, **more))

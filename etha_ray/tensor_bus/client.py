@@ -252,6 +252,7 @@ class TensorBusClient:
         blocking: bool = False,
         timeout: float = 30.0,
         version: int | None = None,
+        atomic: bool = False,
     ) -> posix_ipc.Semaphore:
         """Transfer all tensors of a batch; completes when both sides have called it and the bytes have moved.
 
@@ -266,6 +267,9 @@ class TensorBusClient:
                 other side as long as it takes; `OutcomeSemaphore.result` takes a timeout of its own.
             version: what this "send" is called, above all before it; the training step, say. All ranks of the side say the same, or
                 none says any: then the next number is taken. A send that failed may be tried again under its version.
+            atomic: for a "recv": read into memory of the agent first, and copy it from there once all of it is certain. Until then, and if
+                the receive fails, the tensors hold what they held; who reads them during that copy may see some of each version. Takes
+                as much memory again as the tensors do, until the batch is closed.
 
         Returns:
             A ``posix_ipc.Semaphore``, posted when it is over; ``.result(timeout)`` gives the `TransferReport` or raises.
@@ -287,10 +291,14 @@ class TensorBusClient:
             raise ConfigError(f'transfer type {transfer_type!r} is not known: give "send" or "recv"')
         if version is not None and transfer_type != "send":
             raise ConfigError(f'batch {batch_id!r}: version goes with "send": a "recv" gets the version that is sent')
+        if atomic and transfer_type != "recv":
+            raise ConfigError(f'batch {batch_id!r}: atomic goes with "recv": a "send" writes nothing')
         batch = self._known(batch_id)
         if batch.registration is not None and batch.registration.wait(0.0):
             self._wait_registered(batch_id, timeout)  # raises what made the registration fail
-        command = Transfer(batch_id=batch_id, transfer_type=transfer_type, version=None if version is None else check_version(version))
+        command = Transfer(batch_id=batch_id, transfer_type=transfer_type, atomic=atomic)
+        if version is not None:
+            command.version = check_version(version)
         reply = self._connection.start(command, "transfer", batch_id, timeout if blocking else None, timeout)
         semaphore = OutcomeSemaphore.of(reply)
         if blocking:

@@ -60,11 +60,15 @@ class RegisteredTensor(msgspec.Struct, frozen=True, omit_defaults=True, forbid_u
 
 
 class Transfer(BaseCommand):
-    """Run this side ("send" or "recv") of a registered batch. version: what a sender calls what it sends; None to count on."""
+    """Run this side ("send" or "recv") of a registered batch.
+
+    version: what a sender calls what it sends; None to count on. atomic: a receiver's tensors hold what they held until all is there.
+    """
 
     batch_id: str
     transfer_type: Literal["send", "recv"]
     version: Version | None = None
+    atomic: bool = False
 
 
 class RegisterTensors(BaseCommand):
@@ -219,13 +223,15 @@ class DataRefused(BaseCommand):
 class DataRead(BaseCommand):
     """Agent to agent, across hosts: the target has read what the `DataReady` with the same fields announced; does it still stand?
 
-    Bytes travel by other connections than messages: a `DataRevoked` may still be on its way when they are there.
+    Bytes travel by other connections than messages: a `DataRevoked` may still be on its way when they are there. question: the
+    target's number for this one, which the answer repeats.
     """
 
     batch_id: str
     source: str
     target: str
     sequence: int
+    question: int
 
 
 class DataStands(BaseCommand):
@@ -235,6 +241,7 @@ class DataStands(BaseCommand):
     source: str
     target: str
     sequence: int
+    question: int
 
 
 class DataRevoked(BaseCommand):

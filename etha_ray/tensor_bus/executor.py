@@ -73,8 +73,24 @@ def bytes_out(part: Part) -> dict[int, int]:
     return dict(total)
 
 
-def moves_in(part: Part, open_remote: OpenRemote) -> tuple[list[Move], dict[int, int]]:
-    """The moves that fill this rank's tensors, and the bytes that each remote index gives."""
+@dataclass(frozen=True, slots=True)
+class Inflow:
+    """A move, and what it fills: of the batch's tensor at ``place``, ``tensor``, the box from ``start`` on. ``sources``: remote indices."""
+
+    place: int
+    tensor: torch.Tensor
+    start: tuple[int, ...]
+    sources: tuple[int, ...]
+    move: Move
+
+    def within(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same box of another tensor of that shape."""
+        size = tuple(self.move.target.shape)
+        return tensor if tuple(tensor.shape) == size else tensor[_slices(self.start, size)]
+
+
+def inflows(part: Part, open_remote: OpenRemote) -> tuple[list[Inflow], dict[int, int]]:
+    """What fills this rank's tensors, and the bytes that each remote index gives."""
     routes = [(position, route) for position in range(len(part.agreed)) for route in part.routes_in(position) if route.numel]
     wanted: dict[int, dict[int, None]] = defaultdict(dict)
     total: dict[int, int] = defaultdict(int)
@@ -85,9 +101,9 @@ def moves_in(part: Part, open_remote: OpenRemote) -> tuple[list[Move], dict[int,
             total[source] += route.numel * _itemsize(tensor.remote, tensor.local, route)
     opened: dict[tuple[int, int], Source] = {}
     for source, positions in sorted(wanted.items()):
-        found = open_remote(source, list(positions))
-        opened.update(((source, position), each) for position, each in zip(positions, found, strict=True))
-    moves: list[Move] = []
+        tensors = open_remote(source, list(positions))
+        opened.update(((source, position), each) for position, each in zip(positions, tensors, strict=True))
+    found: list[Inflow] = []
     for position, route in routes:
         sources, target = [opened[source, position] for source in route.sources], part.tensors[position]
         side = part.agreed[position].remote.side
@@ -95,8 +111,9 @@ def moves_in(part: Part, open_remote: OpenRemote) -> tuple[list[Move], dict[int,
         for box in route.boxes:
             views = tuple(_cut(source, box.source_start, box) for source in sources)
             into = target if tuple(target.shape) == box.size else target[_slices(box.target_start, box.size)]
-            moves.append(Move(views, into) if reduction is None else Move(views, into, reduction.op, reduction.divisor))
-    return moves, dict(total)
+            move = Move(views, into) if reduction is None else Move(views, into, reduction.op, reduction.divisor)
+            found.append(Inflow(part.places[position], target, box.target_start, route.sources, move))
+    return found, dict(total)
 
 
 def prove_in(part: Part) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Protocol
 from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import AgentDiedError, EthaRayError, NoTransportError, PeerLostError, QueueFullError
 from etha_ray.net import Channel
+from etha_ray.processes import is_alive, pid_namespace
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Message, encode_command
 from etha_ray.tensor_bus.host import host_identity, no_address, shares_memory
@@ -57,6 +59,14 @@ class _QueueLink:
             self._state.close()
             raise
         self._outbox: deque[Message] = deque()
+        self._end = select.poll()
+        self._process = _open_process(agent)
+        if self._process is not None:
+            self._end.register(self._process, select.POLLIN)
+
+    def ended(self) -> bool:
+        """Whether its process has ended; one in another pid namespace cannot be looked at."""
+        return bool(self._end.poll(0))
 
     def send(self, message: Message) -> None:
         self._outbox.append(message)
@@ -67,6 +77,8 @@ class _QueueLink:
         self._flush()
 
     def close(self) -> None:
+        if self._process is not None:
+            os.close(self._process)
         self._queue.close(destroy=False)
         self._state.close()
 
@@ -77,6 +89,20 @@ class _QueueLink:
             except QueueFullError:
                 return  # its agent is behind; the next tick tries again
             self._outbox.popleft()
+
+
+def _open_process(agent: AgentRecord) -> int | None:
+    """A descriptor that can be read from once the agent's process has ended; None if it is in another pid namespace, or has ended."""
+    if not agent.host.endswith(f":{pid_namespace():08x}"):
+        return None
+    try:
+        descriptor = os.pidfd_open(agent.pid)
+    except OSError:
+        return None
+    if is_alive(agent.pid, agent.start_time):
+        return descriptor
+    os.close(descriptor)  # of another process with that pid
+    return None
 
 
 class _ChannelLink:
@@ -157,6 +183,25 @@ class Links:
                 link.check()
             except (EthaRayError, OSError) as error:
                 self._drop(incarnation, link, str(error))
+
+    def gone(self, agent: AgentRecord, seconds: float) -> str:
+        """Why an agent of this host may have failed its workers in the last ``seconds``; empty if it has not.
+
+        Cheap if they are few. An agent that was killed says nothing to those who read its workers' memory, and its workers may write at
+        once when they find it dead, before `check` looks.
+        """
+        if agent.incarnation == self._own.incarnation:
+            return ""
+        link = self._links.get(agent.incarnation)
+        if link is None:
+            return f"agent {agent.rank} was lost"
+        if isinstance(link, _QueueLink) and (link.ended() or seconds > FAILURE_TIMEOUT / 2):
+            try:
+                link.check()
+            except (EthaRayError, OSError) as error:
+                self._drop(agent.incarnation, link, str(error))
+                return str(error)
+        return ""
 
     def left(self, incarnation: str, reason: str) -> None:
         """An agent of another host sends no more, and may have sent what did not come in."""

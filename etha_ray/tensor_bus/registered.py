@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -11,12 +12,13 @@ from etha_ray.errors import EthaRayError, HandleExpiredError, NoTransportError
 from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
 from etha_ray.net import Address
 from etha_ray.tensor_bus.agreement import Agreement, Direction
-from etha_ray.tensor_bus.executor import Part, bytes_out, moves_in, prove_in
+from etha_ray.tensor_bus.executor import Inflow, Part, bytes_out, inflows, prove_in
 from etha_ray.tensor_bus.host import no_address, shares_memory
 from etha_ray.tensor_bus.records import BatchRecord, MemberRecord
+from etha_ray.tensor_bus.staging import Staging
 from etha_ray.tensor_bus.state_file import StateFile, handles_key
-from etha_ray.transport.base import CopyProgram, OneSidedTransport
-from etha_ray.transport.joint import Move, Source, prepare
+from etha_ray.transport.base import CopyProgram, NoProgram, OneSidedTransport
+from etha_ray.transport.joint import Source, prepare
 from etha_ray.transport.network import NetworkTransport, RemoteRegion
 
 
@@ -38,7 +40,8 @@ class Registered:
 
     ``targets`` get bytes from this rank and ``sources`` give it some; ``others`` are all other members, of both sides. By
     registration. ``refused`` says why a direction is impossible: such a transfer fails with it, and nobody waits for it. ``received``
-    are the positions, among the worker's tensors, of those that a receive writes.
+    are the positions, among the worker's tensors, of those that a receive writes; ``feeds`` says of each copy of ``program`` which
+    of them it writes, and from whom.
     """
 
     targets: dict[str, Peer] = field(default_factory=dict)
@@ -46,12 +49,14 @@ class Registered:
     others: dict[str, Peer] = field(default_factory=dict)
     refused: dict[Direction, EthaRayError] = field(default_factory=dict)
     received: tuple[int, ...] = ()
-    program: CopyProgram | None = None
+    feeds: list[tuple[int, frozenset[str]]] = field(default_factory=list)
+    program: CopyProgram = field(default_factory=NoProgram)
+    staging: Staging = field(default_factory=lambda: Staging((), lambda _: NoProgram()))
     opened: list[OpenedTensors] = field(default_factory=list)
 
     def close(self) -> None:
         """Let go of all memory; no program runs any more."""
-        self.program = None
+        self.program, self.staging = NoProgram(), Staging((), lambda _: NoProgram())
         for opened in self.opened:
             opened.close()
         self.opened.clear()
@@ -90,20 +95,31 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
             result.refused.setdefault(direction, error)
     if len(result.refused) == 2:
         raise result.refused["send"]
-    moves: list[Move] = []
+    found: list[Inflow] = []
     try:
         for part in parts:
-            moves += _connect(transports, part, result)
-        if "recv" not in result.refused:
-            result.received = tuple(sorted(place for part in parts for place in part.part.places))
-        result.program = prepare(moves, transports.mapped, transports.network, bucket_size)
+            for inflow in _connect(transports, part, result):
+                found.append(inflow)
+                result.feeds.append((inflow.place, frozenset(part.remote[source].registration for source in inflow.sources)))
+        result.received = tuple(sorted({place for place, _ in result.feeds}))
+        prepared = partial(prepare, mapped=transports.mapped, network=transports.network, bucket_size=bucket_size)
+        result.program, result.staging = prepared([inflow.move for inflow in found]), Staging(found, prepared)
     except BaseException:
         result.close()
         raise
     return result
 
 
-def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> list[Move]:
+def torn_positions(registered: Registered, spoilt: Container[str], unfinished: frozenset[int] | None) -> tuple[int, ...]:
+    """The tensors that may hold bytes of two versions, once the data of ``spoilt`` did not stand while the program read it, or some of
+    its copies were left ``unfinished`` (None: nobody knows which)."""
+    if unfinished is None:
+        return registered.received
+    feeds = enumerate(registered.feeds)
+    return tuple(sorted({place for at, (place, sources) in feeds if at in unfinished or any(source in spoilt for source in sources)}))
+
+
+def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> list[Inflow]:
     """What one pair moves; notes its members in ``result``."""
     part, match = agreed.part, agreed.part.match
     for index, record in enumerate(agreed.local):
@@ -121,11 +137,11 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
         result.opened.append(opened)
         return opened.tensors
 
-    moves: list[Move] = []
+    found: list[Inflow] = []
     bytes_from: dict[int, int] = {}
     if "recv" not in result.refused:
         prove_in(part)
-        moves, bytes_from = moves_in(part, open_remote)
+        found, bytes_from = inflows(part, open_remote)
     bytes_to = bytes_out(part) if "send" not in result.refused else {}
     for index, record in enumerate(agreed.remote):
         member = match.remote[index]
@@ -140,7 +156,7 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
                 table[record.registration] = Peer(record.registration, name, member, (before or 0) + counts.get(index, 0), remote)
             if index in counts and remote:
                 _check_reach(transports, part, member)
-    return moves
+    return found
 
 
 def export_name(registration: str, pair_name: str) -> str:

@@ -349,7 +349,8 @@ class Registration:
         del result.opened[1:]
         result.opened.extend(fresh.opened)
         result.targets, result.sources, result.others = fresh.targets, fresh.sources, fresh.others
-        result.refused, result.received, result.program = fresh.refused, fresh.received, fresh.program
+        result.refused, result.received, result.feeds = fresh.refused, fresh.received, fresh.feeds
+        result.program, result.staging = fresh.program, fresh.staging
 
     def _missing(self, matches: dict[str, Match], found: dict[str, _Records]) -> str:
         return (

@@ -229,6 +229,10 @@ class BusService:
         """Send a message to an agent."""
         self._links.tell(agent, message)
 
+    def gone(self, agent: AgentRecord, seconds: float) -> str:
+        """Why an agent that shares memory with this one may have failed its workers in the last ``seconds``; empty if it has not."""
+        return self._links.gone(agent, seconds)
+
     def answer(self, command: BaseCommand, value: object) -> None:
         """A command succeeded."""
         self._outcomes.ok(command, value)
@@ -430,18 +434,7 @@ class BusService:
         batch = self._by_registration.get(own)
         if batch is None:
             return  # closed meanwhile, and the sender has been told
-        if isinstance(message, DataReady):
-            batch.on_ready(message)
-        elif isinstance(message, DataRead):
-            batch.on_read(message)
-        elif isinstance(message, DataStands):
-            batch.on_stands(message)
-        elif isinstance(message, DataTaken):
-            batch.on_taken(message)
-        elif isinstance(message, DataRefused):
-            batch.on_refused(message)
-        else:
-            batch.on_revoked(message)
+        batch.hear(message)
 
     def _on_registration_closed(self, message: RegistrationClosed) -> None:
         batch = self._by_registration.get(message.target)

@@ -4,10 +4,13 @@ States::
 
     send:  BLOCKED ──► ANNOUNCED ──► OVER       every receiver has been told, and takes the data when it likes
     recv:  BLOCKED ──► WAITING ──► MOVING ──► ASKING ──► OVER
+                          ▲           │         │  │      ▲
+               (atomic)   └───────────┴─────────┘  └──► SWAPPING
 
 BLOCKED until the batch is READY, and OVER then if the sides cannot send that way; WAITING until every sender has announced;
-MOVING while a thread copies; ASKING until every sender on another host has said that what was read still stood then. A transfer
-that is MOVING is never cut short: what ends it meanwhile only decides its outcome.
+MOVING while a thread copies; ASKING until every sender on another host has said that what was read still stood then. An atomic
+receive waits again if what it read did not stand, and is SWAPPING while what it read is copied into the tensors. A transfer that is
+MOVING or SWAPPING is never cut short: what ends it meanwhile only decides its outcome.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import time
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
+from etha_ray.errors import EthaRayError
 from etha_ray.report import Span, TransferReport
 from etha_ray.tensor_bus.commands import Transfer
 from etha_ray.tensor_bus.history import Flow, PastTransfer
@@ -31,6 +35,7 @@ class TransferState(enum.Enum):
     WAITING = "waiting"
     MOVING = "moving"
     ASKING = "asking"
+    SWAPPING = "swapping"
     OVER = "over"
 
 
@@ -40,7 +45,8 @@ class UnderWay:
 
     ``outstanding`` are the registrations it waits for: receivers that have not taken what was announced, or senders that have not
     said that what was read still stood. ``version`` is the one it sends or receives, as far as that is settled. ``moved``
-    are the seconds in which bytes moved, ``seconds`` all until its end. ``torn`` says what happened while bytes moved.
+    are the seconds in which bytes moved, ``seconds`` all until its end. ``spoilt`` says, by sender,
+    what happened while bytes moved, and ``lost`` why there is nothing more to wait for.
     """
 
     command: Transfer
@@ -52,8 +58,10 @@ class UnderWay:
     began: float = field(default_factory=time.time)
     moving_since: float = 0.0
     moved: float = 0.0
+    swapping_since: float = 0.0
     seconds: float = 0.0
-    torn: str = ""
+    spoilt: dict[str, str] = field(default_factory=dict)
+    lost: EthaRayError | None = None
     flows: tuple[Flow, ...] = ()
 
     @classmethod
@@ -61,6 +69,16 @@ class UnderWay:
         """One that begins now."""
         now = time.monotonic()
         return cls(command=command, started=now, deadline=None if command.timeout is None else now + command.timeout)
+
+    @property
+    def runs(self) -> bool:
+        """Whether a thread writes for it, which must come to its end."""
+        return self.state in (TransferState.MOVING, TransferState.SWAPPING)
+
+    def wait_again(self) -> None:
+        """What was read did not stand, and the tensors were not touched."""
+        self.state, self.spoilt, self.outstanding = TransferState.WAITING, {}, set()
+        self.deadline = None if self.command.timeout is None else self.started + self.command.timeout
 
     def report(self, registered: Registered) -> TransferReport:
         """What it did, now that it is over."""
@@ -71,7 +89,11 @@ class UnderWay:
             peers, waited, first, second = registered.sources, self.moving_since - self.started, "wait for senders", "move"
         spans = [Span(first, 0.0, waited), Span(second, waited, moved)]
         if kind == "recv" and any(peer.remote for peer in peers.values()):
-            spans.append(Span("ask senders", waited + moved, seconds - waited - moved))
+            asked = (self.swapping_since or self.started + seconds) - self.started
+            spans.append(Span("ask senders", waited + moved, asked - waited - moved))
+        if self.swapping_since:
+            swapping = self.swapping_since - self.started
+            spans.append(Span("swap in", swapping, seconds - swapping))
         return TransferReport(
             batch_id=self.command.batch_id,
             direction=kind,

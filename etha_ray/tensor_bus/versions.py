@@ -7,13 +7,16 @@ ranks that gave up an earlier transfer, or took part in one that others gave up,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from etha_ray.errors import BatchTornError, ConfigError, VersionMismatchError, VersionTimeoutError
 from etha_ray.tensor_bus.commands import HIGHEST_VERSION, BaseCommand, WaitVersion
+
+_SHOWN = 16
+"""Runs of positions that a message has room for."""
 
 
 class Holding(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -75,6 +78,18 @@ def check_version(version: int) -> int:
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= HIGHEST_VERSION:
         raise ConfigError(f"version {version!r} is not an integer from 1 to 2**63 - 1")
     return version
+
+
+def shown_positions(positions: Sequence[int]) -> str:
+    """Positions of tensors, for a message: ``tensors 0-3, 7``."""
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and runs[-1][-1] + 1 == position:
+            runs[-1][1:] = [position]
+        else:
+            runs.append([position])
+    shown = ["-".join(map(str, run)) for run in runs[:_SHOWN]] + (["..."] if len(runs) > _SHOWN else [])
+    return f"{'tensor' if len(positions) == 1 else 'tensors'} {', '.join(shown)}"
 
 
 @dataclass(frozen=True)

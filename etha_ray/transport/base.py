@@ -82,6 +82,24 @@ class CopyProgram(ABC):
             TransferError: the transport was closed. The targets may hold a mix of old and new bytes.
         """
 
+    def unfinished(self) -> frozenset[int] | None:
+        """Which of the copies, by position among those prepared, the last run may have left half written, after it raised.
+
+        None where that is not known: any of them.
+        """
+        return None
+
+
+class NoProgram(CopyProgram):
+    """Copies nothing."""
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def run(self) -> int:
+        return 0
+
 
 class OneSidedTransport(ABC):
     """Moves bytes between memory that this process has mapped, alone."""

@@ -51,20 +51,24 @@ def prepare(
     copies: list[Copy] = []
     reads: list[Read] = []
     mixed: list[Move] = []
-    for move in moves:
+    places: tuple[list[int], list[int], list[int]] = ([], [], [])  # of these three, among the moves
+    for place, move in enumerate(moves):
         if all(isinstance(source, torch.Tensor) for source in move.sources):
             copies.append(_copy(move, {}))
+            places[0].append(place)
         elif move.op is None and isinstance(move.sources[0], RemoteRegion):
             reads.append(Read(move.sources[0], move.target))
+            places[1].append(place)
         else:
             mixed.append(move)
+            places[2].append(place)
     local = mapped.prepare(copies)
     if not reads and not mixed:
         return local
     if network is None:
         raise NoTransportError("a source is on another host, and this agent has no network: give it the address of its host")
     rounds = [_Round(network.prepare(fetch, bucket_size), mapped.prepare(combine)) for fetch, combine in _rounds(mixed, SCRATCH_BYTES)]
-    return _JointProgram(local, network.prepare(reads, bucket_size), rounds)
+    return _JointProgram(local, network.prepare(reads, bucket_size), rounds, places)
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,11 @@ class _Round:
 
 
 class _JointProgram(CopyProgram):
-    def __init__(self, local: CopyProgram, remote: CopyProgram, rounds: Sequence[_Round]) -> None:
-        self._local, self._remote, self._rounds = local, remote, tuple(rounds)
+    def __init__(
+        self, local: CopyProgram, remote: CopyProgram, rounds: Sequence[_Round], places: tuple[list[int], list[int], list[int]]
+    ) -> None:
+        self._local, self._remote, self._rounds, self._places = local, remote, tuple(rounds), places
+        self._failed: set[CopyProgram] = set()
         # What a round combines counts once, though the remote part of it is moved twice.
         self._nbytes = local.nbytes + remote.nbytes + sum(each.combine.nbytes for each in rounds)
         self._turn = threading.Lock()
@@ -86,7 +93,7 @@ class _JointProgram(CopyProgram):
 
     def run(self) -> int:
         with self._turn:  # the rounds share their scratch memory
-            errors: list[BaseException] = []
+            errors: dict[CopyProgram, BaseException] = {}
             copying = threading.Thread(target=_run, args=(self._local, errors), name="etha-ray copy", daemon=True)
             copying.start()
             _run(self._remote, errors)
@@ -97,16 +104,27 @@ class _JointProgram(CopyProgram):
                 _run(each.fetch, errors)
                 if not errors:
                     _run(each.combine, errors)
-            if errors:
-                raise errors[0]
+            self._failed = set(errors)
+            for error in errors.values():
+                raise error
         return self._nbytes
 
+    def unfinished(self) -> frozenset[int] | None:
+        """As in the interface: what combines remote contributions comes last, and is unfinished after any error."""
+        copied, read, mixed = self._places
+        left = set(mixed if self._failed else ())
+        for program, places in ((self._local, copied), (self._remote, read)):
+            if program in self._failed:
+                half = program.unfinished()
+                left.update(places if half is None else (places[place] for place in half))
+        return frozenset(left)
 
-def _run(program: CopyProgram, errors: list[BaseException]) -> None:
+
+def _run(program: CopyProgram, errors: dict[CopyProgram, BaseException]) -> None:
     try:
         program.run()
     except BaseException as error:  # raised again on the thread that waits
-        errors.append(error)
+        errors[program] = error
 
 
 # --- rounds -------------------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def _run_agent(arguments: list[str]) -> None:
 class ProcessCluster:
     """Agents that are processes, meeting in a TCP store that this process serves."""
 
-    def __init__(self, count: int, *, as_modules: bool = False) -> None:
+    def __init__(self, count: int, *, as_modules: bool = False, run: Callable[[list[str]], None] | None = None) -> None:
         from etha_ray.kvstore.tcp import TorchTCPStore
 
         self.namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
@@ -223,6 +223,7 @@ class ProcessCluster:
         self.url = f"tcp://127.0.0.1:{self.master.port}?master=0"
         self.paths = [agent_paths(rank, self.namespace) for rank in range(count)]
         self.as_modules = as_modules
+        self._run = run or _run_agent
         self.pids: list[int] = []
         self.every_pid: set[int] = set()
         self.workers: list[Worker] = []
@@ -237,7 +238,7 @@ class ProcessCluster:
         if self.as_modules:
             process = subprocess.Popen([sys.executable, "-m", "etha_ray.tensor_bus.agent", *arguments])
         else:
-            process = fresh.Process(target=_run_agent, args=(arguments,), daemon=True)
+            process = fresh.Process(target=self._run, args=(arguments,), daemon=True)
             process.start()
         self.every_pid.add(process.pid)
         self._processes[process.pid] = process
@@ -292,8 +293,10 @@ class ProcessCluster:
 
 
 @contextlib.contextmanager
-def process_cluster(count: int = 2, *, as_modules: bool = False) -> Iterator[ProcessCluster]:
-    cluster = ProcessCluster(count, as_modules=as_modules)
+def process_cluster(
+    count: int = 2, *, as_modules: bool = False, run: Callable[[list[str]], None] | None = None
+) -> Iterator[ProcessCluster]:
+    cluster = ProcessCluster(count, as_modules=as_modules, run=run)
     try:
         yield cluster
     finally:

@@ -21,6 +21,7 @@ from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.batch import Batch, BatchState
 from etha_ray.tensor_bus.commands import (
     BaseCommand,
+    DataMessage,
     DataRead,
     DataReady,
     DataRefused,
@@ -50,6 +51,10 @@ class _Copy(CopyProgram):
         return 1
 
 
+class Staged:
+    read, swap = _Copy(), _Copy()
+
+
 class _Bus:
     """Keeps what a batch says and starts, until the test lets it arrive, or end."""
 
@@ -59,9 +64,13 @@ class _Bus:
         self.moves: list[Callable[[Job[int]], None]] = []
         self.past: list[PastTransfer] = []
         self.held: list[Holding] = []
+        self.dead: dict[str, str] = {}
 
     def tell(self, agent: AgentRecord, message: Message) -> None:
         self.said.append(message)
+
+    def gone(self, agent: AgentRecord, seconds: float) -> str:
+        return self.dead.get(agent.incarnation, "")
 
     def answer(self, command: BaseCommand, value: object) -> None:
         self.outcomes.append(value)
@@ -105,7 +114,10 @@ class _End:
         work: Any = _Work()
         self.batch = Batch(self.bus, "batch", name, "client", work, Ping())
         self.batch.job = Job()
-        registered = Registered(program=_Copy(), received=(0, 1))
+        staging: Any = Staged()
+        registered = Registered(program=_Copy(), received=(0, 1, 2), staging=staging)
+        everyone = frozenset(sources or ())
+        registered.feeds = [(0, frozenset(sorted(everyone)[:1])), (1, everyone), (2, everyone)]
         registered.sources = {source: _peer(source, remote=remote) for source, remote in (sources or {}).items()}
         registered.targets = {target: _peer(target, remote=remote) for target, remote in (targets or {}).items()}
         registered.others = {**registered.sources, **registered.targets}
@@ -117,21 +129,16 @@ class _End:
         assert self.batch.registration_over(self._job) is None
         self.batch.catch_up()
 
-    def start(self, direction: Any, timeout: float | None = None, version: int | None = None) -> None:
-        self.batch.start(Transfer(batch_id="batch", transfer_type=direction, timeout=timeout, version=version))
+    def start(self, direction: Any, timeout: float | None = None, version: int | None = None, atomic: bool = False) -> None:
+        self.batch.start(Transfer(batch_id="batch", transfer_type=direction, timeout=timeout, version=version, atomic=atomic))
 
     def hears(self, *messages: Message) -> None:
-        handlers: dict[type, Callable[[Any], None]] = {
-            DataReady: self.batch.on_ready,
-            DataRead: self.batch.on_read,
-            DataStands: self.batch.on_stands,
-            DataTaken: self.batch.on_taken,
-            DataRefused: self.batch.on_refused,
-            DataRevoked: self.batch.on_revoked,
-            RegistrationClosed: lambda message: self.batch.lose(message.closed, message.reason, lost=message.lost),
-        }
         for message in messages:
-            handlers[type(message)](message)
+            if isinstance(message, RegistrationClosed):
+                self.batch.lose(message.closed, message.reason, lost=message.lost)
+            else:
+                assert isinstance(message, DataMessage)
+                self.batch.hear(message)
 
     def said(self) -> list[Message]:
         said, self.bus.said = self.bus.said, []
@@ -190,7 +197,7 @@ def test_a_sender_that_lives_and_never_answers_is_not_waited_for_for_ever() -> N
     target.batch.expire(target.batch.deadline)
     error = target.outcome()
     assert isinstance(error, BatchTornError)
-    assert "source[0] did not say whether it still stood" in str(error)
+    assert "source[0] did not say whether" in str(error)
     source.hears(*asked)
     target.hears(*source.said())  # too late, and told to nobody
     target.start("recv")
@@ -260,7 +267,7 @@ def test_no_sender_is_done_before_all_have_said_that_their_data_stood() -> None:
         target.hears(DataReady(batch_id="batch", source=source, target="target", sequence=1, version=1))
     target.bus.copied()
     assert {message.source for message in target.said() if isinstance(message, DataRead)} == {"far", "farther"}
-    target.hears(DataStands(batch_id="batch", source="far", target="target", sequence=1))
+    target.hears(DataStands(batch_id="batch", source="far", target="target", sequence=1, question=1))
     assert target.said() == []
     target.hears(DataRevoked(batch_id="batch", source="farther", target="target", sequence=1))
     assert isinstance(target.outcome(), BatchTornError)
@@ -269,7 +276,7 @@ def test_no_sender_is_done_before_all_have_said_that_their_data_stood() -> None:
     target.hears(DataReady(batch_id="batch", source="farther", target="target", sequence=2, version=2))
     target.bus.copied()
     for source, sequence in (("farther", 2), ("far", 1)):
-        target.hears(DataStands(batch_id="batch", source=source, target="target", sequence=sequence))
+        target.hears(DataStands(batch_id="batch", source=source, target="target", sequence=sequence, question=2))
     taken = [message for message in target.said() if isinstance(message, DataTaken)]
     assert {(message.source, message.sequence) for message in taken} == {("near", 1), ("far", 1), ("farther", 2)}
     assert target.outcome().bytes == 24
@@ -320,8 +327,8 @@ def carry(*ends: _End) -> None:
     by_name = {end.batch.registration: end for end in ends}
     while said := [message for end in ends for message in end.said()]:
         for message in said:
-            assert isinstance(message, DataReady | DataRefused | DataRevoked | DataTaken)
-            own = message.source if isinstance(message, DataTaken | DataRefused) else message.target
+            assert isinstance(message, DataMessage)
+            own = message.source if isinstance(message, DataTaken | DataRefused | DataRead) else message.target
             by_name[own].hears(message)
 
 
@@ -333,7 +340,7 @@ class TestVersions:
             target.start("recv")
             target.hears(*source.said())
             assert target.batch.holding.version == 0
-            assert target.bus.held[-1].torn == (0, 1)  # written down before a byte changes
+            assert target.bus.held[-1].torn == (0, 1, 2)  # written down before a byte changes
             target.bus.copied()
             source.hears(*target.said())
             assert target.outcome().version == source.outcome().version == expected
@@ -408,7 +415,7 @@ class TestVersions:
         target.bus.copied()
         assert isinstance(target.outcome(), BatchTornError)
         assert target.batch.holding.version == 0
-        assert target.batch.holding.torn == (0, 1)
+        assert target.batch.holding.torn == (0, 1, 2)
         with pytest.raises(BatchTornError, match="must not be sent on"):
             target.start("send")
         target.start("send", version=3)  # its worker has written them all
@@ -448,3 +455,126 @@ def carry_on(source: _End, target: _End) -> None:
     target.bus.outcomes[:] = [outcome for outcome in target.bus.outcomes if outcome not in reports]
     carry(source, target)
     assert source.outcome().version == reports[0].version
+
+
+class TestTorn:
+    @pytest.mark.parametrize(
+        ("spoilt", "torn", "shown"),
+        [("one", (0, 1, 2), "torn: tensors 0-2"), ("two", (1, 2), "torn: tensors 1-2; whole, at version 1: tensor 0")],
+    )
+    def test_what_the_lost_sender_did_not_feed_is_whole(self, spoilt: str, torn: tuple[int, ...], shown: str) -> None:
+        one, two, target = two_senders()
+        for end in (one, two):
+            end.start("send")
+        target.start("recv")
+        carry(one, two, target)
+        target.batch.lose_agent(f"agent of {spoilt}", "it died")
+        target.bus.copied()
+        error = target.outcome()
+        assert isinstance(error, BatchTornError)
+        assert f"({shown}): receive again" in str(error)
+        assert target.batch.holding.torn == target.bus.held[-1].torn == torn
+
+    def test_an_agent_that_was_killed_during_the_copy_and_is_not_known_to_be(self) -> None:
+        source, target = _ends(remote=False)
+        source.start("send")
+        target.start("recv")
+        carry(source, target)
+        target.bus.dead["agent of source"] = "agent 0 (pid 1) died"
+        target.bus.copied()
+        error = target.outcome()
+        assert isinstance(error, BatchTornError)
+        assert "source[0] went away (agent 0 (pid 1) died) while" in str(error)
+
+    @pytest.mark.parametrize(("unfinished", "torn"), [(frozenset({0}), (0,)), (frozenset({1, 2}), (1, 2)), (None, (0, 1, 2))])
+    def test_a_copy_that_failed_says_what_it_finished(self, unfinished: frozenset[int] | None, torn: tuple[int, ...]) -> None:
+        source, target = _ends(remote=False)
+        source.start("send")
+        target.start("recv")
+        carry(source, target)
+        target.batch.registered.program.unfinished = lambda: unfinished  # type: ignore[method-assign]
+        job: Job[int] = Job()
+        job.error = OSError("the cable was cut")
+        target.bus.moves.pop()(job)
+        assert isinstance(target.outcome(), BatchTornError)
+        assert target.batch.holding.torn == torn
+
+
+class TestAtomic:
+    def test_senders_are_let_go_before_it_is_swapped_in(self) -> None:
+        source, target = _ends()
+        source.start("send", version=4)
+        target.start("recv", atomic=True)
+        carry(source, target)
+        assert target.bus.held == []
+        target.bus.copied()
+        carry(source, target)  # it asks, and is answered
+        assert source.outcome().version == 4
+        assert target.outcome() is None
+        assert target.bus.held[-1].torn == (0, 1, 2)
+        target.batch.cancel(TransferTimeoutError("too late"))
+        target.batch.lose_agent("agent of source", "it died")
+        target.bus.copied()
+        assert target.outcome().version == 4
+        assert target.batch.holding == Holding(version=4, last=4)
+
+    def test_what_was_taken_back_is_read_again(self) -> None:
+        source, target = _ends()
+        source.start("send")
+        target.start("recv", atomic=True)
+        carry(source, target)
+        target.bus.copied()
+        asked = target.said()
+        source.batch.cancel(TransferTimeoutError("time is up"))
+        assert isinstance(source.outcome(), TransferTimeoutError)
+        source.start("send", version=7)
+        source.hears(*asked)
+        carry(source, target)
+        assert target.outcome() is None
+        assert target.bus.held == []
+        target.bus.copied()
+        carry(source, target)
+        target.bus.copied()
+        assert target.outcome().version == source.outcome().version == 7
+
+    def test_an_answer_to_an_earlier_question_is_none(self) -> None:
+        target = _End("target", sources={"near": True, "far": True})
+        target.register()
+        target.start("recv", atomic=True)
+        target.hears(*(DataReady(batch_id="batch", source=source, target="target", sequence=1, version=1) for source in ("near", "far")))
+        target.bus.copied()
+        target.hears(DataRevoked(batch_id="batch", source="far", target="target", sequence=1))
+        target.hears(DataReady(batch_id="batch", source="far", target="target", sequence=2, version=1))
+        target.bus.copied()
+        for question, source, sequence in ((1, "near", 1), (2, "far", 2)):
+            target.hears(DataStands(batch_id="batch", source=source, target="target", sequence=sequence, question=question))
+        assert not target.bus.moves  # what "near" said, it said before the second look
+        target.hears(DataStands(batch_id="batch", source="near", target="target", sequence=1, question=2))
+        target.bus.copied()
+        assert target.outcome().version == 1
+
+    def test_senders_that_never_answer(self) -> None:
+        source, target = _ends()
+        target.batch.holding = Holding(version=3, last=3)
+        source.start("send", version=4)
+        target.start("recv", atomic=True)
+        carry(source, target)
+        target.bus.copied()
+        assert target.batch.deadline is not None
+        target.batch.expire(target.batch.deadline)
+        error = target.outcome()
+        assert isinstance(error, TransferTimeoutError)
+        assert "still hold version 3" in str(error)
+        assert target.batch.holding == Holding(version=3, last=3)
+
+    def test_swapping_in_fails(self) -> None:
+        source, target = _ends(remote=False)
+        source.start("send")
+        target.start("recv", atomic=True)
+        carry(source, target)
+        target.bus.copied()
+        job: Job[int] = Job()
+        job.error = OSError("the agent shuts down")
+        target.bus.moves.pop()(job)
+        assert isinstance(target.outcome(), BatchTornError)
+        assert target.batch.holding.torn == (0, 1, 2)

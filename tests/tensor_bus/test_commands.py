@@ -60,8 +60,8 @@ COMMANDS: list[Message] = [
     DataTaken("b", "source", "target", 9, 5),
     DataRefused("b", "source", "target", 9, "VersionMismatchError", "a says 5 and b says 6"),
     DataRevoked("b", "source", "target", 9),
-    DataRead("b", "source", "target", 9),
-    DataStands("b", "source", "target", 9),
+    DataRead("b", "source", "target", 9, 2),
+    DataStands("b", "source", "target", 9, 2),
     RegistrationClosed("b", "closed", "target", "its worker died", lost=True),
 ]
 

@@ -143,3 +143,25 @@ def test_an_owner_that_is_gone_is_an_error(owner: _Owner, reader: NetworkTranspo
     owner.close()
     with pytest.raises((PeerLostError, HandleExpiredError)):
         program.run()
+
+
+def test_after_an_owner_was_lost_it_is_known_what_is_whole(reader: NetworkTransport, mapped: MappedTransport, owner: _Owner) -> None:
+    source, targets = torch.arange(100.0), [torch.zeros(100) for _ in range(3)]
+    program = prepare(
+        [
+            Move((owner.remote(source), source), targets[0], "sum"),
+            Move((source,), targets[1]),
+            Move((owner.remote(source),), targets[2]),
+        ],
+        mapped,
+        reader,
+    )
+    program.run()
+    assert program.unfinished() == frozenset()
+    for target in targets:
+        target.zero_()
+    owner.close()
+    with pytest.raises((PeerLostError, HandleExpiredError)):
+        program.run()
+    assert program.unfinished() == {0, 2}
+    assert torch.equal(targets[1], source)

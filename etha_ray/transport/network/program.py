@@ -54,6 +54,7 @@ class _Part:
     address: Address
     request: wire.Prepare
     buckets: list[BucketMemory]
+    reads: list[int]
 
 
 class NetworkProgram(CopyProgram):
@@ -68,12 +69,14 @@ class NetworkProgram(CopyProgram):
     ) -> None:
         self._session = session
         self._nbytes = sum(read.target.numel() * read.source.dtype.itemsize for read in reads)
-        grouped: dict[Address, list[Read]] = {}
+        grouped: dict[Address, list[int]] = {}
         for index, read in enumerate(reads):
             _check(read, f"read {index}")
             if read.target.numel():
-                grouped.setdefault(read.source.address, []).append(read)
-        self._parts = [_part(address, group, bucket_size) for address, group in sorted(grouped.items(), key=lambda item: str(item[0]))]
+                grouped.setdefault(read.source.address, []).append(index)
+        owners = sorted(grouped.items(), key=lambda item: str(item[0]))
+        self._parts = [_part(address, [reads[index] for index in group], group, bucket_size) for address, group in owners]
+        self._unfinished: frozenset[int] = frozenset()
         self._targets = [read.target for read in reads]  # the parts hold addresses in them
         self._turn = threading.Lock()
         self._lock = threading.Lock()
@@ -119,13 +122,19 @@ class NetworkProgram(CopyProgram):
         with self._turn:
             with self._lock:
                 self._under_way, self._cancelled = True, None
+            self._unfinished = frozenset(index for part in self._parts for index in part.reads)
             try:
                 sessions = self.introduce()
                 self._fetch(sessions)
+                self._unfinished = frozenset()
             finally:
                 with self._lock:
                     self._under_way, self._running = False, []
         return self._nbytes
+
+    def unfinished(self) -> frozenset[int] | None:
+        """As in the interface: all that was read from the owners that were lost, or given up on for their sake."""
+        return self._unfinished
 
     def cancel(self) -> None:
         """End the run under way, if there is one: it raises `TransferCancelledError` once what was asked for has come in.
@@ -160,6 +169,8 @@ class NetworkProgram(CopyProgram):
                 for session, fetching in running:
                     session.cancel(fetching, error)
         if first is not None:
+            failed = (part for part, (_, fetching) in zip(self._parts, running, strict=True) if fetching.error is not None)
+            self._unfinished = frozenset(index for part in failed for index in part.reads)
             raise first
 
     def __repr__(self) -> str:
@@ -175,7 +186,7 @@ def _check(read: Read, name: str) -> None:
     check_copy(Copy((torch.empty(source.size, dtype=source.dtype, device="meta"),), target), name)
 
 
-def _part(address: Address, reads: Sequence[Read], bucket_size: int) -> _Part:
+def _part(address: Address, reads: Sequence[Read], places: list[int], bucket_size: int) -> _Part:
     dtypes = [wire.wire_dtype(read.source.dtype, read.target.dtype) for read in reads]
     regions = [
         wire.WireRegion(s.export, s.index, s.start, s.size, wire.dtype_name(s.dtype), wire.dtype_name(dtype))
@@ -184,4 +195,4 @@ def _part(address: Address, reads: Sequence[Read], bucket_size: int) -> _Part:
     views = [read.target.detach() for read in reads]
     cut = cut_into_buckets([Region(tuple(view.shape), dtype.itemsize) for view, dtype in zip(views, dtypes, strict=True)], bucket_size)
     buckets = [lay_out(bucket, views, dtypes) for bucket in cut]
-    return _Part(address, wire.Prepare(next(_numbers), bucket_size, regions), buckets)
+    return _Part(address, wire.Prepare(next(_numbers), bucket_size, regions), buckets, places)

@@ -1,0 +1,204 @@
+"""The receiving side of a batch: what its senders announced, and the receive under way. Owned by the agent's loop.
+
+In place, bytes go straight into the worker's tensors: they are torn from before the first byte changes until all senders on other
+hosts have said that what was read still stood. An atomic receive reads into memory of the agent instead; once all is there and
+certain, its senders are let go and the tensors are written from there, by a copy within this host: only then are they torn, and only
+if the agent is killed in the midst of it. Until then they hold what they held. So data that was taken back while it was read for an
+atomic receive is no error of it: it waits for the next.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from etha_ray.config import FAILURE_TIMEOUT
+from etha_ray.errors import AgentFailedError, BatchTornError, EthaRayError, PeerLostError, TransferTimeoutError, VersionMismatchError
+from etha_ray.tensor_bus.bus import Member, tell
+from etha_ray.tensor_bus.commands import DataRead, DataReady, DataRefused, DataRevoked, DataStands, DataTaken
+from etha_ray.tensor_bus.history import Flow, flow_key
+from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.registered import torn_positions
+from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay
+from etha_ray.tensor_bus.versions import Announced, agreed_version, shown_positions
+from etha_ray.transport.base import CopyProgram
+
+_ANSWER_TIMEOUT = 3 * FAILURE_TIMEOUT
+"""Seconds in which the loop of an agent that lives answers, however busy its host is."""
+
+
+class Receiving:
+    """The receives of ``member``, one at a time. ``announced``: what may be read now, by the sender's registration."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self.announced: dict[str, Announced] = {}
+        self._questions = 0
+
+    @property
+    def all_announced(self) -> bool:
+        """Whether every sender's data is there to be read."""
+        return all(source in self.announced for source in self._member.registered.sources)
+
+    # ----------------------------------------------------------------------------------------------------- steps
+
+    def advance(self, transfer: UnderWay) -> None:
+        """Begin to read, once every sender has announced, if they all mean the same version."""
+        member = self._member
+        if transfer.state is not TransferState.WAITING or not self.all_announced:
+            return
+        sources = member.registered.sources
+        try:
+            by_name = {peer.name: self.announced[registration] for registration, peer in sources.items()}
+            transfer.version = agreed_version(member.batch_id, by_name, member.holding.last)
+        except VersionMismatchError as error:
+            for registration, peer in sources.items():
+                sequence = self.announced.pop(registration).sequence
+                more = {"kind": type(error).__name__, "message": str(error)}
+                tell(member, peer, DataRefused, registration, member.registration, sequence, **more)
+            member.finish(error)
+            return
+        transfer.state = TransferState.MOVING
+        transfer.moving_since = time.monotonic()
+        if transfer.command.atomic:
+            program = member.registered.staging.read
+        else:
+            program = member.registered.program
+            self._tear(transfer, f"version {transfer.version} is being received, or its agent was killed")
+        member.bus.move(program, partial(self._moved, transfer, program))
+
+    def _moved(self, transfer: UnderWay, program: CopyProgram, job: Job[int]) -> None:
+        member = self._member
+        assert transfer.state is TransferState.MOVING
+        transfer.moved = time.monotonic() - transfer.moving_since
+        self._spoil_unheard(transfer)
+        if job.error is not None or transfer.spoilt:
+            self._fail(transfer, program, job.error)
+            return
+        # On this host a DataRevoked is in the queue before anything can be written, and was handled before this. That of another
+        # host may be on its way still, but its answer comes after it.
+        transfer.state = TransferState.ASKING
+        transfer.deadline = time.monotonic() + _ANSWER_TIMEOUT
+        transfer.outstanding = {registration for registration, peer in member.registered.sources.items() if peer.remote}
+        self._questions += 1
+        for registration in sorted(transfer.outstanding):
+            sequence = self.announced[registration].sequence
+            peer = member.registered.sources[registration]
+            tell(member, peer, DataRead, registration, member.registration, sequence, question=self._questions)
+        self._take_if_certain(transfer)
+
+    def _spoil_unheard(self, transfer: UnderWay) -> None:
+        """What agents of this host announced does not stand if they were killed since, which they could not say."""
+        member = self._member
+        local = {registration: peer for registration, peer in member.registered.sources.items() if not peer.remote}
+        agents = {peer.member.agent.incarnation: peer.member.agent for peer in local.values()}
+        gone = {incarnation: member.bus.gone(agent, transfer.moved) for incarnation, agent in agents.items()}
+        for registration, peer in local.items():
+            reason = gone[peer.member.agent.incarnation]
+            if reason:
+                lost = PeerLostError(f"batch {member.batch_id!r}: {peer.name} is gone ({reason})")
+                self.spoil(transfer, registration, f"{peer.name} went away ({reason}) while its data was being read", lost)
+
+    def _take_if_certain(self, transfer: UnderWay) -> None:
+        if transfer.outstanding:
+            return
+        member = self._member
+        sources = member.registered.sources
+        transfer.flows = tuple(
+            Flow(flow_key(registration, member.registration, self.announced[registration].sequence), peer.name, peer.bytes)
+            for registration, peer in sources.items()
+        )
+        for registration, peer in sources.items():
+            sequence, more = self.announced.pop(registration).sequence, {"version": transfer.version, "seconds": transfer.moved}
+            tell(member, peer, DataTaken, registration, member.registration, sequence, **more)
+        if not transfer.command.atomic:
+            member.finish(None)
+            return
+        transfer.state = TransferState.SWAPPING
+        transfer.swapping_since = time.monotonic()
+        self._tear(transfer, f"version {transfer.version} is being swapped in, or its agent was killed")
+        member.bus.move(member.registered.staging.swap, partial(self._swapped, transfer))
+
+    def _swapped(self, transfer: UnderWay, job: Job[int]) -> None:
+        if job.error is None:
+            self._member.finish(None)
+        else:
+            transfer.spoilt[""] = f"swapping in failed midway: {job.error}"
+            self._fail_torn(transfer, self._member.registered.received)
+
+    # --------------------------------------------------------------------------------------------------- failing
+
+    def spoil(self, transfer: UnderWay, source: str, why: str, error: EthaRayError | None = None) -> None:
+        """What ``source`` announced does not stand any more. ``error``: it will announce nothing more; an atomic receive fails so."""
+        if source not in self._member.registered.sources:
+            return
+        if transfer.state is TransferState.MOVING or (transfer.state is TransferState.ASKING and source in transfer.outstanding):
+            transfer.spoilt[source] = why
+            transfer.lost = transfer.lost or error
+        if transfer.state is TransferState.ASKING and transfer.spoilt:
+            self.announced.pop(source, None)
+            self._fail(transfer, None, None)
+
+    def not_answered(self, transfer: UnderWay) -> None:
+        """The senders have not said in time whether what was read still stood.
+
+        What was announced stays so: should they answer after all, receiving again takes it.
+        """
+        names = ", ".join(sorted(self._member.name(source) for source in transfer.outstanding))
+        why = f"{names} did not say whether their data still stood when it had been read"
+        transfer.spoilt = dict.fromkeys(transfer.outstanding, why)
+        transfer.lost = TransferTimeoutError(f"batch {self._member.batch_id!r}: {why}")
+        self._fail(transfer, None, None)
+
+    def _fail(self, transfer: UnderWay, program: CopyProgram | None, error: BaseException | None) -> None:
+        """``program`` ended with ``error``, if there is one, or what it read does not stand."""
+        member = self._member
+        if not transfer.command.atomic:
+            if error is not None:
+                transfer.spoilt.setdefault("", f"the copy failed midway: {error}")
+            unfinished = program.unfinished() if program is not None and error is not None else frozenset[int]()
+            self._fail_torn(transfer, torn_positions(member.registered, transfer.spoilt, unfinished))
+        elif error is None and transfer.lost is None:
+            transfer.wait_again()
+            self.advance(transfer)
+        else:
+            cause = transfer.lost or error
+            kind = type(cause) if isinstance(cause, EthaRayError) else AgentFailedError
+            held = f"its tensors still hold version {member.holding.version}" if member.holding.version else "nothing of it was written"
+            member.finish(kind(f"{cause} (batch {member.batch_id!r}, received atomically: {held})"))
+
+    def _fail_torn(self, transfer: UnderWay, torn: tuple[int, ...]) -> None:
+        member = self._member
+        why = "; ".join(dict.fromkeys(transfer.spoilt.values()))
+        self._tear(transfer, why, torn)
+        whole = [position for position in member.registered.received if position not in set(torn)]
+        shown = f"torn: {shown_positions(torn)}" + (f"; whole, at version {transfer.version}: {shown_positions(whole)}" if whole else "")
+        member.finish(
+            BatchTornError(f"batch {member.batch_id!r}: {why}, so tensors may hold bytes of two versions ({shown}): receive again")
+        )
+
+    def _tear(self, transfer: UnderWay, why: str, torn: tuple[int, ...] | None = None) -> None:
+        member = self._member
+        member.hold(member.holding.tear(member.registered.received if torn is None else torn, why))
+
+    # -------------------------------------------------------------------------------------------- senders' messages
+
+    def on_ready(self, message: DataReady) -> None:
+        """A sender announces its data."""
+        self.announced[message.source] = Announced(message.sequence, message.version, message.chosen)
+
+    def on_stands(self, message: DataStands) -> None:
+        """A sender on another host says that what was read stood until then."""
+        transfer = self._member.transfer
+        if transfer is not None and transfer.state is TransferState.ASKING and message.question == self._questions:
+            transfer.outstanding.discard(message.source)
+            self._take_if_certain(transfer)
+
+    def on_revoked(self, message: DataRevoked) -> None:
+        """A sender takes back what it announced."""
+        known, transfer = self.announced.get(message.source), self._member.transfer
+        if known is None or known.sequence != message.sequence:
+            return
+        del self.announced[message.source]
+        if transfer is not None:
+            self.spoil(transfer, message.source, f"{self._member.name(message.source)} gave up waiting while its data was being read")
