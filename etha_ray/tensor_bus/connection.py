@@ -49,7 +49,7 @@ class Connection:
         except BaseException:
             self.state.close()
             raise
-        self.pool = ReplyPool(self.state, self.watch)
+        self.pool = ReplyPool(self.state, self.watch, self.client_id)
         hello = Hello(pid=self.pid, start_time=process_start_time(self.pid) or 0.0, pid_namespace=pid_namespace())
         try:
             self.call(hello, "hello", str(agent_rank), None if timeout is None else max(timeout, FAILURE_TIMEOUT))

@@ -22,22 +22,28 @@ from etha_ray.errors import AgentDiedError, AgentFailedError, BatchClosedError, 
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.commands import Failed, Ok, decode_outcome
 from etha_ray.tensor_bus.semaphores import acquire, generate_semaphore_name, open_semaphore, unlink_quietly
-from etha_ray.tensor_bus.state_file import StateFile, outcome_key
+from etha_ray.tensor_bus.snapshot import AgentStatus, waited_for
+from etha_ray.tensor_bus.state_file import STATUS, StateFile, outcome_key
 from etha_ray.tensor_bus.watch import AgentWatch
+from etha_ray.waiting import LongWait
 
 _SLICE = 0.1
 """Seconds after which a wait looks whether the agent still lives."""
 
 
+_statuses = msgspec.msgpack.Decoder(AgentStatus)
+
+
 class Reply:
     """The outcome of one command, once it is there. Safe to wait for from several threads."""
 
-    def __init__(self, pool: ReplyPool, semaphore: posix_ipc.Semaphore, command_id: int, what: str) -> None:
+    def __init__(self, pool: ReplyPool, semaphore: posix_ipc.Semaphore, command_id: int, command_type: str, context_id: str) -> None:
         self._pool = pool
+        self._command_type, self._context_id = command_type, context_id
         self._semaphore: posix_ipc.Semaphore | None = semaphore
         self.name: str = semaphore.name
         self.command_id = command_id
-        self.what = what
+        self.what = f"{command_type} for {context_id!r}"
         self._outcome: Ok | Failed | None = None
         self._lock = threading.Lock()
 
@@ -52,19 +58,27 @@ class Reply:
         Raises `AgentDiedError` within seconds of the agent's death, and `BatchClosedError` once the client is closed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            if self._look(_SLICE if deadline is None else max(0.0, min(_SLICE, deadline - time.monotonic()))):
-                return True
-            try:
-                self._pool.watch.check()
-            except AgentDiedError:
-                if self._look(0.0):  # it answered before it went
+        long: LongWait | None = None
+        try:
+            while True:
+                if self._look(_SLICE if deadline is None else max(0.0, min(_SLICE, deadline - time.monotonic()))):
                     return True
-                raise
-            except QueueClosedError as error:
-                raise self._closed() from error
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
+                try:
+                    self._pool.watch.check()
+                except AgentDiedError:
+                    if self._look(0.0):  # it answered before it went
+                        return True
+                    raise
+                except QueueClosedError as error:
+                    raise self._closed() from error
+                if deadline is not None and time.monotonic() >= deadline:
+                    return False
+                if long is None:
+                    long = LongWait(self.what, timeout, self._reason)
+                long.tick()
+        finally:
+            if long is not None:
+                long.end()
 
     def value(self) -> Any:
         """The value of a command that succeeded; raises the error of one that failed."""
@@ -115,6 +129,14 @@ class Reply:
         self._pool.put_back(semaphore)
         return True
 
+    def _reason(self) -> str:
+        """Who is missing, as the agent's state file says."""
+        with contextlib.suppress(QueueClosedError, msgspec.DecodeError):  # the wait itself finds out that it is over
+            data = self._pool.state.get(STATUS)
+            if data is not None:
+                return waited_for(_statuses.decode(data), self._pool.client_id, self._command_type, self._context_id)
+        return ""
+
     def _closed(self) -> BatchClosedError:
         return BatchClosedError(f"the client was closed before {self.what} was answered: make a new one")
 
@@ -122,9 +144,10 @@ class Reply:
 class ReplyPool:
     """A client's semaphores. Thread-safe. In a forked child it touches none of them: they are the parent's."""
 
-    def __init__(self, state: StateFile, watch: AgentWatch) -> None:
+    def __init__(self, state: StateFile, watch: AgentWatch, client_id: str) -> None:
         self.state = state
         self.watch = watch
+        self.client_id = client_id
         self._free: list[posix_ipc.Semaphore] = []
         self._names: set[str] = set()
         self._lock = threading.Lock()
@@ -143,7 +166,7 @@ class ReplyPool:
         if semaphore is None:
             semaphore = open_semaphore(generate_semaphore_name(command_type, context_id), create=True)
             self._names.add(semaphore.name)
-        return Reply(self, semaphore, command_id, f"{command_type} for {context_id!r}")
+        return Reply(self, semaphore, command_id, command_type, context_id)
 
     def put_back(self, semaphore: posix_ipc.Semaphore) -> None:
         """Keep a semaphore whose outcome was read."""

@@ -102,14 +102,14 @@ def snapshot(record: AgentRecord, began: float, workers: Iterable[Worker], total
 def waited_for(status: AgentStatus, client_id: str, what: str, name: str) -> str:
     """What a command of this client waits for, in words; empty where the agent does not know, or it waits for nobody.
 
-    ``what`` is "init_pair", "register_tensors" or "transfer", and ``name`` the pair's or the batch's.
+    ``what`` is "init_pair", "register_tensors", "transfer" or "wait_version", and ``name`` the pair's or the batch's.
     """
     if what == "init_pair":
         return next((pair.waits_for for pair in status.pairs if (pair.client_id, pair.name) == (client_id, name)), "")
     for batch in status.batches:
         if (batch.client_id, batch.batch_id) == (client_id, name):
             transfer = batch.transfer
-            return transfer.waits_for if what == "transfer" and transfer is not None and not batch.waits_for else batch.waits_for
+            return batch.waits_for or (transfer.waits_for if transfer is not None and what != "register_tensors" else "")
     return ""
 
 
