@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from etha_ray.explanation import explain
 from etha_ray.kvstore import create_store
 from etha_ray.layout import MeshSpec
+from etha_ray.replica import Replica
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.bootstrap import BootstrapInfo, bootstrap_client
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
@@ -27,6 +28,7 @@ __all__ = [
     "BootstrapInfo",
     "MeshSpec",
     "Piece",
+    "Replica",
     "TensorBusClient",
     "TransferReport",
     "bootstrap_client",

@@ -54,7 +54,7 @@ class TransferReport(msgspec.Struct, frozen=True):
         seconds: from the agent taking the command to its completion, waiting for the other side included.
         move_seconds: of these, the seconds in which bytes moved; of a send, as its slowest receiver says.
         spans: where the time went, in order. Of a recv: "wait for senders", "move", and "ask senders" where bytes came from
-            another host. Of a send: "wait for receivers", "read by receivers".
+            another host, and "swap in" if it was atomic. Of a send: "wait for receivers", "read by receivers".
         peers: bytes per member of the other side, by "name[index]".
         version: which version of the batch was sent or received; see `BatchHandler.version`.
     """

@@ -228,6 +228,8 @@ class Batch:
         report = None if error is not None else transfer.report(self.registered)
         if error is None:
             self.hold(self.holding.complete(transfer.version))
+            if transfer.command.transfer_type == "recv":
+                self.bus.received(self, transfer.version)
             self.completed += 1
             self.waits.reach(transfer.version)
             self.bus.answer(transfer.command, report)

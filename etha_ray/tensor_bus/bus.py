@@ -39,6 +39,9 @@ class Bus(Protocol):
     def hold(self, client_id: str, batch_id: str, holding: Holding) -> None:
         """Write down what a client's batch holds, for its worker to read."""
 
+    def received(self, member: Member, version: int) -> None:
+        """A member's tensors were received at this version; 0: they are being written, or are torn."""
+
 
 class Member(Protocol):
     """What the two sides of a batch need of it: one worker's registration, and the transfer under way."""

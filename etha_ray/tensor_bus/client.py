@@ -27,6 +27,7 @@ from etha_ray.errors import (
 )
 from etha_ray.layout import Layout, MeshSpec
 from etha_ray.memory import ExportedTensors, encode_handle, export_tensors
+from etha_ray.replica import Replica
 from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.commands import (
     CancelTransfer,
@@ -35,6 +36,7 @@ from etha_ray.tensor_bus.commands import (
     InitPair,
     Ping,
     QueryStatus,
+    ReadyReplicas,
     RegisteredTensor,
     RegisterTensors,
     Transfer,
@@ -330,6 +332,23 @@ class TensorBusClient:
             return bool(reply.value())
         reply.abandon()
         return False
+
+    def ready_replicas(self, pair_name: str, version: int, batch_id: str | None = None, timeout: float = 30.0) -> list[Replica]:
+        """Who holds a version of what was sent in a pair, for a router that must not ask an engine before it has its weights.
+
+        Any client may ask that meets its agents in the same store; it need not be in the pair. Lists the members that have received
+        ``version`` or a later one: of ``batch_id``, or of each batch of that pair of which they have received anything. Who sends is
+        not listed. What is said here is a few hundredths of a second old: a member is taken off the list soon after its tensors begin
+        to be written in place, or are torn, or its batch is closed, and one that died is not on it.
+
+        Raises:
+            ConfigError: (a ValueError) the version is no version.
+            StoreError: the agent cannot read the store.
+            TimeoutError, AgentDiedError: the agent does not answer.
+        """
+        check_timeout(timeout)
+        command = ReadyReplicas(pair_name=pair_name, version=check_version(version), batch_id=batch_id)
+        return msgspec.convert(self._connection.call(command, "ready_replicas", pair_name, timeout), list[Replica])
 
     def ping(self, timeout: float = 30.0) -> None:
         """Make one round trip to the agent. Raises TimeoutError or AgentDiedError."""

@@ -145,6 +145,14 @@ class WaitVersion(BaseCommand):
     version: Version
 
 
+class ReadyReplicas(BaseCommand):
+    """Answer with the `etha_ray.replica.Replica`s of a pair that hold a version, of one batch or of all that they received."""
+
+    pair_name: str
+    version: Version
+    batch_id: str | None = None
+
+
 class CleanupBatch(BaseCommand):
     """Close a batch and drop what the agent holds for it."""
 
@@ -280,6 +288,7 @@ Message: TypeAlias = (
     | ReadBody
     | QueryStatus
     | WaitVersion
+    | ReadyReplicas
     | CleanupBatch
     | CancelTransfer
     | Hello

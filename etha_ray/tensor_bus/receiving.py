@@ -64,8 +64,10 @@ class Receiving:
             program = member.registered.staging.read
         else:
             program = member.registered.program
-            self._tear(transfer, f"version {transfer.version} is being received, or its agent was killed")
+            self._tear(f"version {transfer.version} is being received, or its agent was killed")
         member.bus.move(program, partial(self._moved, transfer, program))
+        if not transfer.command.atomic:
+            member.bus.received(member, 0)
 
     def _moved(self, transfer: UnderWay, program: CopyProgram, job: Job[int]) -> None:
         member = self._member
@@ -116,8 +118,9 @@ class Receiving:
             return
         transfer.state = TransferState.SWAPPING
         transfer.swapping_since = time.monotonic()
-        self._tear(transfer, f"version {transfer.version} is being swapped in, or its agent was killed")
+        self._tear(f"version {transfer.version} is being swapped in, or its agent was killed")
         member.bus.move(member.registered.staging.swap, partial(self._swapped, transfer))
+        member.bus.received(member, 0)
 
     def _swapped(self, transfer: UnderWay, job: Job[int]) -> None:
         if job.error is None:
@@ -170,14 +173,14 @@ class Receiving:
     def _fail_torn(self, transfer: UnderWay, torn: tuple[int, ...]) -> None:
         member = self._member
         why = "; ".join(dict.fromkeys(transfer.spoilt.values()))
-        self._tear(transfer, why, torn)
+        self._tear(why, torn)
         whole = [position for position in member.registered.received if position not in set(torn)]
         shown = f"torn: {shown_positions(torn)}" + (f"; whole, at version {transfer.version}: {shown_positions(whole)}" if whole else "")
         member.finish(
             BatchTornError(f"batch {member.batch_id!r}: {why}, so tensors may hold bytes of two versions ({shown}): receive again")
         )
 
-    def _tear(self, transfer: UnderWay, why: str, torn: tuple[int, ...] | None = None) -> None:
+    def _tear(self, why: str, torn: tuple[int, ...] | None = None) -> None:
         member = self._member
         member.hold(member.holding.tear(member.registered.received if torn is None else torn, why))
 

@@ -8,6 +8,7 @@ The kvstore holds these for rendezvous, under ``{namespace}/tensorbus/``:
 ``pair/{pair}/{peer}/{slot}``                `MemberRecord` of one worker on one side of a pair
 ``batch/{batch}/{pair}/{peer}/{attempt}``    `BatchRecord` of one worker's registration
 ``manifest/{digest}``                        `Manifest`, `Differences`, `PlanInputs`, or the body of notices, once however many share it
+``replica/{pair}/{peer}/{batch}/{index}``    `ReplicaRecord`: which version one worker has received
 ``notice/{topic}/{slot}``                    `NoticeRecord`: what one worker lets others know before they are a pair
 ``verdict/{attempt or registration}``        `Verdict`: why it cannot be matched; its addressee removes it
 ===========================================  =======================================================================
@@ -83,6 +84,15 @@ class NoticeRecord(msgspec.Struct, frozen=True):
     data: bytes
 
 
+class ReplicaRecord(msgspec.Struct, frozen=True):
+    """Which version one worker's tensors of a batch hold, received. ``index`` of ``size``: its place on its side of the pair."""
+
+    member: MemberRecord
+    index: int
+    size: int
+    version: int
+
+
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """A registered tensor as others need to know it.
 
@@ -149,7 +159,7 @@ class Verdict(msgspec.Struct, frozen=True):
 # threads do that at once.
 _decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (AgentRecord, MemberRecord, NoticeRecord, Manifest, Differences, PlanInputs, BatchRecord, Verdict)
+    for kind in (AgentRecord, MemberRecord, NoticeRecord, ReplicaRecord, Manifest, Differences, PlanInputs, BatchRecord, Verdict)
 }
 
 
@@ -193,6 +203,16 @@ def pair_prefix(pair: str, peer: str) -> str:
 def batch_prefix(batch: str, pair: str, peer: str) -> str:
     """Where the registrations of one side of a batch are, for one pair."""
     return f"batch/{part(batch)}/{part(pair)}/{part(peer)}/"
+
+
+def replica_prefix(pair: str) -> str:
+    """Where it stands what members of a pair have received."""
+    return f"replica/{part(pair)}/"
+
+
+def replica_key(pair: str, peer: str, batch: str, index: int) -> str:
+    """Where it stands what one member of a pair has received of a batch."""
+    return f"{replica_prefix(pair)}{part(peer)}/{part(batch)}/{index:08d}"
 
 
 def manifest_key(digest: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import msgspec
@@ -34,6 +34,16 @@ class Peer:
     """Its agent shares no memory with this one: what moves between them goes over the network."""
 
 
+@dataclass(frozen=True)
+class Membership:
+    """A worker's place in a pair of the batch: ``index`` of ``size``, in the order of its side."""
+
+    pair: str
+    member: MemberRecord
+    index: int
+    size: int
+
+
 @dataclass
 class Registered:
     """What a registration came to: everything a transfer needs.
@@ -49,10 +59,19 @@ class Registered:
     others: dict[str, Peer] = field(default_factory=dict)
     refused: dict[Direction, EthaRayError] = field(default_factory=dict)
     received: tuple[int, ...] = ()
+    memberships: tuple[Membership, ...] = ()
     feeds: list[tuple[int, frozenset[str]]] = field(default_factory=list)
     program: CopyProgram = field(default_factory=NoProgram)
     staging: Staging = field(default_factory=lambda: Staging((), lambda _: NoProgram()))
     opened: list[OpenedTensors] = field(default_factory=list)
+
+    def take(self, newer: Registered) -> None:
+        """Become what a newer agreement came to. The worker's own memory, which was opened first, stays."""
+        del self.opened[1:]
+        opened = [*self.opened, *newer.opened]
+        for each in fields(self):
+            setattr(self, each.name, getattr(newer, each.name))
+        self.opened = opened
 
     def close(self) -> None:
         """Let go of all memory; no program runs any more."""
@@ -90,6 +109,8 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
         ConfigError: the network does not take buckets of this size.
     """
     result = Registered()
+    matches = [(part.part.pair_name, part.part.match) for part in parts]
+    result.memberships = tuple(Membership(name, match.local[match.index], match.index, len(match.local)) for name, match in matches)
     for part in parts:
         for direction, error in part.agreement.refused.items():
             result.refused.setdefault(direction, error)

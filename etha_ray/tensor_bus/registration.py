@@ -345,12 +345,7 @@ class Registration:
             part = Part(self._request.batch_id, name, match, places, own[name], agreement.tensors)
             parts.append(AgreedPart(part, agreement, local, remote))
             self._inputs[name] = agreement.inputs
-        fresh = connect(self._transports, parts, self._request.bucket_size)
-        del result.opened[1:]
-        result.opened.extend(fresh.opened)
-        result.targets, result.sources, result.others = fresh.targets, fresh.sources, fresh.others
-        result.refused, result.received, result.feeds = fresh.refused, fresh.received, fresh.feeds
-        result.program, result.staging = fresh.program, fresh.staging
+        result.take(connect(self._transports, parts, self._request.bucket_size))
 
     def _missing(self, matches: dict[str, Match], found: dict[str, _Records]) -> str:
         return (

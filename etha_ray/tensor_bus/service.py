@@ -30,6 +30,7 @@ from etha_ray.errors import (
 )
 from etha_ray.kvstore import KVStore
 from etha_ray.tensor_bus.batch import Batch
+from etha_ray.tensor_bus.bus import Member
 from etha_ray.tensor_bus.commands import (
     Announce,
     BaseCommand,
@@ -51,6 +52,7 @@ from etha_ray.tensor_bus.commands import (
     QueryStatus,
     ReadBody,
     ReadNotices,
+    ReadyReplicas,
     RegisteredTensor,
     RegisterTensors,
     RegistrationClosed,
@@ -69,6 +71,7 @@ from etha_ray.tensor_bus.queue_entry import CorruptEntry
 from etha_ray.tensor_bus.records import AgentRecord, encode
 from etha_ray.tensor_bus.registered import Registered, Transports
 from etha_ray.tensor_bus.registration import Registration, Request
+from etha_ray.tensor_bus.replicas import Replicas
 from etha_ray.tensor_bus.semaphores import unlink_quietly
 from etha_ray.tensor_bus.snapshot import counts, snapshot
 from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key, holding_key
@@ -119,6 +122,7 @@ class BusService:
         self._links = Links(record, network, self._loop_back, jobs.post, self._on_agent_lost)
         self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="etha-ray move")
         self._pairing = Pairing(record, store, state, jobs, self._outcomes)
+        self._replicas = Replicas(store, jobs, self._outcomes)
         self._notices = Notices(record, store, jobs, self._outcomes)
         self._by_registration: dict[str, Batch] = {}
         self._timed: dict[str, Batch] = {}
@@ -136,6 +140,7 @@ class BusService:
             CancelTransfer: self._on_cancel,
             QueryStatus: self._on_query,
             WaitVersion: self._on_wait_version,
+            ReadyReplicas: self._replicas.answer,
             CleanupBatch: self._on_cleanup,
             DataReady: self._on_data,
             DataRead: self._on_data,
@@ -216,6 +221,7 @@ class BusService:
         for worker in self._workers.all():
             self._drop_worker(worker, TransferCancelledError(reason), lost=True, then=lambda: None)
         self._movers.shutdown(wait=True)
+        self._replicas.close()
         self._jobs.close()
         self._links.close()
 
@@ -261,6 +267,10 @@ class BusService:
     def hold(self, client_id: str, batch_id: str, holding: Holding) -> None:
         """Write down what a client's batch holds, for its worker to read."""
         self._state.put(holding_key(client_id, batch_id), holding.encode())
+
+    def received(self, member: Member, version: int) -> None:
+        """A member's tensors were received at this version; 0: they are being written, or are torn."""
+        self._replicas.holds(member, version)
 
     # -------------------------------------------------------------------------------------------------- workers
 
@@ -417,7 +427,7 @@ class BusService:
             withdrawn.set()
             if worker.closing.get(batch.batch_id) is withdrawn:
                 del worker.closing[batch.batch_id]
-            then()
+            self._replicas.drop(batch, then)
 
         batch.close(error, lost=lost, then=released)
 

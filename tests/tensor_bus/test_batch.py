@@ -19,6 +19,7 @@ from etha_ray.errors import (
 )
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.batch import Batch, BatchState
+from etha_ray.tensor_bus.bus import Member
 from etha_ray.tensor_bus.commands import (
     BaseCommand,
     DataMessage,
@@ -64,6 +65,7 @@ class _Bus:
         self.moves: list[Callable[[Job[int]], None]] = []
         self.past: list[PastTransfer] = []
         self.held: list[Holding] = []
+        self.received_versions: list[int] = []
         self.dead: dict[str, str] = {}
 
     def tell(self, agent: AgentRecord, message: Message) -> None:
@@ -86,6 +88,9 @@ class _Bus:
 
     def hold(self, client_id: str, batch_id: str, holding: Holding) -> None:
         self.held.append(holding)
+
+    def received(self, member: Member, version: int) -> None:
+        self.received_versions.append(version)
 
     def copied(self) -> None:
         job: Job[int] = Job()
