@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from etha_ray.config import DEFAULT_NAMESPACE, AgentPaths, agent_paths, check_name
-from etha_ray.errors import AgentBusyError, AgentFailedError, AgentNotFoundError, ConfigError
+from etha_ray.errors import AgentBusyError, AgentFailedError, AgentNotFoundError, ConfigError, error_class
 from etha_ray.kvstore import create_store
+from etha_ray.metrics import RayMetrics
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.inspection import SeenAgent, decode_seen, encode_seen, inspect_agent
 from etha_ray.tensor_bus.leftovers import remove_dead_agents, remove_files
@@ -68,6 +70,7 @@ class AgentActor:
             threads=max(1, cores // len(neighbours)),
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             memory_budget=memory_budget,
+            observer=RayMetrics(namespace, rank),
         )
         self._agent.start()
 
@@ -332,9 +335,10 @@ def _wait_until_started(pool: AgentPool, actors: Sequence[Any]) -> None:
         ray.get(calls, timeout=_START_TIMEOUT)
     except ray.exceptions.RayError as error:
         pool.shutdown()
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, AgentBusyError) or "AgentBusyError" in str(error):
-            raise AgentBusyError(str(cause or error)) from error
+        # Of an actor that could not be made Ray gives the error as text.
+        refusal = re.search(r"etha_ray\.errors\.(AgentBusyError|ConfigError): (.*)", str(error))
+        if refusal is not None:
+            raise error_class(refusal[1])(refusal[2]) from error
         raise AgentFailedError(f"the agents of pool {pool.namespace!r} did not start: {error}") from error
 
 

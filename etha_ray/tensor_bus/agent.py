@@ -253,7 +253,8 @@ class TensorBusAgent:
         try:
             self._observer(*self._history.take(), self._service.counts())
         except Exception:  # the heart must beat, whatever becomes of who looks on
-            logger.exception("agent %d: what observes it failed", self.rank)
+            logger.exception("agent %d: what observes it failed, and is told no more", self.rank)
+            self._observer = None
 
     def _shut_down(self) -> None:
         # The state file goes last: until then no other agent takes this one's place.
