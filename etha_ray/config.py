@@ -15,6 +15,9 @@ HEARTBEAT_INTERVAL = 0.5
 FAILURE_TIMEOUT = 5.0
 """Seconds without a heartbeat after which an agent counts as dead."""
 
+SUCCESSION_TIMEOUT = 30.0
+"""Seconds that clients and other agents wait for the next agent at the place of one that died."""
+
 DEFAULT_NAMESPACE = "default"
 MAX_TIMEOUT = 7 * 24 * 3600.0
 """Longest timeout accepted, in seconds: more is nearly always milliseconds given by mistake."""

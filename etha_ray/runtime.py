@@ -71,6 +71,7 @@ class AgentActor:
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             memory_budget=memory_budget,
             observer=RayMetrics(namespace, rank),
+            restarts=True,
         )
         self._agent.start()
 

@@ -57,6 +57,7 @@ class TensorBusAgent:
         transport: what moves bytes on this host, instead of a `MappedTransport` of ``threads``. Closed with the agent.
         host: the address of this host that agents of other hosts connect to; without one, only this host's agents are reached.
         memory_budget: bytes of staging memory that transfers between hosts may have, over all that are under way.
+        restarts: somebody starts this agent again if it dies: who waits for it then goes on waiting, for a while.
         observer: told twice a second what ended, on a thread of its own; what it takes delays no transfer.
 
     Raises:
@@ -77,6 +78,7 @@ class TensorBusAgent:
         host: str | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         observer: Observer | None = None,
+        restarts: bool = False,
     ) -> None:
         self.rank = rank
         self.paths = paths or agent_paths(rank)
@@ -108,6 +110,7 @@ class TensorBusAgent:
                 state_path=self.paths.state,
                 device=device,
                 address="" if self._network is None else self._network.address,
+                restarts=restarts,
             )
             self._state = _claim_state(self.record)
             undo.callback(self._state.close, destroy=True)
@@ -122,6 +125,8 @@ class TensorBusAgent:
                 self._network.serve(self._receive, self._left)
             self._lease = self._publish()
             undo.callback(self._lease.close)
+            self._state.put_first(self._queue.head())
+            self._service.restore()
             while left := self._queue.dequeue_batch(64):
                 for message in left:
                     self._service.handle_left_over(message)
@@ -315,6 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--memory-budget", type=int, default=DEFAULT_MEMORY_BUDGET, help="bytes of staging between hosts (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="threads that copy (default: all cores)")
+    parser.add_argument("--restarts", action="store_true", help="whatever started this agent starts it again if it dies")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     rank = options.rank if options.rank is not None else worker_environment().global_rank
@@ -333,6 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
         threads=options.threads,
         host=options.host or address_towards(url),
         memory_budget=options.memory_budget,
+        restarts=options.restarts,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=agent.stop, daemon=True).start())

@@ -2,11 +2,14 @@
 
 States of a batch::
 
-    REGISTERING ──► READY ──► LOST      another member closed or died; `error` says which
-         └───────────┴──────► CLOSED
+    REGISTERING ──► READY ──► LOST      other members closed or died; `losses` says who
+         ▲     │             │
+         │     └─────────────┴──► CLOSED, from any state
+         └── renewed ── LOST        by `batches`, once all is done that can be done without them
 
 Members do not wait for one another: one that has done its part of a transfer may close before another one begins its own. So in a
-batch that is LOST a transfer still begins where the lost member had completed it and is not needed for it.
+batch that is LOST a transfer still begins where the lost member had completed it and is not needed for it. Any other transfer is
+refused until the batch is READY again; where all that are gone come back by themselves, it waits for that (`losses.Returns`).
 
 What states a transfer has is drawn in `transfer_state`; which version the tensors hold is kept in `versions`.
 """
@@ -17,8 +20,8 @@ import enum
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
+from etha_ray.config import FAILURE_TIMEOUT, SUCCESSION_TIMEOUT
 from etha_ray.errors import (
     AgentFailedError,
     BatchClosedError,
@@ -26,6 +29,7 @@ from etha_ray.errors import (
     PeerLostError,
     TransferTimeoutError,
 )
+from etha_ray.tensor_bus.agreement import Direction
 from etha_ray.tensor_bus.bus import Bus
 from etha_ray.tensor_bus.commands import (
     BaseCommand,
@@ -37,14 +41,20 @@ from etha_ray.tensor_bus.commands import (
     DataTaken,
     RegistrationClosed,
     Transfer,
+    WaitReady,
     WaitVersion,
 )
 from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.losses import Loss, Losses, Returns
 from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.registration import Registered, Registration
 from etha_ray.tensor_bus.sending import Sending
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay, silent_senders
 from etha_ray.tensor_bus.versions import Holding, VersionWaits
+from etha_ray.tensor_bus.waits import ReadyWaits
+
+_RENEW_AGAIN = 1.0
+"""Seconds after which a batch that could not be registered again is tried once more."""
 
 
 class BatchState(enum.Enum):
@@ -69,28 +79,40 @@ class Batch:
     state: BatchState = BatchState.REGISTERING
     job: Job[Registered] | None = None
     registered: Registered = field(default_factory=Registered)
-    error: EthaRayError | None = None
+    closed: EthaRayError | None = None
+    losses: Losses = field(default_factory=Losses)
+    renew_at: float | None = None
+    is_renewal: bool = False
     completed: int = 0
-    gone: dict[str, int] = field(default_factory=dict)
     transfer: UnderWay | None = None
     holding: Holding = field(default_factory=Holding)
-    early: dict[str, tuple[str, bool, int]] = field(default_factory=dict)
+    early: dict[str, RegistrationClosed] = field(default_factory=dict)
     early_agents: dict[str, str] = field(default_factory=dict)
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sending, self.receiving = Sending(self), Receiving(self)
         self.waits = VersionWaits(self.bus.answer, self.bus.refuse)
+        self.ready_waits = ReadyWaits(self.bus.answer, self.bus.refuse)
 
     # ------------------------------------------------------------------------------------------- worker's calls
 
-    def refusal(self, direction: Literal["send", "recv"]) -> EthaRayError | None:
-        """Why a transfer cannot begin, or go on; None if it can."""
-        if self.state is not BatchState.LOST:
-            return self.error
+    def refusal(self, direction: Direction) -> EthaRayError | None:
+        """Why a transfer cannot begin, or go on; None if it can, or waits until it can."""
+        if self.closed is not None:
+            return self.closed
+        if self._can_do_without(direction) or (self.state is BatchState.REGISTERING and self.work.has_agreed):
+            return None  # in the latter case all are there again, and others may know that before this one
+        return self.losses.final
+
+    @property
+    def loss(self) -> EthaRayError | None:
+        """What to say of the members that are gone."""
+        return self.losses.first
+
+    def _can_do_without(self, direction: Direction) -> bool:
         needed = self.registered.targets if direction == "send" else self.registered.sources
-        done_by_all = all(completed > self.completed for completed in self.gone.values())
-        return None if done_by_all and needed.keys().isdisjoint(self.gone) else self.error
+        return self.state is BatchState.LOST and bool(needed) and self.losses.leaves_room_for(needed, self.completed)
 
     def start(self, command: Transfer) -> None:
         """Begin a transfer; the caller has checked that none is under way and that there is no `refusal`.
@@ -98,6 +120,9 @@ class Batch:
         Raises ConfigError or BatchTornError for a version that cannot be sent.
         """
         transfer = UnderWay.of(command)
+        if self.losses and not self._can_do_without(command.transfer_type):
+            latest = transfer.started + SUCCESSION_TIMEOUT
+            transfer.deadline = latest if transfer.deadline is None else min(transfer.deadline, latest)
         if command.transfer_type == "send":
             transfer.version = self.holding.next_send(self.batch_id, command.version)
         self.transfer = transfer
@@ -109,6 +134,19 @@ class Batch:
         if self.holding.version:
             self.waits.reach(self.holding.version)
         self._end_waits()
+
+    def want(self) -> None:
+        """Its worker wants to go on: those who closed the batch, or left, may be back."""
+        if self.state is BatchState.LOST and not self.losses.trouble:
+            self.renew_at = time.monotonic()
+
+    def wait_ready(self, command: WaitReady) -> None:
+        """Answer once all members are there, and the batch is ready for transfers."""
+        if self.state is BatchState.READY:
+            self.bus.answer(command, None)
+        else:
+            self.ready_waits.add(command, time.monotonic())
+            self.want()
 
     def signal(self) -> bool:
         """Whether the sender's data is ready, or sent, and not yet received."""
@@ -128,7 +166,7 @@ class Batch:
             self.hold(self.holding.tear(self.registered.received, str(error)))
         self.finish(error)
 
-    def close(self, error: EthaRayError, *, lost: bool, then: Callable[[], None]) -> None:
+    def close(self, error: EthaRayError, *, lost: bool, returns: Returns = "no", then: Callable[[], None]) -> None:
         """Release everything and tell the other members; ``then`` runs once no byte moves and no job runs any more.
 
         ``error`` ends what is under way. ``lost``: the worker or its agent goes away, rather than closing the batch.
@@ -139,51 +177,88 @@ class Batch:
         if self.job is not None:
             self.job.cancellation.cancel(str(error))
         self.cancel(error)
-        self.state, self.error = BatchState.CLOSED, error
-        self._say_closed(str(error), lost)
+        self.state, self.closed = BatchState.CLOSED, error
+        self._say_closed(str(error), lost, returns)
         self.waits.fail(error)
+        self.ready_waits.fail(error)
         self._release_if_idle()
 
-    def registration_over(self, job: Job[Registered]) -> BaseException | None:
+    def registration_over(self, job: Job[Registered], now: float) -> BaseException | None:
         """Take the end of the registration's job; returns why the batch cannot be used, if so."""
         self.job = None
         if job.value is not None:
             self.registered = job.value
-        if self.state is BatchState.CLOSED:
-            assert self.error is not None
+        if self.closed is not None:
             # All others may have seen this member agree, and take it for ready.
-            self._say_closed(str(self.error), lost=False)
+            self._say_closed(str(self.closed), lost=False)
             self._release_if_idle()
-            return self.error
+            return self.closed
         if job.value is None:
             error = job.error if isinstance(job.error, EthaRayError) else AgentFailedError(f"the registration failed: {job.error}")
             self.cancel(error)
             self.waits.fail(error)
+            if self.is_renewal:
+                self.state, self.losses.trouble, self.renew_at = BatchState.LOST, error, now + _RENEW_AGAIN
+            else:
+                self.ready_waits.fail(error)
             return job.error
-        self.state = BatchState.READY
+        self.state, self.losses, self.renew_at = BatchState.READY, Losses(), None
         return None
+
+    def restored(self) -> None:
+        """This batch was served by an agent that died, and all its members have to meet again."""
+        self.is_renewal = True
+        error = PeerLostError(f"batch {self.batch_id!r}: its agent died, and the others have not met the one in its place yet")
+        self.losses.add("", Loss(error, 0, "soon"), time.monotonic())
+
+    def may_renew(self, now: float) -> bool:
+        """Whether it is time to register the batch again."""
+        if self.state is not BatchState.LOST or self.renew_at is None or now < self.renew_at or self.job is not None:
+            return False
+        if self.transfer is not None and self.transfer.state is not TransferState.BLOCKED:
+            return False
+        behind = self._can_do_without("send") or self._can_do_without("recv")
+        return not behind or now > self.losses.since + SUCCESSION_TIMEOUT
+
+    def renew(self, registration: str, work: Registration) -> None:
+        """Register again under a new name, without any member that is known now. The caller starts the work."""
+        self._say_closed("it registers again, as others are gone", lost=True, returns="soon")
+        self.registered.close()
+        self.registration, self.work = registration, work
+        self.registered = Registered(memberships=self.registered.memberships)  # it may be listed as a replica
+        self.state, self.is_renewal, self.renew_at = BatchState.REGISTERING, True, None
+        self.completed = 0
+        self.sending, self.receiving = Sending(self), Receiving(self)
+        self.early.clear()
+        self.early_agents.clear()
 
     def catch_up(self) -> None:
         """Do what had to wait for the registration; after its caller has been answered."""
-        for registration, (reason, lost, completed) in self.early.items():
+        for registration, message in self.early.items():
             if registration in self.registered.others:
-                self.lose(registration, reason, lost=lost, completed=completed)
+                self.lose(message)
         for incarnation, reason in self.early_agents.items():
             self.lose_agent(incarnation, reason)
         refusal = None if self.transfer is None else self.refusal(self.transfer.command.transfer_type)
         if refusal is not None:
             self.cancel(refusal)
+        self.receiving.pass_over_taken()
+        if self.state is BatchState.READY:
+            self.ready_waits.done()
+        if self.is_renewal and self.holding.version and self.holding.taken:  # its agent may be another one now
+            self.bus.received(self, self.holding.version)
         self.advance()
 
     @property
     def waiting(self) -> bool:
         """Whether anything waits that may have a `deadline`."""
-        return self.transfer is not None or bool(self.waits.waiting)
+        return self.transfer is not None or bool(self.waits.waiting or self.ready_waits.waiting)
 
     @property
     def deadline(self) -> float | None:
         """When `expire` has something to do, by the monotonic clock."""
-        return min((deadline for deadline in (self._transfer_deadline, self.waits.deadline) if deadline is not None), default=None)
+        deadlines = self._transfer_deadline, self.waits.deadline, self.ready_waits.deadline
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     @property
     def _transfer_deadline(self) -> float | None:
@@ -194,11 +269,15 @@ class Batch:
         """End what waits and whose time is up; a transfer that is MOVING or SWAPPING ends by itself."""
         if self.waits.waiting:
             self.waits.expire(now, self._version_state())
+        if self.ready_waits.waiting:
+            self.ready_waits.expire(now, self._not_ready())
         transfer, deadline = self.transfer, self._transfer_deadline
         if transfer is None or deadline is None or now < deadline:
             return
         if transfer.state is TransferState.ASKING:
             self.receiving.not_answered(transfer)
+        elif transfer.state is TransferState.BLOCKED and self.loss is not None:
+            self.cancel(PeerLostError(f"{self.loss}; they were not back within {now - transfer.started:.0f} s"))
         else:
             self.cancel(TransferTimeoutError(transfer.who_is_missing(self.registered, self.receiving.announced)))
 
@@ -210,6 +289,8 @@ class Batch:
         if transfer is None or self.state not in (BatchState.READY, BatchState.LOST):
             return  # LOST: a transfer that does not need the lost member goes on
         if transfer.state is TransferState.BLOCKED:
+            if self.state is BatchState.LOST and not self._can_do_without(transfer.command.transfer_type):
+                return  # until all are there again
             refused = self.registered.refused.get(transfer.command.transfer_type)
             if refused is not None:
                 self.finish(refused)
@@ -227,7 +308,7 @@ class Batch:
         transfer.state, transfer.seconds = TransferState.OVER, time.monotonic() - transfer.started
         report = None if error is not None else transfer.report(self.registered)
         if error is None:
-            self.hold(self.holding.complete(transfer.version))
+            self.hold(self.holding.complete(transfer.version, transfer.taken))
             if transfer.command.transfer_type == "recv":
                 self.bus.received(self, transfer.version)
             self.completed += 1
@@ -279,39 +360,60 @@ class Batch:
         else:
             self.receiving.on_revoked(message)
 
-    def lose(self, registration: str, reason: str, *, lost: bool, completed: int = 0) -> None:
-        """Another member is gone, after it had completed so many transfers."""
+    def lose(self, message: RegistrationClosed) -> None:
+        """Another member is gone."""
+        registration, now = message.closed, time.monotonic()
         name = self.name(registration)
-        text = f"batch {self.batch_id!r}: {name} is gone ({reason}): close this batch, and register it again once that side is back"
-        error: EthaRayError = PeerLostError(text) if lost else BatchClosedError(text)
-        transfer = self.transfer
-        needed = registration in self.registered.sources or registration in self.registered.targets
+        remedy = {
+            "no": "close this batch, and register it again once that side is back",
+            "perhaps": "transfers go on once that side has registered it again",
+            "soon": "transfers go on once it is back",
+        }[message.returns]
+        text = f"batch {self.batch_id!r}: {name} is gone ({message.reason}): {remedy}"
+        error: EthaRayError = PeerLostError(text) if message.lost else BatchClosedError(text)
         if self.state is BatchState.REGISTERING:
             # Only a member that was ready says this, and then all have agreed.
-            self.early.setdefault(registration, (reason, lost, completed))
+            self.early.setdefault(registration, message)
             self.work.confirm(registration)
         if self.state is BatchState.READY:
-            self.state, self.error = BatchState.LOST, error
+            self.state = BatchState.LOST
         if self.state is not BatchState.LOST:
             return
-        self.gone.setdefault(registration, completed)
+        self.losses.add(registration, Loss(error, message.completed, message.returns), now)
+        if message.returns != "no":
+            # Who leaves in order may have come to the end, and so may this worker, in a moment.
+            when = now if message.lost else now + FAILURE_TIMEOUT
+            self.renew_at = when if self.renew_at is None else min(self.renew_at, when)
+        transfer = self.transfer
         if transfer is None or transfer.state is not TransferState.ASKING:
             self.receiving.announced.pop(registration, None)
         self._end_waits()
-        if transfer is None or not needed:
-            return
+        if transfer is not None and (registration in self.registered.sources or registration in self.registered.targets):
+            self._lose_needed(transfer, registration, f"{name} went away ({message.reason}) while its data was being read", error)
+
+    def _lose_needed(self, transfer: UnderWay, registration: str, why: str, error: EthaRayError) -> None:
         if transfer.runs or transfer.state is TransferState.ASKING:
-            self.receiving.spoil(transfer, registration, f"{name} went away ({reason}) while its data was being read", error)
-        elif transfer.state is not TransferState.ANNOUNCED or registration in transfer.outstanding:
+            self.receiving.spoil(transfer, registration, why, error)
+        elif transfer.state is TransferState.ANNOUNCED and registration not in transfer.outstanding:
+            pass  # it has what it needs
+        elif self.losses.final is not None:
             self.cancel(error)
+        else:
+            # It waits until all are there again. Those that have taken what was announced then say so, and do not take it twice.
+            transfer.state = TransferState.BLOCKED
+            latest = time.monotonic() + SUCCESSION_TIMEOUT
+            transfer.deadline = latest if transfer.deadline is None else min(transfer.deadline, latest)
 
     def lose_agent(self, incarnation: str, reason: str) -> None:
         """An agent is gone, or what it said may be."""
         if self.state is BatchState.REGISTERING and self.work.has_agreed:
             self.early_agents[incarnation] = reason  # it may have taken this batch for ready, and spoken
-        for registration, peer in self.registered.others.items():
-            if peer.member.agent.incarnation == incarnation:
-                self.lose(registration, reason, lost=True)
+        for registration, peer in list(self.registered.others.items()):
+            agent = peer.member.agent
+            if agent.incarnation == incarnation:
+                message = self._closed_message(registration, self.registration, reason, lost=True)
+                message.returns = "soon" if agent.restarts else "perhaps"
+                self.lose(message)
 
     # -------------------------------------------------------------------------------------------------- helpers
 
@@ -320,19 +422,19 @@ class Batch:
         peer = self.registered.others.get(registration)
         return peer.name if peer is not None else "a peer"
 
-    def _say_closed(self, reason: str, lost: bool) -> None:
-        for peer in self.registered.others.values():
-            self.bus.tell(
-                peer.member.agent,
-                RegistrationClosed(
-                    batch_id=self.batch_id,
-                    closed=self.registration,
-                    target=peer.registration,
-                    reason=reason,
-                    lost=lost,
-                    completed=self.completed,
-                ),
-            )
+    def _say_closed(self, reason: str, lost: bool, returns: Returns = "no") -> None:
+        for registration, peer in self.registered.others.items():
+            if registration not in self.losses.members:
+                message = self._closed_message(self.registration, registration, reason, lost=lost)
+                message.returns, message.completed = returns, self.completed
+                self.bus.tell(peer.member.agent, message)
+
+    def _closed_message(self, closed: str, target: str, reason: str, *, lost: bool) -> RegistrationClosed:
+        return RegistrationClosed(batch_id=self.batch_id, closed=closed, target=target, reason=reason, lost=lost)
+
+    def _not_ready(self) -> str:
+        who = self.job.cancellation.waits_for if self.job is not None else ""
+        return f"batch {self.batch_id!r} is not ready: {who or self.loss or 'it is being registered'}"
 
     def _release_if_idle(self) -> None:
         if self.state is not BatchState.CLOSED or self.transfer is not None or self.job is not None:

@@ -38,12 +38,15 @@ class BatchHandler:
         return client
 
     def wait_ready(self, timeout: float = 30.0) -> None:
-        """Wait until the other side has registered this batch too; only needed after ``register_tensors(blocking=False)``.
+        """Wait until all members of both sides are there: after ``register_tensors(blocking=False)``, and after one was lost.
+
+        A batch that lost a member goes on by itself once that one, or another in its place, has registered it again; also with another
+        number of ranks on the other side.
 
         Raises what `TensorBusClient.register_tensors` raises. After `BatchUnmatchedError` (a TimeoutError) the registration goes
         on: wait again, or close.
         """
-        self.client._wait_registered(self.batch_id, timeout)
+        self.client._wait_ready(self.batch_id, timeout)
 
     def transfer(
         self,

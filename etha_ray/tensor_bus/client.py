@@ -40,6 +40,7 @@ from etha_ray.tensor_bus.commands import (
     RegisteredTensor,
     RegisterTensors,
     Transfer,
+    WaitReady,
     WaitVersion,
 )
 from etha_ray.tensor_bus.connection import Connection
@@ -296,7 +297,7 @@ class TensorBusClient:
         if atomic and transfer_type != "recv":
             raise ConfigError(f'batch {batch_id!r}: atomic goes with "recv": a "send" writes nothing')
         batch = self._known(batch_id)
-        if batch.registration is not None and batch.registration.wait(0.0):
+        if batch.registration is not None and self._answered(batch.registration):
             self._wait_registered(batch_id, timeout)  # raises what made the registration fail
         command = Transfer(batch_id=batch_id, transfer_type=transfer_type, atomic=atomic)
         if version is not None:
@@ -390,6 +391,18 @@ class TensorBusClient:
         reply = self._connection.start(WaitVersion(batch_id=batch_id, version=version), "wait_version", batch_id, timeout)
         return int(self._connection.finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id)))
 
+    def _answered(self, registration: Reply) -> bool:
+        try:
+            return registration.wait(0.0)
+        except AgentDiedError:
+            return True
+
+    def _wait_ready(self, batch_id: str, timeout: float | None) -> None:
+        self._wait_registered(batch_id, timeout)
+        command = WaitReady(batch_id=batch_id)
+        reply = self._connection.start(command, "wait_ready", batch_id, timeout)
+        self._connection.finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id))
+
     def _wait_registered(self, batch_id: str, timeout: float | None) -> None:
         check_timeout(timeout)
         batch = self._known(batch_id)
@@ -407,9 +420,12 @@ class TensorBusClient:
                     " register_tensors with this batch id on every rank of both sides, then wait again, or close the batch"
                 )
         except BaseException as error:
-            if reply.done or not isinstance(error, BatchUnmatchedError):
-                self._forget(batch_id, batch, tell=not reply.done)
-            raise
+            if not batch.timed and isinstance(error, AgentDiedError) and self._connection.succeeded:
+                pass  # that registration has no end: the next agent goes on with it
+            else:
+                if reply.done or not isinstance(error, BatchUnmatchedError):
+                    self._forget(batch_id, batch, tell=not reply.done)
+                raise
         batch.registration = None
 
     def _forget(self, batch_id: str, batch: _Batch, *, tell: bool) -> None:

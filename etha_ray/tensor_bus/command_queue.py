@@ -201,6 +201,14 @@ class CommandQueue:
                 _, head, tail, _, _ = self._read_state(txn)
                 return tail - head
 
+    def head(self) -> int:
+        """The position of the first entry that has not been taken, or of the next one to come: all before it were taken."""
+        with self._lock:
+            if not self._file.attached:
+                self._attach()
+            with self._env.begin(self._db, write=True) as txn:
+                return self._read_state(txn)[1]
+
     def is_empty(self) -> bool:
         """Whether there are no entries."""
         return self.size() == 0

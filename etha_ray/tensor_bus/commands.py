@@ -153,6 +153,12 @@ class ReadyReplicas(BaseCommand):
     batch_id: str | None = None
 
 
+class WaitReady(BaseCommand):
+    """Answer once all members of a batch are there."""
+
+    batch_id: str
+
+
 class CleanupBatch(BaseCommand):
     """Close a batch and drop what the agent holds for it."""
 
@@ -189,7 +195,8 @@ class DataReady(BaseCommand):
     """Agent to agent: the sender's data of this batch may be read now.
 
     source, target: the sending and the receiving worker's registration of the batch. sequence: number of this send within
-    the source's registration. version: what is sent. chosen: the source's worker said so itself, and did not only count on.
+    the source's registration. version: what is sent. chosen: the source's worker said so itself, and did not only count on. send:
+    what this send is called, also when it is announced again under other registrations.
     """
 
     batch_id: str
@@ -198,6 +205,7 @@ class DataReady(BaseCommand):
     sequence: int
     version: Version
     chosen: bool = False
+    send: str = ""
 
 
 class DataTaken(BaseCommand):
@@ -264,7 +272,8 @@ class DataRevoked(BaseCommand):
 class RegistrationClosed(BaseCommand):
     """Agent to agent: the registration ``closed``, which ``target`` exchanges data with, is gone, and why.
 
-    lost: its worker or agent died, rather than closed it. completed: how many transfers it had completed.
+    lost: its worker or agent died, rather than closed it. completed: how many transfers it had completed. returns: whether it comes
+    back by itself, see `losses`.
     """
 
     batch_id: str
@@ -273,6 +282,7 @@ class RegistrationClosed(BaseCommand):
     reason: str
     lost: bool = False
     completed: int = 0
+    returns: Literal["no", "perhaps", "soon"] = "no"
 
 
 DataMessage: TypeAlias = DataReady | DataRead | DataStands | DataTaken | DataRefused | DataRevoked
@@ -289,6 +299,7 @@ Message: TypeAlias = (
     | QueryStatus
     | WaitVersion
     | ReadyReplicas
+    | WaitReady
     | CleanupBatch
     | CancelTransfer
     | Hello

@@ -13,9 +13,9 @@ from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import BatchClosedError, EthaRayError, QueueClosedError, QueueFullError, TransferTimeoutError
 from etha_ray.processes import pid_namespace, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import CancelTransfer, Goodbye, Hello, Message
+from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, Goodbye, Hello, Message
 from etha_ray.tensor_bus.reply import Reply, ReplyPool
-from etha_ray.tensor_bus.watch import find_agent
+from etha_ray.tensor_bus.watch import AgentWatch, find_agent
 
 _GRACE = 0.5
 """Seconds that a client waits beyond a command's own timeout, for the agent to say who was missing."""
@@ -43,19 +43,30 @@ class Connection:
         self.client_id = f"{self.pid}-{secrets.token_hex(8)}"
         self.closed = False
         self._command_ids = itertools.count(1)
-        self.state, self.watch = find_agent(agent_rank, state_path, queue_path, timeout)
+        self.state, watch = find_agent(agent_rank, state_path, queue_path, timeout)
         try:
             self.queue = CommandQueue(queue_path)
         except BaseException:
             self.state.close()
             raise
-        self.pool = ReplyPool(self.state, self.watch, self.client_id)
+        self.pool = ReplyPool(self.state, self.queue, watch, self.client_id)
+        self._first = watch.record.incarnation
         hello = Hello(pid=self.pid, start_time=process_start_time(self.pid) or 0.0, pid_namespace=pid_namespace())
         try:
             self.call(hello, "hello", str(agent_rank), None if timeout is None else max(timeout, FAILURE_TIMEOUT))
         except BaseException:
             self.leave()
             raise
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the agent that serves now is another one than at the start."""
+        return self.watch.record.incarnation != self._first
+
+    @property
+    def watch(self) -> AgentWatch:
+        """On the agent that serves now."""
+        return self.pool.watch
 
     def start(
         self,
@@ -77,13 +88,15 @@ class Connection:
         if self.closed and not closing:
             raise BatchClosedError(self._gone())
         reply = self.pool.take(command_type, context, next(self._command_ids))
+        # Nobody waits for the next agent in order to leave: it finds these in the queue.
+        reply.patient = not isinstance(command, (CleanupBatch, Goodbye))
         command.semaphore_name = reply.name
         command.command_id = reply.command_id
         command.client_id = self.client_id
         command.timestamp = time.time()
         command.timeout = timeout
         try:
-            self._enqueue(command, timeout if patience is None else patience)
+            reply.position = self._enqueue(command, timeout if patience is None else patience)
         except BaseException:
             reply.abandon()
             raise
@@ -123,20 +136,18 @@ class Connection:
         self.queue.close(destroy=False)
         self.state.close()
 
-    def _enqueue(self, command: Message, patience: float | None) -> None:
+    def _enqueue(self, command: Message, patience: float | None) -> int:
         deadline = None if patience is None else time.monotonic() + patience
         while True:
             remaining = _SLICE if deadline is None else max(0.0, min(_SLICE, deadline - time.monotonic()))
             try:
-                self.queue.enqueue(command, timeout=remaining)
+                return self.queue.enqueue(command, timeout=remaining)
             except QueueFullError:
                 self.watch.check()
                 if deadline is not None and time.monotonic() >= deadline:
                     raise
             except QueueClosedError:
                 raise BatchClosedError(self._gone()) from None
-            else:
-                return
 
     def _give_up(self, reply: Reply, cancel: CancelTransfer | None) -> None:
         reply.abandon()

@@ -16,6 +16,7 @@ from etha_ray.errors import CoordinateTakenError, StoreError
 from etha_ray.kvstore import KVStore
 from etha_ray.tensor_bus.commands import Announce, BaseCommand, ReadBody, ReadNotices, Withdraw
 from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
+from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.members import gone_among, release, take
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.records import AgentRecord, NoticeRecord, decode, fingerprint, manifest_key, notice_prefix, part
@@ -32,13 +33,15 @@ class Notices:
         store: where notices are.
         jobs: what runs beside the loop.
         outcomes: what answers commands.
+        journal: what the next agent here would have to know.
     """
 
-    def __init__(self, record: AgentRecord, store: KVStore, jobs: Jobs, outcomes: Outcomes) -> None:
+    def __init__(self, record: AgentRecord, store: KVStore, jobs: Jobs, outcomes: Outcomes, journal: Journal) -> None:
         self._record = record
         self._store = store
         self._jobs = jobs
         self._outcomes = outcomes
+        self._journal = journal
 
     def announce(self, worker: Worker, command: Announce) -> None:
         """Publish a worker's notice, in place of its earlier one in that slot.
@@ -55,6 +58,7 @@ class Notices:
             data=command.data,
         )
         worker.notices[key] = notice
+        self._journal.announced(command)
 
         def publish(_: Cancellation) -> None:
             if command.body:
@@ -74,6 +78,7 @@ class Notices:
                 self._jobs.start("withdraw a notice", lambda _: release(self._store, key, notice), _log_error)
             elif job.error is not None:
                 del worker.notices[key]
+                self._journal.withdrawn(command.client_id, command.topic, command.slot)
             self._answer(command, job)
 
         self._jobs.start(f"announce {command.topic}", publish, over)
@@ -108,6 +113,7 @@ class Notices:
         """Remove one of a worker's notices, if it is there."""
         key = notice_prefix(command.topic) + part(command.slot)
         notice = worker.notices.pop(key, None)
+        self._journal.withdrawn(command.client_id, command.topic, command.slot)
         if notice is None:
             self._outcomes.ok(command)
         else:

@@ -14,7 +14,7 @@ from etha_ray.errors import EthaRayError, UnsafePathError
 from etha_ray.tensor_bus.commands import BaseCommand, Failed, Ok, Outcome, encode_outcome
 from etha_ray.tensor_bus.history import History
 from etha_ray.tensor_bus.semaphores import SHM_DIRECTORY, open_semaphore
-from etha_ray.tensor_bus.state_file import StateFile, outcome_key
+from etha_ray.tensor_bus.state_file import OUTCOME, StateFile, outcome_key
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,11 @@ class Outcomes:
         self._leftovers.append((time.monotonic() + _LINGER, [outcome_key(name) for name in kept]))
         return list(kept)
 
+    def drop_unread(self) -> None:
+        """Drop what the agent before this one answered, and nobody reads any more."""
+        names = {key: key.removeprefix(OUTCOME).decode(errors="replace") for key in self._state.under(OUTCOME)}
+        self._state.delete([key for key, name in names.items() if not waited_for(name)])
+
     def clean(self, now: float) -> None:
         """Drop the outcomes of clients that left a while ago, by the monotonic clock."""
         while self._leftovers and self._leftovers[0][0] <= now:
@@ -104,8 +109,13 @@ class Outcomes:
 
     def _drop_removed(self, client_id: str, kept: dict[str, posix_ipc.Semaphore]) -> None:
         """Let go of semaphores whose client stopped waiting: it has removed their names."""
-        removed = [name for name in kept if not (SHM_DIRECTORY / f"sem.{name.removeprefix('/')}").exists()]
+        removed = [name for name in kept if not waited_for(name)]
         for name in removed:
             kept.pop(name).close()
         self._state.delete([outcome_key(name) for name in removed])
         self._look_at[client_id] = max(_KEPT, 2 * len(kept))
+
+
+def waited_for(semaphore_name: str) -> bool:
+    """Whether a command's client still has its semaphore: it removes that of an outcome which it does not wait for any more."""
+    return (SHM_DIRECTORY / f"sem.{semaphore_name.removeprefix('/')}").exists()

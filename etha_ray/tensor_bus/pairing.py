@@ -14,8 +14,10 @@ import msgspec
 from etha_ray.config import HEARTBEAT_INTERVAL
 from etha_ray.errors import ConfigError, PairMismatchError, PairTimeoutError
 from etha_ray.kvstore import KVStore
+from etha_ray.layout import Layout
 from etha_ray.tensor_bus.commands import InitPair
 from etha_ray.tensor_bus.jobs import Job, Jobs
+from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.members import release, slot_of
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.pair import Match, Pair, PairState, layout_of, match
@@ -35,14 +37,16 @@ class Pairing:
         state: the agent's state file.
         jobs: what runs beside the loop.
         outcomes: what answers commands.
+        journal: what the next agent here would have to know.
     """
 
-    def __init__(self, record: AgentRecord, store: KVStore, state: StateFile, jobs: Jobs, outcomes: Outcomes) -> None:
+    def __init__(self, record: AgentRecord, store: KVStore, state: StateFile, jobs: Jobs, outcomes: Outcomes, journal: Journal) -> None:
         self._record = record
         self._store = store
         self._state = state
         self._jobs = jobs
         self._outcomes = outcomes
+        self._journal = journal
         self._members = 0
 
     def join(self, worker: Worker, command: InitPair) -> None:
@@ -50,7 +54,31 @@ class Pairing:
         layout, index = layout_of(command)
         if command.local_name == command.remote_name:
             raise ConfigError(f"pair {command.pair_name!r}: both sides are called {command.local_name!r}: give each a name of its own")
-        member = MemberRecord(
+        member = self._member(worker, command, layout, index)
+        pair = worker.pairs.get(command.pair_name)
+        if pair is None or pair.state is PairState.FAILED:
+            self._members += 1
+            pair = Pair(command.pair_name, command.local_name, command.remote_name, member, slot_of(member, self._members))
+            worker.pairs[pair.name] = pair
+            self._journal.joined(command, pair.slot)
+        else:
+            _check_same(pair, member)
+        pair.waiting.append(command)
+        if pair.job is None:
+            # Also for one that was matched: the other side may have left since, and is waited for then.
+            self._match(pair, command.timeout)
+
+    def restore(self, worker: Worker, command: InitPair, slot: str) -> None:
+        """A worker has had this place in a pair, served by an agent that died: take it again, however long that takes."""
+        layout, index = layout_of(command)
+        member = self._member(worker, command, layout, index)
+        if index is None:
+            self._members = max(self._members, int(slot.rpartition(".")[2]))
+        pair = worker.pairs[command.pair_name] = Pair(command.pair_name, command.local_name, command.remote_name, member, slot)
+        self._match(pair, None)
+
+    def _member(self, worker: Worker, command: InitPair, layout: Layout | None, index: int | None) -> MemberRecord:
+        return MemberRecord(
             attempt=secrets.token_hex(16),
             peer=command.local_name,
             remote=command.remote_name,
@@ -62,18 +90,10 @@ class Pairing:
             worker_start_time=worker.start_time,
             agent=self._record,
         )
-        pair = worker.pairs.get(command.pair_name)
-        if pair is None or pair.state is PairState.FAILED:
-            self._members += 1
-            pair = Pair(command.pair_name, command.local_name, command.remote_name, member, slot_of(member, self._members))
-            worker.pairs[pair.name] = pair
-        else:
-            _check_same(pair, member)
-        pair.waiting.append(command)
-        if pair.job is None:
-            # Also for one that was matched: the other side may have left since, and is waited for then.
-            work = partial(match, self._store, pair.name, pair.member, pair.slot, command.timeout)
-            pair.job = self._jobs.start(f"pair {pair.name}", work, partial(self._over, pair))
+
+    def _match(self, pair: Pair, timeout: float | None) -> None:
+        work = partial(match, self._store, pair.name, pair.member, pair.slot, timeout)
+        pair.job = self._jobs.start(f"pair {pair.name}", work, partial(self._over, pair))
 
     def leave(self, pair: Pair, reason: str, then: Callable[[], None]) -> None:
         """Give a worker's place back; ``then`` runs once the place is free."""
@@ -99,6 +119,8 @@ class Pairing:
         pair.state = PairState.MATCHED if pair.match is not None else PairState.FAILED
         if pair.match is not None:
             self._state.put(pair_state_key(pair.name), msgspec.msgpack.encode("matched"))
+        else:
+            self._journal.left(pair.member.client_id, pair.name)
         waiting, pair.waiting = pair.waiting, []
         for command in waiting:
             if pair.error is None:

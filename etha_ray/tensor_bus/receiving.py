@@ -110,6 +110,7 @@ class Receiving:
             Flow(flow_key(registration, member.registration, self.announced[registration].sequence), peer.name, peer.bytes)
             for registration, peer in sources.items()
         )
+        transfer.taken = tuple(self.announced[registration].send for registration in sources)
         for registration, peer in sources.items():
             sequence, more = self.announced.pop(registration).sequence, {"version": transfer.version, "seconds": transfer.moved}
             tell(member, peer, DataTaken, registration, member.registration, sequence, **more)
@@ -188,7 +189,17 @@ class Receiving:
 
     def on_ready(self, message: DataReady) -> None:
         """A sender announces its data."""
-        self.announced[message.source] = Announced(message.sequence, message.version, message.chosen)
+        self.announced[message.source] = Announced(message.sequence, message.version, message.chosen, message.send)
+        self.pass_over_taken()
+
+    def pass_over_taken(self) -> None:
+        """Senders that had not heard of it, when a member was lost, announce what was taken here: say so."""
+        member = self._member
+        for registration, announced in list(self.announced.items()):
+            peer = member.registered.sources.get(registration)
+            if peer is not None and announced.send in member.holding.taken:
+                del self.announced[registration]
+                tell(member, peer, DataTaken, registration, member.registration, announced.sequence, version=announced.version)
 
     def on_stands(self, message: DataStands) -> None:
         """A sender on another host says that what was read stood until then."""

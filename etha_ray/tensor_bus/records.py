@@ -38,6 +38,7 @@ class AgentRecord(msgspec.Struct, frozen=True):
 
     ``incarnation`` differs after each start. ``host`` groups agents that may share memory; ``nonce_path`` and ``nonce`` let
     another agent check that they really do. ``address`` is where agents of other hosts connect to; empty if they cannot.
+    ``restarts``: somebody starts it again if it dies.
     """
 
     rank: int
@@ -52,6 +53,7 @@ class AgentRecord(msgspec.Struct, frozen=True):
     state_path: str
     device: str
     address: str = ""
+    restarts: bool = False
 
 
 class MemberRecord(msgspec.Struct, frozen=True):

@@ -3,6 +3,9 @@
 The agent writes the outcome into its state file under the command's semaphore name, then posts the semaphore. Making a named
 semaphore costs more than a whole round trip, so a client keeps a few and uses each again once its outcome was read. One whose
 outcome is not waited for any more is removed instead: a late answer to it must not wake another command.
+
+When the agent dies, what it had taken out of the queue is lost, and raises `AgentDiedError`; what still stands there is carried out
+by the agent that takes its place, and is waited for on. Positions tell the two apart (`ReplyPool.outlive`).
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from typing import Any
 import msgspec
 import posix_ipc
 
-from etha_ray.config import check_timeout
+from etha_ray.config import SUCCESSION_TIMEOUT, check_timeout
 from etha_ray.errors import AgentDiedError, AgentFailedError, BatchClosedError, QueueClosedError, error_class
 from etha_ray.report import TransferReport
+from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Failed, Ok, decode_outcome
+from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.semaphores import acquire, generate_semaphore_name, open_semaphore, unlink_quietly
 from etha_ray.tensor_bus.snapshot import AgentStatus, waited_for
 from etha_ray.tensor_bus.state_file import STATUS, StateFile, outcome_key
@@ -44,6 +49,12 @@ class Reply:
         self.name: str = semaphore.name
         self.command_id = command_id
         self.what = f"{command_type} for {context_id!r}"
+        self.position = 0
+        """Of the command in the queue, once it is there."""
+        self.patient = True
+        """Whether to wait for the next agent, where there is to be one."""
+        self._watch = pool.watch
+        self._agent_died: float | None = None
         self._outcome: Ok | Failed | None = None
         self._lock = threading.Lock()
 
@@ -55,7 +66,8 @@ class Reply:
     def wait(self, timeout: float | None) -> bool:
         """Wait until the outcome is there; False when ``timeout`` seconds are over.
 
-        Raises `AgentDiedError` within seconds of the agent's death, and `BatchClosedError` once the client is closed.
+        Raises `AgentDiedError` within seconds of the death of an agent that had taken the command, or if no other takes the place of
+        one that had not, and `BatchClosedError` once the client is closed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         long: LongWait | None = None
@@ -64,9 +76,9 @@ class Reply:
                 if self._look(_SLICE if deadline is None else max(0.0, min(_SLICE, deadline - time.monotonic()))):
                     return True
                 try:
-                    self._pool.watch.check()
+                    self._check_agent()
                 except AgentDiedError:
-                    if self._look(0.0):  # it answered before it went
+                    if self._look(0.0, unposted=True):  # it answered before it went
                         return True
                     raise
                 except QueueClosedError as error:
@@ -100,8 +112,20 @@ class Reply:
         if semaphore is not None:
             self._pool.discard(semaphore)
 
-    def _look(self, seconds: float) -> bool:
-        """Wait for a post, ``seconds`` at most, and read the outcome it is for."""
+    def _check_agent(self) -> None:
+        try:
+            self._pool.watch.check()
+        except AgentDiedError as error:
+            died = self._agent_died = self._agent_died or time.monotonic()
+            self._pool.outlive(self, error, time.monotonic() - died)
+        else:
+            self._agent_died = None
+        if self._watch is not self._pool.watch:
+            self._pool.check_taken_up(self, self._watch.record)
+            self._watch = self._pool.watch
+
+    def _look(self, seconds: float, *, unposted: bool = False) -> bool:
+        """Wait for a post, ``seconds`` at most, and read the outcome it is for; or one that may have been written and not posted."""
         if not self._lock.acquire(timeout=seconds):
             return self._outcome is not None  # another thread waits for the same outcome
         try:
@@ -112,7 +136,7 @@ class Reply:
             try:
                 acquire(self._semaphore, seconds)
             except (posix_ipc.BusyError, posix_ipc.SignalError):
-                return False
+                return unposted and self._read(self._semaphore)
             return self._read(self._semaphore)
         finally:
             self._lock.release()
@@ -144,10 +168,11 @@ class Reply:
 class ReplyPool:
     """A client's semaphores. Thread-safe. In a forked child it touches none of them: they are the parent's."""
 
-    def __init__(self, state: StateFile, watch: AgentWatch, client_id: str) -> None:
+    def __init__(self, state: StateFile, queue: CommandQueue, watch: AgentWatch, client_id: str) -> None:
         self.state = state
         self.watch = watch
         self.client_id = client_id
+        self._queue = queue
         self._free: list[posix_ipc.Semaphore] = []
         self._names: set[str] = set()
         self._lock = threading.Lock()
@@ -167,6 +192,26 @@ class ReplyPool:
             semaphore = open_semaphore(generate_semaphore_name(command_type, context_id), create=True)
             self._names.add(semaphore.name)
         return Reply(self, semaphore, command_id, command_type, context_id)
+
+    def outlive(self, reply: Reply, error: AgentDiedError, dead_for: float) -> None:
+        """The agent is dead: turn to the one in its place, if there is one; raises if nobody will answer ``reply``."""
+        successor = self.watch.successor()
+        if successor is not None:
+            self.watch = successor
+            return
+        if self.state.stopped() or not self.watch.gone:
+            raise error
+        if reply.position < self._queue.head():
+            raise _taken(reply, str(error))
+        if not self.watch.record.restarts or not reply.patient:
+            raise AgentDiedError(f"{error}: start it again there, and this client goes on with it")
+        if dead_for > SUCCESSION_TIMEOUT:
+            raise AgentDiedError(f"{error}, and was not started again within {dead_for:.0f} s: see what keeps its pool from it")
+
+    def check_taken_up(self, reply: Reply, before: AgentRecord) -> None:
+        """Raise if the agent that served ``before`` had taken the command of ``reply`` when another took its place."""
+        if reply.position < self.state.first():
+            raise _taken(reply, f"agent {before.rank} (pid {before.pid}) died, and another has taken its place")
 
     def put_back(self, semaphore: posix_ipc.Semaphore) -> None:
         """Keep a semaphore whose outcome was read."""
@@ -194,6 +239,13 @@ class ReplyPool:
             self.discard(semaphore)
         while self._names:
             unlink_quietly(self._names.pop())
+
+
+def _taken(reply: Reply, cause: str) -> AgentDiedError:
+    return AgentDiedError(
+        f"{cause}; it had taken {reply.what}, and how far it came is not known. Pairs and batches are taken over by the next agent"
+        " there (a Ray pool starts one): call again"
+    )
 
 
 class OutcomeSemaphore(posix_ipc.Semaphore):  # type: ignore[misc]

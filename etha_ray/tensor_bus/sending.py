@@ -27,9 +27,9 @@ class Sending:
             Flow(flow_key(member.registration, registration, self.sequence), peer.name, peer.bytes)
             for registration, peer in targets.items()
         )
-        chosen = transfer.command.version is not None
+        more = {"version": transfer.version, "chosen": transfer.command.version is not None, "send": transfer.send}
         for registration, peer in targets.items():
-            tell(member, peer, DataReady, member.registration, registration, self.sequence, version=transfer.version, chosen=chosen)
+            tell(member, peer, DataReady, member.registration, registration, self.sequence, **more)
         if not transfer.outstanding:
             member.finish(None)
 

@@ -7,29 +7,23 @@ Nothing here waits: whatever takes time is a job (see `jobs`), and pairs, batche
 from __future__ import annotations
 
 import logging
-import secrets
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from etha_ray.errors import (
     BatchClosedError,
-    BatchExistsError,
     EthaRayError,
-    MemoryHandleError,
     PeerLostError,
     TransferCancelledError,
     TransferInProgressError,
     UnknownBatchError,
-    UnknownPairError,
 )
 from etha_ray.kvstore import KVStore
 from etha_ray.tensor_bus.batch import Batch
+from etha_ray.tensor_bus.batches import Batches
 from etha_ray.tensor_bus.bus import Member
 from etha_ray.tensor_bus.commands import (
     Announce,
@@ -53,32 +47,31 @@ from etha_ray.tensor_bus.commands import (
     ReadBody,
     ReadNotices,
     ReadyReplicas,
-    RegisteredTensor,
     RegisterTensors,
     RegistrationClosed,
     Transfer,
+    WaitReady,
     WaitVersion,
     Withdraw,
 )
 from etha_ray.tensor_bus.history import History, PastTransfer
-from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
+from etha_ray.tensor_bus.jobs import Job, Jobs
+from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.notices import Notices
-from etha_ray.tensor_bus.outcomes import Outcomes
+from etha_ray.tensor_bus.outcomes import Outcomes, waited_for
 from etha_ray.tensor_bus.pairing import Pairing
 from etha_ray.tensor_bus.queue_entry import CorruptEntry
 from etha_ray.tensor_bus.records import AgentRecord, encode
-from etha_ray.tensor_bus.registered import Registered, Transports
-from etha_ray.tensor_bus.registration import Registration, Request
+from etha_ray.tensor_bus.registered import Transports
 from etha_ray.tensor_bus.replicas import Replicas
 from etha_ray.tensor_bus.semaphores import unlink_quietly
 from etha_ray.tensor_bus.snapshot import counts, snapshot
-from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key, holding_key
+from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key, holding_key, holding_prefix
 from etha_ray.tensor_bus.versions import Holding
 from etha_ray.tensor_bus.workers import Worker, Workers
 from etha_ray.transport.base import CopyProgram, OneSidedTransport
-from etha_ray.transport.buckets import DEFAULT_BUCKET_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +103,8 @@ class BusService:
         history: History,
     ) -> None:
         self.record = record
-        self._store = store
         self._state = state
         self._jobs = jobs
-        self._transports = Transports(transport, None if network is None else network.transport)
         self._history = history
         self._began = time.time()
         self._told = b""
@@ -121,11 +112,13 @@ class BusService:
         self._workers = Workers(record.rank)
         self._links = Links(record, network, self._loop_back, jobs.post, self._on_agent_lost)
         self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="etha-ray move")
-        self._pairing = Pairing(record, store, state, jobs, self._outcomes)
+        self._journal = Journal(state)
+        self._pairing = Pairing(record, store, state, jobs, self._outcomes, self._journal)
+        self._notices = Notices(record, store, jobs, self._outcomes, self._journal)
         self._replicas = Replicas(store, jobs, self._outcomes)
-        self._notices = Notices(record, store, jobs, self._outcomes)
-        self._by_registration: dict[str, Batch] = {}
-        self._timed: dict[str, Batch] = {}
+        transports = Transports(transport, None if network is None else network.transport)
+        self._batches = Batches(self, store, state, transports, jobs, self._links, self._journal, self._replicas)
+        self._timed: dict[int, Batch] = {}
         self._handlers: dict[type[BaseCommand], Callable[[Any], None]] = {
             Ping: self._outcomes.ok,
             Hello: self._on_hello,
@@ -141,6 +134,7 @@ class BusService:
             QueryStatus: self._on_query,
             WaitVersion: self._on_wait_version,
             ReadyReplicas: self._replicas.answer,
+            WaitReady: self._on_wait_ready,
             CleanupBatch: self._on_cleanup,
             DataReady: self._on_data,
             DataRead: self._on_data,
@@ -160,12 +154,30 @@ class BusService:
         except Exception as error:  # the loop goes on, and the sender learns of it
             self._outcomes.failed(message, error)
 
+    def restore(self) -> None:
+        """Take up what the agent that died here served, as its journal says."""
+        self._outcomes.drop_unread()
+        for client in self._journal.clients():
+            worker = self._workers.add(client.hello)
+            if not worker.alive:
+                self._workers.remove(worker)
+                self._forget(worker.client_id)
+                continue
+            for command, slot in client.pairs:
+                self._pairing.restore(worker, command, slot)
+            for announced in client.notices:
+                self._notices.announce(worker, announced)
+            for registered in client.batches:
+                try:
+                    self._batches.restore(worker, registered)
+                except EthaRayError as error:
+                    logger.error("batch %r cannot be taken up again: %s", registered.batch_id, error)
+
     def handle_left_over(self, message: Message) -> None:
-        """Answer a command that was meant for an agent which died before this one took its place."""
-        try:
-            self._workers.of(message)
-        except EthaRayError as error:
-            self._outcomes.failed(message, error)
+        """Do what the agent that died here had not taken up, unless its sender has given up waiting."""
+        given_up = isinstance(message, (Transfer, RegisterTensors)) and not waited_for(message.semaphore_name or "")
+        if not given_up:
+            self.handle(message)
 
     def handle_corrupt(self, entry: CorruptEntry) -> None:
         """Answer a command that arrived damaged, where its sender can still be told."""
@@ -179,10 +191,10 @@ class BusService:
 
     def expire(self, now: float) -> None:
         """End the transfers whose time is up, by the monotonic clock."""
-        for registration, batch in list(self._timed.items()):
+        for key, batch in list(self._timed.items()):
             batch.expire(now)
             if not batch.waiting:
-                del self._timed[registration]
+                del self._timed[key]
 
     def next_deadline(self) -> float | None:
         """When `expire` has something to do next."""
@@ -197,6 +209,7 @@ class BusService:
         for worker in self._workers.all():
             for pair in worker.pairs.values():
                 self._pairing.expire_waiting(pair)
+        self._batches.renew_lost(self._workers.all(), time.monotonic())
         self._outcomes.clean(time.monotonic())
 
     def agent_left(self, incarnation: str, reason: str) -> None:
@@ -276,6 +289,7 @@ class BusService:
 
     def _on_hello(self, command: Hello) -> None:
         self._workers.add(command)
+        self._journal.met(command)
         self._outcomes.ok(command)
 
     def _on_goodbye(self, command: Goodbye) -> None:
@@ -289,6 +303,7 @@ class BusService:
     def _drop_worker(self, worker: Worker, error: EthaRayError, *, lost: bool, then: Callable[[], None]) -> None:
         """Close all that a worker has; ``then`` runs once no byte of it moves any more, and its places are free."""
         self._workers.remove(worker)
+        self._forget(worker.client_id)
         remaining = 2 + len(worker.pairs) + len(worker.batches)
 
         def one_less() -> None:
@@ -305,8 +320,12 @@ class BusService:
         for pair in worker.pairs.values():
             self._pairing.leave(pair, str(error), one_less)
         for batch in list(worker.batches.values()):
-            self._close_batch(worker, batch, error, lost=lost, then=one_less)
+            self._batches.close(worker, batch, error, lost=lost, returns="perhaps", then=one_less)
         one_less()
+
+    def _forget(self, client_id: str) -> None:
+        self._journal.gone(client_id)
+        self._state.delete(list(self._state.under(holding_prefix(client_id))))
 
     def _on_init_pair(self, command: InitPair) -> None:
         self._pairing.join(self._workers.of(command), command)
@@ -320,61 +339,13 @@ class BusService:
     # -------------------------------------------------------------------------------------------------- batches
 
     def _on_register(self, command: RegisterTensors) -> None:
-        worker = self._workers.of(command)
-        if command.batch_id in worker.batches:
-            raise BatchExistsError(f"batch {command.batch_id!r} is registered already: close it first, or use another id")
-        missing = sorted({name for name, _ in command.tensors if name not in worker.pairs})
-        if missing:
-            raise UnknownPairError(f"batch {command.batch_id!r}: pairs {missing} are not known; call init_pair first")
-        try:
-            tensors = [(name, RegisteredTensor.decode(data)) for name, data in command.tensors]
-        except msgspec.DecodeError as error:
-            raise MemoryHandleError(f"batch {command.batch_id!r}: a tensor's description cannot be read ({error})") from error
-        request = Request(
-            batch_id=command.batch_id,
-            registration=secrets.token_hex(16),
-            pairs={name: worker.pairs[name] for name, _ in tensors},
-            tensors=tensors,
-            bucket_size=command.bucket_size or DEFAULT_BUCKET_SIZE,
-            timeout=command.timeout,
-            after=worker.closing.get(command.batch_id),
-        )
-        work = Registration(self._store, self._state, self._transports, request, self._settle)
-        batch = Batch(
-            bus=self,
-            batch_id=command.batch_id,
-            registration=request.registration,
-            client_id=command.client_id,
-            work=work,
-            command=command,
-        )
-        worker.batches[batch.batch_id] = self._by_registration[batch.registration] = batch
-        batch.job = self._jobs.start(f"register {batch.batch_id}", work.run, partial(self._registration_over, worker, batch))
-
-    def _registration_over(self, worker: Worker, batch: Batch, job: Job[Registered]) -> None:
-        error = batch.registration_over(job)
-        if error is None:
-            for peer in batch.registered.others.values():
-                self._links.follow(peer.member.agent)
-            self._outcomes.ok(batch.command)
-            batch.catch_up()
-            return
-        self._outcomes.failed(batch.command, error)
-        if worker.batches.get(batch.batch_id) is batch:
-            del worker.batches[batch.batch_id]
-            del self._by_registration[batch.registration]
-
-    def _settle(self, cancellation: Cancellation) -> None:
-        """Wait until the loop has handled what is in the queue now. On a job's thread."""
-        handled = threading.Event()
-        self._jobs.post(handled.set)
-        while not handled.wait(0.05):
-            cancellation.check()
+        self._batches.register(self._workers.of(command), command)
 
     def _on_transfer(self, command: Transfer) -> None:
         batch = self._batch(command, command.batch_id)
         refusal = batch.refusal(command.transfer_type)
         if refusal is not None:
+            batch.want()
             self._outcomes.failed(command, refusal)
             return
         if batch.transfer is not None:
@@ -383,11 +354,12 @@ class BusService:
                 f"batch {batch.batch_id!r}: a {under_way} is under way; wait for it before the next {command.transfer_type}"
             )
         batch.start(command)
-        self._timed[batch.registration] = batch
+        self._timed[id(batch)] = batch
 
     def _on_cancel(self, command: CancelTransfer) -> None:
         batch = self._batch(command, command.batch_id)
         batch.waits.drop(command.command_id)
+        batch.ready_waits.drop(command.command_id)
         if batch.transfer is not None and batch.transfer.command.command_id == command.command_id:
             batch.cancel(TransferCancelledError(f"batch {batch.batch_id!r}: its worker gave up waiting"))
 
@@ -400,7 +372,12 @@ class BusService:
     def _on_wait_version(self, command: WaitVersion) -> None:
         batch = self._batch(command, command.batch_id)
         batch.wait_version(command)
-        self._timed[batch.registration] = batch
+        self._timed[id(batch)] = batch
+
+    def _on_wait_ready(self, command: WaitReady) -> None:
+        batch = self._batch(command, command.batch_id)
+        batch.wait_ready(command)
+        self._timed[id(batch)] = batch
 
     def _on_cleanup(self, command: CleanupBatch) -> None:
         worker = self._workers.of(command)
@@ -409,27 +386,7 @@ class BusService:
             self._outcomes.ok(command)
             return
         error = BatchClosedError(f"batch {batch.batch_id!r} was closed")
-        self._close_batch(worker, batch, error, lost=False, then=lambda: self._outcomes.ok(command))
-
-    def _close_batch(self, worker: Worker, batch: Batch, error: EthaRayError, *, lost: bool, then: Callable[[], None]) -> None:
-        """Close a batch; ``then`` runs once no byte moves any more, and nobody can find it in the store."""
-        worker.batches.pop(batch.batch_id, None)
-        withdrawn = worker.closing[batch.batch_id] = threading.Event()
-
-        def released() -> None:
-            self._by_registration.pop(batch.registration, None)
-            self._state.delete([holding_key(batch.client_id, batch.batch_id)])
-            self._jobs.start(f"withdraw {batch.batch_id}", lambda _: batch.work.close(), over)
-
-        def over(job: Job[Any]) -> None:
-            if job.error is not None:
-                logger.warning("could not withdraw batch %r from the store: %s", batch.batch_id, job.error)
-            withdrawn.set()
-            if worker.closing.get(batch.batch_id) is withdrawn:
-                del worker.closing[batch.batch_id]
-            self._replicas.drop(batch, then)
-
-        batch.close(error, lost=lost, then=released)
+        self._batches.close(worker, batch, error, lost=False, then=lambda: self._outcomes.ok(command))
 
     def _batch(self, command: BaseCommand, batch_id: str) -> Batch:
         batch = self._workers.of(command).batches.get(batch_id)
@@ -441,20 +398,20 @@ class BusService:
 
     def _on_data(self, message: DataMessage) -> None:
         own = message.source if isinstance(message, (DataRead, DataTaken, DataRefused)) else message.target
-        batch = self._by_registration.get(own)
+        batch = self._batches.find(own)
         if batch is None:
             return  # closed meanwhile, and the sender has been told
         batch.hear(message)
 
     def _on_registration_closed(self, message: RegistrationClosed) -> None:
-        batch = self._by_registration.get(message.target)
+        batch = self._batches.find(message.target)
         if batch is not None:
-            batch.lose(message.closed, message.reason, lost=message.lost, completed=message.completed)
+            batch.lose(message)
 
     def _loop_back(self, message: Message) -> None:
         # As a job's result, not through the queue: that may be full, and only this loop empties it.
         self._jobs.post(partial(self.handle, message))
 
     def _on_agent_lost(self, incarnation: str, reason: str) -> None:
-        for batch in list(self._by_registration.values()):
+        for batch in self._batches.all():
             batch.lose_agent(incarnation, reason)

@@ -146,5 +146,5 @@ def _batch(batch: Batch) -> BatchStatus:
             waits_for=batch.waits_for(transfer),
         ),
         waits_for=job.cancellation.waits_for if job is not None else "",
-        error=str(batch.error or ""),
+        error=str(batch.closed or batch.loss or ""),
     )

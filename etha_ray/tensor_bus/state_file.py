@@ -5,8 +5,10 @@ One writer, the agent; any number of readers. It holds
 - ``agent:heartbeat``            wall clock seconds of the last beat, as text
 - ``agent:record``               `AgentRecord`
 - ``agent:claimed``              wall clock seconds at which the agent took this place; its heart beats once it serves
+- ``agent:first``                position in the command queue from which on this agent takes commands
 - ``agent:stopped``              there once the agent was shut down; clients that still have the file open look for it
 - ``outcome:{semaphore}``        the encoded outcome of the command that named this semaphore
+- ``journal:{client}:...``       what the agent serves, for the one that takes its place if it dies (see `journal`)
 - ``handles:{registration}``     memory handles of a batch, for the agents that will read this memory
 - ``held:{client}/{digest}``     `versions.Holding` of the batch whose id has this digest
 - ``pair:{pair}/state:match``    "matched" once a pair is complete
@@ -31,6 +33,12 @@ _HEARTBEAT = b"agent:heartbeat"
 _RECORD = b"agent:record"
 _STOPPED = b"agent:stopped"
 _CLAIMED = b"agent:claimed"
+_FIRST = b"agent:first"
+_HELD = b"held:"
+OUTCOME = b"outcome:"
+"""What the keys of outcomes begin with."""
+JOURNAL = b"journal:"
+"""What the keys of an agent's journal begin with."""
 STATUS = b"agent:status"
 HISTORY = b"history:"
 _MAP_SIZE = 1 << 30
@@ -120,12 +128,17 @@ class StateFile:
         return None if value is None else _decoded(value)
 
     def take_over(self, seen: AgentRecord | None, record: AgentRecord) -> bool:
-        """Forget everything and say who the agent is from now on; False if that is no longer ``seen``."""
+        """Say who the agent is from now on; False if that is no longer ``seen``.
+
+        Of what the one before wrote, its journal, what batches hold, and the outcomes that clients may still read are kept.
+        """
         with self._transaction(write=True) as txn:
             found = txn.get(_RECORD)
             if found is not None and _decoded(bytes(found)) != seen:
                 return False
-            txn.drop(self.db, delete=False)
+            for key in [bytes(key) for key in txn.cursor().iternext(values=False)]:
+                if not key.startswith((JOURNAL, OUTCOME, _HELD)):
+                    txn.delete(key)
             txn.put(_RECORD, msgspec.msgpack.encode(record))
             txn.put(_CLAIMED, repr(time.time()).encode())
         return True
@@ -137,6 +150,26 @@ class StateFile:
     def stopped(self) -> bool:
         """Whether the agent was shut down."""
         return self.get(_STOPPED) is not None
+
+    def put_first(self, position: int) -> None:
+        """Say which position in the queue is the first that this agent takes: it has seen no command before that."""
+        self.put(_FIRST, str(position).encode())
+
+    def first(self) -> int:
+        """What `put_first` said; 0 while the agent is starting up."""
+        return int(self.get(_FIRST) or b"0")
+
+    def under(self, prefix: bytes) -> dict[bytes, bytes]:
+        """All keys that begin with ``prefix``, and their values."""
+        found = {}
+        with self._transaction() as txn:
+            cursor = txn.cursor()
+            if cursor.set_range(prefix):
+                for key, value in cursor:
+                    if not bytes(key).startswith(prefix):
+                        break
+                    found[bytes(key)] = bytes(value)
+        return found
 
     def owns_path(self) -> bool:
         """Whether the path still leads to this file."""
@@ -181,7 +214,7 @@ def _decoded(data: bytes) -> AgentRecord | None:
 
 def outcome_key(semaphore_name: str) -> bytes:
     """Where the outcome of the command that named this semaphore is."""
-    return b"outcome:" + semaphore_name.encode()
+    return OUTCOME + semaphore_name.encode()
 
 
 def history_key(place: int) -> bytes:
@@ -196,7 +229,12 @@ def handles_key(registration: str) -> bytes:
 
 def holding_key(client_id: str, batch_id: str) -> bytes:
     """Where it stands what a client's batch holds."""
-    return f"held:{client_id}/{fingerprint(batch_id)}".encode()
+    return holding_prefix(client_id) + fingerprint(batch_id).encode()
+
+
+def holding_prefix(client_id: str) -> bytes:
+    """What the keys begin with that say what a client's batches hold."""
+    return _HELD + f"{client_id}/".encode()
 
 
 def pair_state_key(pair_name: str) -> bytes:

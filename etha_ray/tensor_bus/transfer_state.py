@@ -44,8 +44,8 @@ class UnderWay:
     """A transfer that is under way.
 
     ``outstanding`` are the registrations it waits for: receivers that have not taken what was announced, or senders that have not
-    said that what was read still stood. ``version`` is the one it sends or receives, as far as that is settled. ``moved``
-    are the seconds in which bytes moved, ``seconds`` all until its end. ``spoilt`` says, by sender,
+    said that what was read still stood. ``taken`` names the sends that it takes. ``version`` is the one it sends or receives, as far
+    as that is settled. ``moved`` are the seconds in which bytes moved, ``seconds`` all until its end. ``spoilt`` says, by sender,
     what happened while bytes moved, and ``lost`` why there is nothing more to wait for.
     """
 
@@ -63,6 +63,12 @@ class UnderWay:
     spoilt: dict[str, str] = field(default_factory=dict)
     lost: EthaRayError | None = None
     flows: tuple[Flow, ...] = ()
+    taken: tuple[str, ...] = ()
+
+    @property
+    def send(self) -> str:
+        """What this send is called, however often it has to be announced."""
+        return f"{self.command.client_id}:{self.command.command_id}"
 
     @classmethod
     def of(cls, command: Transfer) -> UnderWay:

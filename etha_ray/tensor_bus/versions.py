@@ -7,13 +7,14 @@ ranks that gave up an earlier transfer, or took part in one that others gave up,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from etha_ray.errors import BatchTornError, ConfigError, VersionMismatchError, VersionTimeoutError
-from etha_ray.tensor_bus.commands import HIGHEST_VERSION, BaseCommand, WaitVersion
+from etha_ray.tensor_bus.commands import HIGHEST_VERSION, WaitVersion
+from etha_ray.tensor_bus.waits import Waits
 
 _SHOWN = 16
 """Runs of positions that a message has room for."""
@@ -25,11 +26,13 @@ class Holding(msgspec.Struct, frozen=True, omit_defaults=True):
     There before a byte of them changes: a worker whose agent was killed in the midst of a copy finds its tensors torn.
 
     version: 0 until the batch was sent or received, and while it is torn. last: the highest version of a transfer that completed.
+    taken: which sends the last receive took, one of each sender.
     torn: positions of the tensors that may hold bytes of two versions, as they were registered; and why.
     """
 
     version: int = 0
     last: int = 0
+    taken: tuple[str, ...] = ()
     torn: tuple[int, ...] = ()
     why: str = ""
 
@@ -60,13 +63,13 @@ class Holding(msgspec.Struct, frozen=True, omit_defaults=True):
             raise ConfigError(f"batch {batch_id!r}: version {chosen} is not above {self.last}, its last one, and below 2**63")
         return chosen
 
-    def complete(self, version: int) -> Holding:
-        """After a transfer that completed."""
-        return Holding(version=version, last=max(version, self.last))
+    def complete(self, version: int, taken: tuple[str, ...] = ()) -> Holding:
+        """After a transfer that completed; ``taken``: the sends that a receive took."""
+        return Holding(version=version, last=max(version, self.last), taken=taken or self.taken)
 
     def tear(self, positions: tuple[int, ...], why: str) -> Holding:
         """Once bytes of tensors at these positions may have changed, and not all of them."""
-        return Holding(version=0, last=self.last, torn=positions, why=why)
+        return Holding(version=0, last=self.last, taken=self.taken, torn=positions, why=why)
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -94,11 +97,13 @@ def shown_positions(positions: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Announced:
-    """What one sender announced: the number of the send within its registration, its version, and whether its worker chose that."""
+    """What one sender announced: the number of the send within its registration, its version, whether its worker chose that, and what
+    this send is called whatever the registration."""
 
     sequence: int
     version: int
     chosen: bool
+    send: str = ""
 
 
 def agreed_version(batch_id: str, announced: Mapping[str, Announced], last: int) -> int:
@@ -121,22 +126,8 @@ def agreed_version(batch_id: str, announced: Mapping[str, Announced], last: int)
     return version
 
 
-@dataclass
-class VersionWaits:
+class VersionWaits(Waits[WaitVersion]):
     """Commands that are answered once the tensors hold a version. On the agent's loop only."""
-
-    answer: Callable[[BaseCommand, object], None]
-    refuse: Callable[[BaseCommand, BaseException], None]
-    waiting: list[tuple[WaitVersion, float | None]] = field(default_factory=list)
-
-    def add(self, command: WaitVersion, now: float) -> None:
-        """Keep a command until its version is there, or its time is up, by the monotonic clock."""
-        self.waiting.append((command, None if command.timeout is None else now + command.timeout))
-
-    @property
-    def deadline(self) -> float | None:
-        """When `expire` has something to do."""
-        return min((deadline for _, deadline in self.waiting if deadline is not None), default=None)
 
     def reach(self, version: int) -> None:
         """The tensors hold this version now."""
@@ -145,20 +136,5 @@ class VersionWaits:
 
     def expire(self, now: float, state: str) -> None:
         """Answer those whose time is up; ``state`` says what is there and what is missing."""
-        for command in self._take(lambda _, deadline: deadline is not None and deadline <= now):
+        for command in self._expired(now):
             self.refuse(command, VersionTimeoutError(f"{state}; version {command.version} did not come within {command.timeout:g} s"))
-
-    def fail(self, error: BaseException) -> None:
-        """No version will come any more."""
-        for command in self._take(lambda *_: True):
-            self.refuse(command, error)
-
-    def drop(self, command_id: int) -> None:
-        """Nobody waits for this one any more."""
-        self._take(lambda command, _: command.command_id == command_id)
-
-    def _take(self, wanted: Callable[[WaitVersion, float | None], bool]) -> list[WaitVersion]:
-        found = [command for command, deadline in self.waiting if wanted(command, deadline)]
-        if found:
-            self.waiting = [(command, deadline) for command, deadline in self.waiting if not wanted(command, deadline)]
-        return found

@@ -24,29 +24,45 @@ class AgentWatch:
         self._beat = state.heartbeat()
         self._beat_seen = self._looked = time.monotonic()
 
+    @property
+    def gone(self) -> bool:
+        """Whether its process is known to have ended: another agent may take its place, which it cannot while this one is stopped."""
+        record, found = self.record, self._state.record()
+        replaced = found is not None and found.incarnation != record.incarnation
+        return replaced or (self._same_processes and not is_alive(record.pid, record.start_time))
+
     def check(self) -> None:
         """Raise `AgentDiedError` if the agent's process is gone or it has not beaten for the failure timeout."""
         record = self.record
         if self._same_processes and not is_alive(record.pid, record.start_time):
-            raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) died; a pool restarts it: make a new client and register again")
+            raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) died")
         if self._state.stopped():
             raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) was shut down: start it again, then make a new client")
         found = self._state.record()
         if found is None or found.incarnation != record.incarnation:
-            raise AgentDiedError(
-                f"agent {record.rank} (pid {record.pid}) is gone, and another was started in its place: make a new client and"
-                " register again"
-            )
+            raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) died, and another was started in its place")
         now, beat = time.monotonic(), self._state.heartbeat()
         # Where nobody has looked for long, this process may have been stopped together with the agent: both get their time.
         if beat != self._beat or now - self._looked > FAILURE_TIMEOUT:
             self._beat, self._beat_seen = beat, now
         elif now - self._beat_seen > FAILURE_TIMEOUT:
             raise AgentDiedError(
-                f"agent {record.rank} (pid {record.pid}) has not answered for {now - self._beat_seen:.1f} s:"
-                " it is stopped or stuck; restart it, then make a new client and register again"
+                f"agent {record.rank} (pid {record.pid}) has not answered for {now - self._beat_seen:.1f} s: it is stopped or stuck;"
+                " continue its process, or kill it, so that another takes its place"
             )
         self._looked = now
+
+    def successor(self) -> AgentWatch | None:
+        """A watch on the agent that has taken this one's place, once it serves there."""
+        found = self._state.record()
+        if found is None or found.incarnation == self.record.incarnation or self._state.heartbeat() is None:
+            return None
+        watch = AgentWatch(self._state, found)
+        try:
+            watch.check()
+        except AgentDiedError:
+            return None
+        return watch
 
 
 def find_agent(agent_rank: int, state_path: str, queue_path: str, timeout: float | None) -> tuple[StateFile, AgentWatch]:

@@ -43,14 +43,15 @@ class Workers:
         self._agent_rank = agent_rank
         self._workers: dict[str, Worker] = {}
 
-    def add(self, hello: Hello) -> None:
+    def add(self, hello: Hello) -> Worker:
         """A client introduces itself."""
-        self._workers[hello.client_id] = Worker(
+        worker = self._workers[hello.client_id] = Worker(
             client_id=hello.client_id,
             pid=hello.pid,
             start_time=hello.start_time,
             visible=hello.pid_namespace == pid_namespace(),
         )
+        return worker
 
     def of(self, command: BaseCommand) -> Worker:
         """Who sent ``command``. Raises `AgentDiedError` for a client of an agent that ran here before."""

@@ -215,7 +215,9 @@ def _run_agent(arguments: list[str]) -> None:
 class ProcessCluster:
     """Agents that are processes, meeting in a TCP store that this process serves."""
 
-    def __init__(self, count: int, *, as_modules: bool = False, run: Callable[[list[str]], None] | None = None) -> None:
+    def __init__(
+        self, count: int, *, as_modules: bool = False, restarts: bool = False, run: Callable[[list[str]], None] | None = None
+    ) -> None:
         from etha_ray.kvstore.tcp import TorchTCPStore
 
         self.namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
@@ -224,6 +226,7 @@ class ProcessCluster:
         self.paths = [agent_paths(rank, self.namespace) for rank in range(count)]
         self.as_modules = as_modules
         self._run = run or _run_agent
+        self.restarts = restarts
         self.pids: list[int] = []
         self.every_pid: set[int] = set()
         self.workers: list[Worker] = []
@@ -234,6 +237,7 @@ class ProcessCluster:
 
     def start_agent(self, rank: int) -> None:
         arguments = ["--store", self.url, "--rank", str(rank), "--namespace", self.namespace, "--threads", "1"]
+        arguments += ["--restarts"] * self.restarts
         process: Any
         if self.as_modules:
             process = subprocess.Popen([sys.executable, "-m", "etha_ray.tensor_bus.agent", *arguments])
@@ -294,9 +298,10 @@ class ProcessCluster:
 
 @contextlib.contextmanager
 def process_cluster(
-    count: int = 2, *, as_modules: bool = False, run: Callable[[list[str]], None] | None = None
+    count: int = 2, *, as_modules: bool = False, restarts: bool = False, run: Callable[[list[str]], None] | None = None
 ) -> Iterator[ProcessCluster]:
-    cluster = ProcessCluster(count, as_modules=as_modules, run=run)
+    """``restarts``: the agents say that somebody starts them again if they die; the test does."""
+    cluster = ProcessCluster(count, as_modules=as_modules, restarts=restarts, run=run)
     try:
         yield cluster
     finally:
@@ -374,6 +379,10 @@ def register(state: dict[str, Any], batch_id: str, tensors: list[tuple[torch.Ten
 
 def transfer(state: dict[str, Any], batch_id: str, direction: str, timeout: float = LONG) -> Any:
     return state["handlers"][batch_id].transfer(direction, blocking=True, timeout=timeout).result(0)
+
+
+def wait_ready(state: dict[str, Any], batch_id: str) -> None:
+    state["handlers"][batch_id].wait_ready(LONG)
 
 
 def start_transfer(state: dict[str, Any], batch_id: str, direction: str) -> None:

@@ -1,0 +1,222 @@
+"""The batches of an agent's workers: registering them, registering them again after a loss, closing them. On the agent's loop only.
+
+A batch whose members died, or left the pair, is *renewed*: withdrawn and registered again under the same id, by itself, while its
+worker goes on. It is READY again once all members are there, whoever they are by then and however many. The agent that takes the
+place of one that died renews what that one's journal says.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from etha_ray.errors import BatchExistsError, EthaRayError, MemoryHandleError, UnknownPairError
+from etha_ray.kvstore import KVStore
+from etha_ray.tensor_bus.batch import Batch
+from etha_ray.tensor_bus.bus import Bus
+from etha_ray.tensor_bus.commands import RegisteredTensor, RegisterTensors
+from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
+from etha_ray.tensor_bus.journal import Journal
+from etha_ray.tensor_bus.links import Links
+from etha_ray.tensor_bus.losses import Returns
+from etha_ray.tensor_bus.registered import Registered, Transports
+from etha_ray.tensor_bus.registration import Registration, Request
+from etha_ray.tensor_bus.replicas import Replicas
+from etha_ray.tensor_bus.state_file import StateFile, holding_key
+from etha_ray.tensor_bus.versions import Holding
+from etha_ray.tensor_bus.workers import Worker
+from etha_ray.transport.buckets import DEFAULT_BUCKET_SIZE
+
+logger = logging.getLogger(__name__)
+
+
+class Batches:
+    """All batches of one agent.
+
+    Args:
+        bus: what batches need of the agent.
+        store, state, transports, jobs, journal, replicas: the agent's.
+        links: its connections to other agents.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        store: KVStore,
+        state: StateFile,
+        transports: Transports,
+        jobs: Jobs,
+        links: Links,
+        journal: Journal,
+        replicas: Replicas,
+    ) -> None:
+        self._bus = bus
+        self._store = store
+        self._state = state
+        self._transports = transports
+        self._jobs = jobs
+        self._links = links
+        self._journal = journal
+        self._replicas = replicas
+        self._by_registration: dict[str, Batch] = {}
+
+    def all(self) -> list[Batch]:
+        """Every batch that may still be heard of."""
+        return list(self._by_registration.values())
+
+    def find(self, registration: str) -> Batch | None:
+        """The batch that others know by this registration."""
+        return self._by_registration.get(registration)
+
+    def register(self, worker: Worker, command: RegisterTensors) -> None:
+        """A worker registers a batch; it is answered once all members are ready.
+
+        Raises:
+            BatchExistsError, UnknownPairError, MemoryHandleError: the command does not fit.
+        """
+        if command.batch_id in worker.batches:
+            raise BatchExistsError(f"batch {command.batch_id!r} is registered already: close it first, or use another id")
+        request = self._request(worker, command, command.timeout)
+        work = self._registration(request)
+        batch = Batch(
+            bus=self._bus,
+            batch_id=command.batch_id,
+            registration=request.registration,
+            client_id=command.client_id,
+            work=work,
+            command=command,
+        )
+        self._add(worker, batch)
+        if command.timeout is None:  # it goes on whatever its worker hears of it
+            self._journal.registered(command)
+        batch.job = self._jobs.start(f"register {batch.batch_id}", work.run, partial(self._registration_over, worker, batch))
+
+    def restore(self, worker: Worker, command: RegisterTensors) -> None:
+        """A worker has had this batch, served by an agent that died: register it again.
+
+        Raises:
+            UnknownPairError, MemoryHandleError: the command does not fit.
+        """
+        request = self._request(worker, command, None)
+        data = self._state.get(holding_key(worker.client_id, command.batch_id))
+        batch = Batch(
+            bus=self._bus,
+            batch_id=command.batch_id,
+            registration=request.registration,
+            client_id=command.client_id,
+            work=self._registration(request),
+            command=command,
+            holding=Holding() if data is None else Holding.decode(data),
+        )
+        batch.restored()
+        self._add(worker, batch)
+        self._start_renewal(worker, batch, None)
+
+    def renew_lost(self, workers: Iterable[Worker], now: float) -> None:
+        """Register again those batches that have lost members, by the monotonic clock."""
+        for worker in workers:
+            for batch in worker.batches.values():
+                if batch.may_renew(now):
+                    self._renew(worker, batch)
+
+    def close(
+        self, worker: Worker, batch: Batch, error: EthaRayError, *, lost: bool, returns: Returns = "no", then: Callable[[], None]
+    ) -> None:
+        """Close a batch; ``then`` runs once no byte moves any more, and nobody can find it in the store."""
+        worker.batches.pop(batch.batch_id, None)
+        withdrawn = worker.closing[batch.batch_id] = threading.Event()
+
+        def released() -> None:
+            self._by_registration.pop(batch.registration, None)
+            self._state.delete([holding_key(batch.client_id, batch.batch_id)])
+            self._journal.closed(batch.client_id, batch.batch_id)
+            self._jobs.start(f"withdraw {batch.batch_id}", lambda _: batch.work.close(), over)
+
+        def over(job: Job[Any]) -> None:
+            if job.error is not None:
+                logger.warning("could not withdraw batch %r from the store: %s", batch.batch_id, job.error)
+            withdrawn.set()
+            if worker.closing.get(batch.batch_id) is withdrawn:
+                del worker.closing[batch.batch_id]
+            self._replicas.drop(batch, then)
+
+        batch.close(error, lost=lost, returns=returns, then=released)
+
+    def _add(self, worker: Worker, batch: Batch) -> None:
+        worker.batches[batch.batch_id] = self._by_registration[batch.registration] = batch
+
+    def _request(self, worker: Worker, command: RegisterTensors, timeout: float | None) -> Request:
+        missing = sorted({name for name, _ in command.tensors if name not in worker.pairs})
+        if missing:
+            raise UnknownPairError(f"batch {command.batch_id!r}: pairs {missing} are not known; call init_pair first")
+        try:
+            tensors = [(name, RegisteredTensor.decode(data)) for name, data in command.tensors]
+        except msgspec.DecodeError as error:
+            raise MemoryHandleError(f"batch {command.batch_id!r}: a tensor's description cannot be read ({error})") from error
+        return Request(
+            batch_id=command.batch_id,
+            registration=secrets.token_hex(16),
+            pairs={name: worker.pairs[name] for name, _ in tensors},
+            tensors=tensors,
+            bucket_size=command.bucket_size or DEFAULT_BUCKET_SIZE,
+            timeout=timeout,
+            after=worker.closing.get(command.batch_id),
+        )
+
+    def _registration(self, request: Request) -> Registration:
+        return Registration(self._store, self._state, self._transports, request, self._settle)
+
+    def _renew(self, worker: Worker, batch: Batch) -> None:
+        command = batch.command
+        assert isinstance(command, RegisterTensors)
+        request = self._request(worker, command, None)
+        logger.info("batch %r is registered again: %s", batch.batch_id, batch.loss)
+        before = batch.work
+        self._by_registration.pop(batch.registration, None)
+        batch.renew(request.registration, self._registration(request))
+        self._by_registration[batch.registration] = batch
+        self._start_renewal(worker, batch, before)
+
+    def _start_renewal(self, worker: Worker, batch: Batch, before: Registration | None) -> None:
+        work = batch.work
+
+        def run(cancellation: Cancellation) -> Registered:
+            if before is not None:
+                before.close()
+            return work.run(cancellation)
+
+        batch.job = self._jobs.start(f"renew {batch.batch_id}", run, partial(self._registration_over, worker, batch))
+
+    def _registration_over(self, worker: Worker, batch: Batch, job: Job[Registered]) -> None:
+        renewal = batch.is_renewal
+        error = batch.registration_over(job, time.monotonic())
+        if error is None:
+            for peer in batch.registered.others.values():
+                self._links.follow(peer.member.agent)
+            if not renewal:
+                assert isinstance(batch.command, RegisterTensors)
+                self._journal.registered(batch.command)
+                self._bus.answer(batch.command, None)
+            batch.catch_up()
+        elif renewal:
+            logger.warning("batch %r cannot be registered again yet: %s", batch.batch_id, error)
+        else:
+            self._bus.refuse(batch.command, error)
+            if worker.batches.get(batch.batch_id) is batch:
+                del worker.batches[batch.batch_id]
+                del self._by_registration[batch.registration]
+                self._journal.closed(batch.client_id, batch.batch_id)
+
+    def _settle(self, cancellation: Cancellation) -> None:
+        """Wait until the loop has handled what is in the queue now. On a job's thread."""
+        handled = threading.Event()
+        self._jobs.post(handled.set)
+        while not handled.wait(0.05):
+            cancellation.check()

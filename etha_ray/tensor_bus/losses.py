@@ -1,0 +1,59 @@
+"""Which members a batch has lost, and what becomes of a transfer then."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from etha_ray.errors import EthaRayError
+
+Returns: TypeAlias = Literal["no", "perhaps", "soon"]
+"""Whether a member comes back by itself: "no" if its worker closed the batch, "perhaps" if the worker left or died, "soon" if only
+its agent did, which somebody restarts, or if it registers again."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One member that is gone; ``completed`` is how many transfers of the batch it had completed."""
+
+    error: EthaRayError
+    completed: int
+    returns: Returns
+
+
+@dataclass
+class Losses:
+    """The members that a batch has lost since it was ready, by registration, since ``since`` by the monotonic clock."""
+
+    members: dict[str, Loss] = field(default_factory=dict)
+    since: float = 0.0
+    trouble: EthaRayError | None = None
+    """Why the batch could not be registered again, where it could not."""
+
+    def __bool__(self) -> bool:
+        return bool(self.members) or self.trouble is not None
+
+    def add(self, registration: str, loss: Loss, now: float) -> None:
+        """Another member is gone; what is known of one stays."""
+        if not self:
+            self.since = now
+        self.members.setdefault(registration, loss)
+
+    @property
+    def first(self) -> EthaRayError | None:
+        """What to say of it."""
+        if self.trouble is not None:
+            return self.trouble
+        return next((loss.error for loss in self.members.values()), None)
+
+    @property
+    def final(self) -> EthaRayError | None:
+        """Why a transfer that needs all members is refused at once; None if it waits, as all that are gone come back soon."""
+        if self.trouble is not None:
+            return self.trouble
+        return next((loss.error for loss in self.members.values() if loss.returns != "soon"), None)
+
+    def leaves_room_for(self, needed: Container[str], completed: int) -> bool:
+        """Whether those ``needed`` are there, and the others had completed the transfer that comes after ``completed``."""
+        return all(loss.completed > completed and registration not in needed for registration, loss in self.members.items())

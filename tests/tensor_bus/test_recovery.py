@@ -1,0 +1,216 @@
+"""Who dies is replaced, and the others go on without doing anything: agents that take up what the dead one served, workers that come
+back, sides that come back with another number of ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import Shard
+
+from etha_ray.errors import AgentDiedError, BatchClosedError, PeerLostError
+from tests.tensor_bus import cluster as acts
+from tests.tensor_bus.cluster import LONG, ProcessCluster, Side, Worker, eventually, local_cluster, process_cluster, succeed
+from tests.tensor_bus.test_failures import settled, works
+
+
+@pytest.fixture
+def cluster() -> Iterator[ProcessCluster]:
+    with process_cluster(2, restarts=True) as made:
+        yield made
+
+
+def held(state: dict[str, Any], batch_id: str) -> tuple[int, tuple[int, ...]]:
+    handler = state["handlers"][batch_id]
+    return handler.version, handler.torn
+
+
+def started_is_over(state: dict[str, Any]) -> Any:
+    return state["semaphore"].result(LONG)
+
+
+def ping(state: dict[str, Any]) -> None:
+    state["client"].ping(LONG)
+
+
+class TestAgents:
+    @pytest.mark.parametrize("dead", [(0,), (1,), (0, 1)])
+    def test_killed_between_two_transfers(self, cluster: ProcessCluster, dead: tuple[int, ...]) -> None:
+        """Workers call nothing but their next transfer, and it works: before, while and after another agent is started."""
+        one, two = cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        works(one, two)
+        for rank in dead:
+            cluster.kill(cluster.pids[rank])
+        one.call(acts.fill, "x", 1)
+        one.start(acts.transfer, "x", "send")
+        two.start(acts.transfer, "x", "recv")
+        for rank in dead:
+            cluster.start_agent(rank)
+        sent, received = one.result(), two.result()
+        assert (sent.version, received.version) == (2, 2)
+        assert torch.equal(one.call(acts.read, "x")[0], two.call(acts.read, "x")[0])
+        works(one, two)
+        assert one.call(held, "x") == two.call(held, "x") == (3, ())
+
+    def test_killed_while_a_transfer_waits(self, cluster: ProcessCluster) -> None:
+        """The one that it had taken ends with an error, that of the other side waits on, and the next one works."""
+        one, two = cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        works(one, two)
+        two.call(acts.start_transfer, "x", "recv")
+        one.call(ping)
+        two.call(ping)  # after that the agent has taken the transfer
+        cluster.kill(cluster.pids[1])
+        with pytest.raises(AgentDiedError, match=r"agent 1 \(pid \d+\) died.* it had taken transfer for 'x'.*call again"):
+            two.call(started_is_over)
+        one.start(acts.transfer, "x", "send")
+        cluster.start_agent(1)
+        assert two.call(acts.transfer, "x", "recv").version == 2
+        assert one.result().version == 2
+        works(one, two)
+
+    def test_what_stands_in_the_queue_is_done_once_by_the_next_agent(self, cluster: ProcessCluster) -> None:
+        one, two = cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        one.call(ping)
+        os.kill(cluster.pids[0], signal.SIGSTOP)
+        one.call(acts.start_transfer, "x", "send")
+        cluster.kill(cluster.pids[0])
+        cluster.start_agent(0)
+        assert two.call(acts.transfer, "x", "recv").version == 1
+        assert one.call(started_is_over).version == 1
+        two.call(acts.start_transfer, "x", "recv")
+        works_once = two.call(is_done)
+        assert not works_once, "it was sent twice"
+        one.call(acts.transfer, "x", "send")
+        assert two.call(started_is_over).version == 2
+
+    def test_what_nobody_waits_for_any_more_is_not_done(self, cluster: ProcessCluster) -> None:
+        one, two = cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        one.call(ping)
+        os.kill(cluster.pids[0], signal.SIGSTOP)
+        with pytest.raises(TimeoutError):
+            one.call(acts.transfer, "x", "send", 0.2)
+        cluster.kill(cluster.pids[0])
+        cluster.start_agent(0)
+        one.call(acts.wait_ready, "x")
+        two.call(acts.start_transfer, "x", "recv")
+        one.call(ping)
+        assert not two.call(is_done)
+        one.call(acts.transfer, "x", "send")
+        assert two.call(started_is_over).version == 1
+
+    def test_killed_again_and_again(self, cluster: ProcessCluster) -> None:
+        one, two = cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        for step in range(3):
+            cluster.kill(cluster.pids[step % 2])
+            cluster.start_agent(step % 2)
+            works(one, two)
+
+    def test_its_dead_workers_are_not_taken_up(self, cluster: ProcessCluster) -> None:
+        one, two, three = cluster.worker(), cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        cluster.kill(cluster.pids[1])
+        cluster.kill(two.pid)
+        cluster.start_agent(1)
+        three.call(acts.connect, 1, cluster.paths[1])
+        three.call(acts.join_pair, "p", "b", "a", 1, None, None)
+        three.call(acts.register, "x", [(torch.zeros(6), "p")])
+        one.call(acts.wait_ready, "x")
+        works(one, three)
+
+    def test_nobody_starts_it_again(self) -> None:
+        with process_cluster(2) as cluster:
+            one, two = cluster.worker(), cluster.worker()
+            settled(cluster, one, two)
+            cluster.kill(cluster.pids[0])
+            with pytest.raises(AgentDiedError, match=r"died: start it again there, and this client goes on with it"):
+                one.call(acts.transfer, "x", "send")
+            with pytest.raises(PeerLostError, match="is gone"):
+                two.call(acts.transfer, "x", "recv")
+            cluster.start_agent(0)
+            two.call(acts.wait_ready, "x")
+            works(one, two)
+
+
+def is_done(state: dict[str, Any]) -> bool:
+    time.sleep(0.3)  # long enough for a transfer that should not be
+    return bool(state["semaphore"].done())
+
+
+class TestWorkers:
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_killed_and_replaced(self, cluster: ProcessCluster, rank: int) -> None:
+        """By one on the same agent or another; the survivor does nothing but call again."""
+        one, two, three = cluster.worker(), cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        works(one, two)
+        cluster.kill(two.pid)
+        eventually(lambda: isinstance(_outcome(one), PeerLostError))
+        three.call(acts.connect, rank, cluster.paths[rank])
+        three.call(acts.join_pair, "p", "b", "a", 1, None, None)
+        three.call(acts.register, "x", [(torch.zeros(6), "p")])
+        assert three.call(held, "x") == (0, ())
+        works(one, three)
+        assert three.call(held, "x") == one.call(held, "x") == (2, ())
+
+    def test_left_and_came_back(self, cluster: ProcessCluster) -> None:
+        one, two, three = cluster.worker(), cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        two.close()
+        with pytest.raises(BatchClosedError, match=r"b\[0\] is gone \(its client was closed\): transfers go on once"):
+            one.call(acts.transfer, "x", "send")
+        three.call(acts.connect, 1, cluster.paths[1])
+        three.call(acts.join_pair, "p", "b", "a", 1, None, None)
+        three.call(acts.register, "x", [(torch.zeros(6), "p")])
+        works(one, three)
+
+
+def _outcome(worker: Worker) -> BaseException | None:
+    """What a send without a receiver ends with, None if only its time was up."""
+    try:
+        worker.call(acts.transfer, "x", "send", 0.05)
+    except PeerLostError as error:
+        return error
+    except TimeoutError:
+        return None
+    raise AssertionError("somebody received it")
+
+
+def test_a_side_comes_back_with_another_number_of_ranks() -> None:
+    """The other side plans anew by itself."""
+    whole = torch.arange(24.0).reshape(8, 3)
+    with local_cluster() as cluster:
+        senders = cluster.side("a", "b", [0, 1], (2,), [Shard(0)])
+        handlers: dict[int, Any] = {}
+
+        def give(index: int) -> None:
+            side = senders[index]
+            if index not in handlers:
+                side.join()
+                handlers[index] = side.client.register_tensors("x", [(side.cut(whole), "pair")], timeout=LONG)
+            handlers[index].wait_ready(LONG)
+            handlers[index].transfer("send", blocking=True, timeout=LONG)
+
+        def take(side: Side, part: torch.Tensor) -> None:
+            side.join()
+            handler = side.client.register_tensors("x", [(part, "pair")], timeout=LONG)
+            assert handler.version == 0
+            handler.transfer("recv", blocking=True, timeout=LONG)
+
+        for ranks, dim in ((2, 0), (3, 1), (1, 0)):
+            sides = cluster.side("b", "a", [index % 2 for index in range(ranks)], (ranks,), [Shard(dim)])
+            parts = [side.cut(torch.zeros(8, 3)) for side in sides]
+            takes = [lambda side=side, part=part: take(side, part) for side, part in zip(sides, parts, strict=True)]
+            succeed(lambda: give(0), lambda: give(1), *takes)
+            for side, part in zip(sides, parts, strict=True):
+                assert torch.equal(part, side.cut(whole))
+                side.client.close()
