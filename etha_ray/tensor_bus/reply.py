@@ -201,7 +201,8 @@ class ReplyPool:
             return
         if self.state.stopped() or not self.watch.gone:
             raise error
-        if reply.position < self._queue.head():
+        head = self._queue.head()  # before looking who claims the place: one that does takes commands, too
+        if reply.position < (self.state.first() if self.watch.replaced else head):
             raise _taken(reply, str(error))
         if not self.watch.record.restarts or not reply.patient:
             raise AgentDiedError(f"{error}: start it again there, and this client goes on with it")

@@ -27,9 +27,13 @@ class AgentWatch:
     @property
     def gone(self) -> bool:
         """Whether its process is known to have ended: another agent may take its place, which it cannot while this one is stopped."""
-        record, found = self.record, self._state.record()
-        replaced = found is not None and found.incarnation != record.incarnation
-        return replaced or (self._same_processes and not is_alive(record.pid, record.start_time))
+        return self.replaced or (self._same_processes and not is_alive(self.record.pid, self.record.start_time))
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another agent has claimed its place; it may not serve yet."""
+        found = self._state.record()
+        return found is not None and found.incarnation != self.record.incarnation
 
     def check(self) -> None:
         """Raise `AgentDiedError` if the agent's process is gone or it has not beaten for the failure timeout."""
