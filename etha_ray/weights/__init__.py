@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from etha_ray.errors import LayoutError
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.weights.layouts import PlacementsOf
@@ -108,6 +109,10 @@ def pull(
     if blocking:
         try:
             receiver.wait_ready(timeout)
+        except LayoutError:
+            receiver.let_see()
+            receiver.close()
+            raise
         except BaseException:
             receiver.close()
             raise

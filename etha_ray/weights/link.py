@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from etha_ray.errors import BatchClosedError, PeerLostError
+from etha_ray.report import TransferReport
 from etha_ray.weights.parties import Parties
 from etha_ray.weights.session import Session
 
@@ -52,18 +54,24 @@ class Link:
         self._changed = changed
         self._wanted: Parties | None = None
         self._held: Parties | None = None
-        self._closed = False
+        self._busy = 0
+        self._retired = self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"etha-ray link {name}", daemon=True)
         self._thread.start()
 
     @property
     def id(self) -> str:
-        """Of those it is connected with, or tries to be; empty if nobody is there."""
-        return "" if self._wanted is None else self._wanted.id
+        """Of those whom its state is about; empty if nobody is there."""
+        return "" if self._held is None else self._held.id
+
+    @property
+    def ready(self) -> Session | None:
+        """The session, if it is READY and with those who are there now."""
+        return self.session if self._wanted == self._held else None
 
     @property
     def alive(self) -> bool:
-        """Whether its thread still runs, after `close`."""
+        """Whether its thread still runs."""
         return self._thread.is_alive()
 
     def offer(self, parties: Parties | None) -> None:
@@ -73,40 +81,60 @@ class Link:
                 self._wanted = parties
                 self._changed.notify_all()
 
-    def fail(self, session: Session, error: BaseException) -> None:
-        """A transfer found that ``session`` is lost."""
+    def transfer(self, session: Session, timeout: float | None, version: int | None = None) -> TransferReport:
+        """`Session.transfer`; a session that is lost by that makes this FAILED. What is offered meanwhile waits until it is over:
+        the agents say best why it fails, if it does."""
         with self._changed:
-            if self.session is session:
-                self.session, self.error, self.state = None, error, LinkState.FAILED
+            self._busy += 1
+        try:
+            return session.transfer(timeout, version)
+        except (PeerLostError, BatchClosedError) as error:
+            with self._changed:
+                if self.session is session:
+                    self.session, self.error, self.state = None, error, LinkState.FAILED
+            session.close()
+            raise
+        finally:
+            with self._changed:
+                self._busy -= 1
                 self._changed.notify_all()
-        session.close()
+
+    def retire(self) -> None:
+        """Leave once no transfer is under way. The thread ends soon after; `join` waits for it."""
+        with self._changed:
+            self._retired = True
+            self._wanted = None
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Leave. The thread ends soon after; `join` waits for it."""
+        """Leave now: a transfer that is under way fails. The thread ends soon after; `join` waits for it."""
         with self._changed:
             self._closed = True
             self._wanted = None
             self._changed.notify_all()
 
     def join(self) -> None:
-        """Wait until everything is left, after `close`."""
+        """Wait until everything is left, after `close` or `retire`."""
         self._thread.join()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._wanted != self._held)
+                self._changed.wait_for(self._has_to_do)
                 wanted, self._held = self._wanted, self._wanted
                 old, self.session, self.error = self.session, None, None
                 self.state = LinkState.IDLE if wanted is None else LinkState.CONNECTING
                 self._changed.notify_all()
-                closed = self._closed
+                over = self._closed or self._retired
             if old is not None:
                 old.close()
-            if closed:
+            if over:
                 return
             if wanted is not None:
                 self._meet(wanted)
+
+    def _has_to_do(self) -> bool:
+        return self._closed or (not self._busy and (self._retired or self._wanted != self._held))
 
     def _meet(self, wanted: Parties) -> None:
         session = None

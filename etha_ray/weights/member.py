@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from etha_ray.config import check_name
 from etha_ray.errors import EthaRayError, NotShareableError
 from etha_ray.layout import MeshSpec
-from etha_ray.memory import export_tensors
+from etha_ray.memory import ExportedTensors, export_tensors
 from etha_ray.report import format_bytes
 from etha_ray.tensor_bus.board import Board
 from etha_ray.tensor_bus.bootstrap import bootstrap_client
@@ -77,9 +77,10 @@ class Member:
         self._own_names = {one.key: one.own for one in crossing}
         self._slot = slot(self.seat.rank)
         self._owned, self._announced = given.client is None, False
+        self._exported: ExportedTensors | None = None
         self.client = bootstrap_client()[0] if given.client is None else given.client
+        # Here, on the caller's thread, and once: nobody else writes to the tensors while they are moved to shared memory.
         try:
-            # Here, on the caller's thread, and once: nobody else writes to the tensors while they are moved to shared memory.
             self._exported = export_tensors(list(self.tensors.values()), [repr(one.own) for one in crossing])
             logger.info("weights %r: %s in %d tensors", self.name, format_bytes(self._exported.nbytes), len(self.tensors))
             self._places = {key: self._place(key) for key in self.tensors}
@@ -106,14 +107,20 @@ class Member:
                 " set, or the module was moved): write values in place, with copy_, or publish again"
             )
 
-    def close(self) -> None:
-        """Leave."""
-        if self._owned:
-            self.client.close()
-        elif self._announced:
+    def withdraw(self) -> None:
+        """Be there no more. First of all when leaving: nobody then connects anew with who is about to be gone."""
+        if self._announced:
+            self._announced = False
             with contextlib.suppress(EthaRayError, TimeoutError):  # what an agent that is gone knew is gone with it
                 self.board.withdraw(self._slot)
-        self.tensors.clear()
+
+    def close(self) -> None:
+        """Leave."""
+        self.withdraw()
+        if self._owned:
+            self.client.close()
+        if self._exported is not None:
+            self._exported.close()
 
     def _place(self, key: tuple[str, ...]) -> int:
         tensor = self.tensors[key]

@@ -13,7 +13,8 @@ from etha_ray.weights.tables import Notice, Table, decode_notice, decode_table
 
 SENDER = "sender"
 _FIRST_PAUSE = 0.005
-_LONGEST_PAUSE = 1.0
+LONGEST_PAUSE = 1.0
+"""Seconds after which everybody has looked again who is there."""
 
 
 @dataclass(frozen=True)
@@ -146,4 +147,4 @@ class Watcher:
             if self._wake.wait(pause):
                 self._wake.clear()
                 pause = _FIRST_PAUSE
-            pause = min(pause * 1.5, _LONGEST_PAUSE)
+            pause = min(pause * 1.5, LONGEST_PAUSE)

@@ -48,6 +48,7 @@ class Publisher:
         self._gone: list[Link] = []
         self._seen = seen({})
         self._version = self._tried = 0
+        self._misfit: BaseException | None = None  # of a replica that has left, until a push has raised it
         self._closed = False
         self._member = Member(given, sender_slot)
         seat = self._member.seat
@@ -117,9 +118,10 @@ class Publisher:
             self._closed = True
             links = [*self._links.values(), *self._gone, *([] if self._roster is None else [self._roster.link])]
             self._links = {}
-            for link in links:
-                link.close()
             self._changed.notify_all()
+        self._member.withdraw()
+        for link in links:
+            link.close()
         self._watcher.close()
         for link in links:
             link.join()
@@ -183,14 +185,10 @@ class Publisher:
         call = Call(version or self._tried + 1, self._joined(deadline, timeout)) if self._leads else None
         link = self._roster.link
         session = self._wait(lambda: self._session_of(link), f"the sender's other ranks ({self._missing(SENDER)})", deadline, timeout)
-        try:
-            if call is not None:
-                self._roster.say(session, call, remaining(deadline))
-                return call
-            call = self._roster.hear(session, remaining(deadline))
-        except (PeerLostError, BatchClosedError) as error:
-            link.fail(session, error)
-            raise
+        if call is not None:
+            self._roster.say(session, call, remaining(deadline))
+            return call
+        call = self._roster.hear(session, remaining(deadline))
         if version is not None and version != call.version:
             raise ConfigError(
                 f"weights {self.name!r}: rank {self._member.seat.rank} pushes version {version}, and rank 0 version {call.version}:"
@@ -208,29 +206,29 @@ class Publisher:
             misfits = [_misfit(link) for link in self._links.values()]
             if misfits and all(error is not None for error in misfits):
                 raise next(error for error in misfits if error is not None)
+            if not misfits and self._misfit is not None:
+                error, self._misfit = self._misfit, None
+                raise error
             return None
 
         return self._wait(enough, f"{self._min_replicas} replicas to join", deadline, timeout)
 
     def _send(self, replica: str, identity: str, version: int, deadline: float | None) -> TransferReport:
-        def found() -> Session | None:
+        def found() -> tuple[Link, Session] | None:
             link = self._links.get(replica)
-            return None if link is None or link.id != identity else self._session_of(link)
+            if link is None or link.id != identity:
+                # Rank 0 was ready with it, for which all ranks must have registered: it has been here.
+                raise BatchClosedError(f"weights {self.name!r}: replica {replica!r} has left, or begun anew")
+            session = self._session_of(link)
+            return None if session is None else (link, session)
 
-        session = self._wait(found, f"replica {replica!r}, which rank 0 is connected with", deadline, remaining(deadline))
-        try:
-            return session.transfer(remaining(deadline), version)
-        except (PeerLostError, BatchClosedError) as error:
-            with self._changed:
-                link = self._links.get(replica)
-            if link is not None:
-                link.fail(session, error)
-            raise
+        link, session = self._wait(found, f"replica {replica!r}, which rank 0 is connected with", deadline, remaining(deadline))
+        return link.transfer(session, remaining(deadline), version)
 
     def _session_of(self, link: Link) -> Session | None:
         if link.state is LinkState.FAILED and link.error is not None:
             raise link.error
-        return link.session
+        return link.ready
 
     def _wait(self, look: Callable[[], _T | None], what: str, deadline: float | None, timeout: float | None) -> _T:
         """Wait until ``look``, called while the links stand still, finds something."""
@@ -276,7 +274,8 @@ class Publisher:
                 self._links[replica].offer(found.parties(replica))
             for replica in [replica for replica in self._links if replica not in found.receivers]:
                 link = self._links.pop(replica)
-                link.close()
+                self._misfit = _misfit(link) or self._misfit
+                link.retire()
                 self._gone = [*(other for other in self._gone if other.alive), link]
             self._changed.notify_all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import TracebackType
 
 from etha_ray.config import check_name, check_timeout
@@ -11,7 +12,7 @@ from etha_ray.report import TransferReport
 from etha_ray.weights.agreement import agree
 from etha_ray.weights.link import Link, LinkState
 from etha_ray.weights.member import Given, Member, Patience, deadline_in, remaining
-from etha_ray.weights.parties import SENDER, Parties, Seen, Tables, Watcher, receiver_slot, seen
+from etha_ray.weights.parties import LONGEST_PAUSE, SENDER, Parties, Seen, Tables, Watcher, receiver_slot, seen
 from etha_ray.weights.session import Session, part_of
 
 
@@ -78,13 +79,16 @@ class Receiver:
         deadline = deadline_in(timeout)
         session = self._session(deadline, timeout)
         try:
-            report = session.transfer(remaining(deadline))
-        except (PeerLostError, BatchClosedError) as error:
+            report = self._link.transfer(session, remaining(deadline))
+        except (PeerLostError, BatchClosedError):
             self._raised = self._link.id
-            self._link.fail(session, error)
             raise
         self._report, self._version = report, report.version
         return self._version
+
+    def let_see(self) -> None:
+        """Stay a moment, so that the sender learns of this replica, which does not fit it, and can say so too."""
+        time.sleep(2 * LONGEST_PAUSE)
 
     def close(self) -> None:
         """Leave: the publisher goes on without this replica. May be called more than once."""
@@ -92,7 +96,8 @@ class Receiver:
             if self._closed:
                 return
             self._closed = True
-            self._link.close()
+        self._member.withdraw()
+        self._link.close()
         self._watcher.close()
         self._link.join()
         self._member.close()
@@ -113,13 +118,14 @@ class Receiver:
         patience = Patience(f"weights {self.name!r}, replica {self.replica!r}")
         stale = self._raised
         if stale and self._link.state is LinkState.FAILED and self._link.id == stale:
-            self._member.announce()  # the others see somebody new, and connect anew
+            self._begin_anew(stale)
         with self._changed:
             while True:
                 if self._closed:
                     raise BatchClosedError(f"weights {self.name!r}: the receiver was closed")
-                if self._link.session is not None:
-                    return self._link.session
+                session = self._link.ready
+                if session is not None:
+                    return session
                 if self._link.state is LinkState.FAILED and self._link.id != stale and self._link.error is not None:
                     self._raised = self._link.id
                     raise self._link.error
@@ -131,6 +137,12 @@ class Receiver:
                         f"weights {self.name!r}: replica {self.replica!r} was not connected within {timeout:g} s; waiting for"
                         f" {self._state()}"
                     )
+
+    def _begin_anew(self, stale: str) -> None:
+        """Have the others connect anew with this rank, if they are the same as before; somebody new, they do so anyway."""
+        parties = seen(self._member.board.read()).parties(self.replica)
+        if parties is not None and parties.id == stale:
+            self._member.announce()
 
     def _state(self) -> str:
         """Who is missing, in words."""

@@ -58,11 +58,11 @@ class Roster:
             raise ConfigError(f"{self._batch_id}: {len(call.replicas)} replicas are more than a push can go to")
         whole = len(data).to_bytes(4, "little") + data
         self._said[: len(whole)] = torch.frombuffer(bytearray(whole), dtype=torch.uint8)
-        session.transfer(timeout)
+        self.link.transfer(session, timeout)
 
     def hear(self, session: Session, timeout: float | None) -> Call:
         """Wait for what rank 0 says. On the others."""
-        session.transfer(timeout)
+        self.link.transfer(session, timeout)
         data = bytes(self._said.tolist())
         return _decoder.decode(data[4 : 4 + int.from_bytes(data[:4], "little")])
 
@@ -75,4 +75,4 @@ class Roster:
 
 def replica_ids(links: Mapping[str, Link]) -> dict[str, str]:
     """The replicas that are connected, with their ids."""
-    return {replica: link.id for replica, link in links.items() if link.session is not None}
+    return {replica: link.id for replica, link in links.items() if link.ready is not None}

@@ -13,8 +13,10 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 import etha_ray
+from actors.checkpoint import load_shards, read_checkpoint
 from etha_ray.errors import (
     BatchClosedError,
+    BatchTornError,
     BatchUnmatchedError,
     ConfigError,
     CoordinateTakenError,
@@ -25,6 +27,7 @@ from etha_ray.errors import (
     TransferTimeoutError,
 )
 from etha_ray.weights import Publisher, PushReport, Receiver
+from tests.actors.minilm import SENTENCES, MiniLM, model_directory
 from tests.tensor_bus.cluster import LONG, LocalCluster, eventually, local_cluster, succeed, together
 from tests.weights.test_fused import QKV, parts, tensor_parallel
 
@@ -150,6 +153,34 @@ def test_tied_weights_and_heads_fused_as_vllm_does() -> None:
         assert torch.equal(targets[rank]["head"], embed)
 
 
+def test_a_real_checkpoint_fills_fused_weights() -> None:
+    folder = model_directory()
+    entries = read_checkpoint(folder)
+    right = load_shards(entries, "target", 0, 1)
+    fused = {f"qkv.{kind}": [f"{part}.{kind}" for part in ("query", "key", "value")] for kind in ("weight", "bias")}
+    halves: list[dict[str, torch.Tensor]] = [{}, {}]
+    for half in halves:
+        for name, tensor in right.items():
+            if ".query." in name:
+                half[name.replace("query", "qkv")] = torch.full((3 * tensor.shape[0] // 2, *tensor.shape[1:]), torch.nan)
+            elif ".key." not in name and ".value." not in name:
+                half[name] = torch.zeros_like(tensor)
+    into: dict[str, Any] = {"rename": fused, "placements": {"*.qkv.*": Shard(0)}, "world_size": 2}
+    with sides() as at:
+        senders = []
+        for rank in range(2):
+            shards = load_shards(entries, "source", rank, 2)
+            senders.append(at.publish(shards, agent=rank, placements=lambda _, t: Shard(0) if t.ndim else None, world_size=2, rank=rank))
+        engines = succeed(*[lambda r=r: at.pull(halves[r], agent=r, rank=r, **into) for r in range(2)])
+        succeed(*[lambda s=s: s.push(timeout=LONG) for s in senders], *[lambda e=e: e.update(LONG) for e in engines])
+    received = {name: tensor for name, tensor in halves[0].items() if "qkv" not in name}
+    for name in [name for name in halves[0] if "qkv" in name]:
+        # Each rank holds its half of the heads of query, of key and of value.
+        parts = zip(*(half[name].chunk(3) for half in halves), strict=True)
+        received.update({name.replace("qkv", part): torch.cat(both) for part, both in zip(("query", "key", "value"), parts, strict=True)})
+    assert torch.equal(MiniLM(folder, received).embed(SENTENCES), MiniLM(folder, right).embed(SENTENCES))
+
+
 def test_names_that_differ_are_an_error_on_both_sides() -> None:
     says = r"has 1 that the receiver lacks: b; the receiver has 1 that the sender lacks: c"
     with sides() as at:
@@ -233,7 +264,7 @@ class TestReplicas:
                     while True:
                         source[rank].fill_(len(reports[rank]) + 1)
                         reports[rank].append(senders[rank].push(timeout=LONG))
-                except (BatchClosedError, PeerLostError):
+                except (BatchClosedError, BatchTornError, PeerLostError):  # rank 0 may close while rank 1 hears what it says
                     if not done.is_set():
                         raise
 
