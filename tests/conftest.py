@@ -18,6 +18,12 @@ from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist that have a /tmp of their own (.ci/isolated) do not find there the folder that theirs is to be in."""
+    if hasattr(config, "workerinput") and config.option.basetemp:
+        Path(config.option.basetemp).parent.mkdir(parents=True, exist_ok=True)
+
+
 @pytest.fixture(scope="module")
 def ray_instance() -> Iterator[None]:
     """A Ray of this test module's own, with logical CPUs to spare for actors."""
