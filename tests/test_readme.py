@@ -8,18 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from etha_ray.config import agent_paths
+from tests.tensor_bus.cluster import eventually, local_cluster, succeed
 
 README = Path(__file__).parent.parent / "README.md"
-EXECUTED = "<!-- executed by tests/test_readme.py -->\n"
+ALONE = "<!-- executed by tests/test_readme.py -->\n"
+EACH_SIDE = "<!-- executed by tests/test_readme.py, as each side -->\n"
 
 
-def blocks() -> list[tuple[str, str]]:
+def blocks(mark: str = ALONE) -> list[tuple[str, str]]:
     """(language, code) of the blocks that README.md says are executed here."""
-    return re.findall(re.escape(EXECUTED) + r"```(\w+)\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    return re.findall(re.escape(mark) + r"```(\w+)\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 def environment() -> dict[str, str]:
@@ -40,28 +44,57 @@ def wait_for_default_pool() -> None:
         time.sleep(0.2)
 
 
-def test_every_python_block_says_that_it_is_executed() -> None:
-    assert len(blocks()) == README.read_text().count("```python") + 2
-    assert [language for language, _ in blocks()] == ["python", "bash", "bash", "python"]
+def test_every_block_is_executed_or_says_why_not() -> None:
+    before = re.findall(r"(.*)\n```\w+\n", README.read_text())
+    assert len(before) == README.read_text().count("```") / 2
+    marks = [line for line in before if line.startswith(("<!-- executed by tests/test_readme.py", "<!-- not executed here: "))]
+    assert marks == before
+    assert [language for language, _ in blocks()] == ["python", "python", "bash", "bash", "python"]
 
 
-def test_quick_start_is_at_most_30_lines_and_moves_the_matrix(tmp_path: Path) -> None:
-    code = blocks()[0][1]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 30
+def run(code: str, folder: Path) -> str:
+    """What a Python script of the README prints."""
+    assert len([line for line in code.splitlines() if line.strip()]) <= 34
     wait_for_default_pool()
-    script = tmp_path / "quick_start.py"
+    script = folder / "script.py"
     script.write_text(code)
     ended = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, timeout=110, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("policy v1: 48 B in") == 4
-    # Trainer 0 holds rows of zeros and trainer 1 rows of ones; each generator ends with its columns of both.
-    rows = re.findall(r"\[(?:[01]\., *){5}[01]\.\]", ended.stdout)
-    assert [set(re.findall(r"[01]", row)) for row in rows] == [{"0"}, {"0"}, {"1"}, {"1"}]
     assert default_pool_is_free()
+    return ended.stdout
+
+
+def test_quick_start_moves_each_version(tmp_path: Path) -> None:
+    lines = run(blocks()[0][1], tmp_path).splitlines()
+    for step, line in enumerate(lines[-3:], start=1):
+        assert line.startswith(f"[({step}, {step}.0), ({step}, {step}.0)] version {step} to 0: "), lines
+
+
+def test_tensor_by_tensor_moves_the_matrix(tmp_path: Path) -> None:
+    printed = run(blocks()[1][1], tmp_path)
+    assert printed.count("policy v1: 48 B in") == 4
+    # Trainer 0 holds rows of zeros and trainer 1 rows of ones; each generator ends with its columns of both.
+    rows = re.findall(r"\[(?:[01]\., *){5}[01]\.\]", printed)
+    assert [set(re.findall(r"[01]", row)) for row in rows] == [{"0"}, {"0"}, {"1"}, {"1"}]
+
+
+def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, generator, router = (code for _, code in blocks(EACH_SIDE))
+    with local_cluster(2) as cluster:
+        sender, receiver, _, target = cluster.batch(target=torch.zeros(3, 4))
+        succeed(
+            lambda: exec(trainer, {"batch": sender, "step": 41}),
+            lambda: exec(generator, {"batch": receiver, "step": 41}),
+        )
+        assert capsys.readouterr().out == "41 41\n"
+        assert target.sum() == sum(range(12))
+        names: dict[str, Any] = {"client": sender.client, "step": 41}
+        router = router.replace('"weights"', repr("pair of batch"))
+        eventually(lambda: (exec(router, names), names["ready"] == ["b"])[1])
 
 
 def test_explain(tmp_path: Path) -> None:
-    command = blocks()[1][1]
+    command = blocks()[2][1]
     ended = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=110, check=False
     )
@@ -71,7 +104,7 @@ def test_explain(tmp_path: Path) -> None:
 
 
 def test_torchrun_without_ray(tmp_path: Path) -> None:
-    _, _, (_, shell), (_, script) = blocks()
+    (_, shell), (_, script) = blocks()[3:]
     wait_for_default_pool()
     (tmp_path / "reshard.py").write_text(script)
     (tmp_path / "run.sh").write_text(shell)

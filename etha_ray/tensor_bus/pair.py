@@ -11,8 +11,9 @@ States::
 from __future__ import annotations
 
 import enum
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -91,14 +92,25 @@ def layout_of(command: InitPair) -> tuple[Layout | None, int | None]:
     return Layout.of(shape, tokens), spec.index
 
 
-def match(store: KVStore, pair_name: str, member: MemberRecord, slot: str, timeout: float | None, cancellation: Cancellation) -> Match:
-    """Take this worker's place and wait until both sides are complete.
+def match(
+    store: KVStore,
+    pair_name: str,
+    member: MemberRecord,
+    slot: str,
+    timeout: float | None,
+    leaving: Sequence[threading.Event],
+    cancellation: Cancellation,
+) -> Match:
+    """Take this worker's place, once those before it have left, and wait until both sides are complete.
 
     Raises:
         CoordinateTakenError, PairMismatchError, PairTimeoutError, TransferCancelledError, StoreError.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     backoff = Backoff(cancellation, deadline)
+    while not all(left.is_set() for left in leaving):
+        if not backoff.wait():
+            raise PairTimeoutError(f"pair {pair_name!r}: a client that leaves it had not given its place back within {timeout:g} s")
     key = claim(store, pair_name, member, slot)
     try:
         seen = 0

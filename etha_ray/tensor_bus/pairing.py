@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -48,6 +49,7 @@ class Pairing:
         self._outcomes = outcomes
         self._journal = journal
         self._members = 0
+        self._leaving: dict[tuple[str, str], list[threading.Event]] = {}
 
     def join(self, worker: Worker, command: InitPair) -> None:
         """A worker takes its place in a pair; it is answered once both sides are complete."""
@@ -92,16 +94,31 @@ class Pairing:
         )
 
     def _match(self, pair: Pair, timeout: float | None) -> None:
-        work = partial(match, self._store, pair.name, pair.member, pair.slot, timeout)
+        leaving = tuple(self._leaving.get((pair.name, pair.local_name), ()))
+        work = partial(match, self._store, pair.name, pair.member, pair.slot, timeout, leaving)
         pair.job = self._jobs.start(f"pair {pair.name}", work, partial(self._over, pair))
 
     def leave(self, pair: Pair, reason: str, then: Callable[[], None]) -> None:
-        """Give a worker's place back; ``then`` runs once the place is free."""
+        """Give a worker's place back; ``then`` runs once the place is free.
+
+        Who joins meanwhile in its stead, such as a new client of the same process, does so after that: the two are never there at once.
+        """
+        if not pair.leaving:
+            free = threading.Event()
+            self._leaving.setdefault((pair.name, pair.local_name), []).append(free)
+            pair.leaving.append(partial(self._left, pair, free))
         pair.leaving.append(then)
         if pair.job is not None:
             pair.job.cancellation.cancel(reason)
         else:
             self._give_back(pair)
+
+    def _left(self, pair: Pair, free: threading.Event) -> None:
+        free.set()
+        leaving = self._leaving[pair.name, pair.local_name]
+        leaving.remove(free)
+        if not leaving:
+            del self._leaving[pair.name, pair.local_name]
 
     def expire_waiting(self, pair: Pair) -> None:
         """Answer those who joined an init_pair that has no time limit, or a longer one, when their own time is up."""

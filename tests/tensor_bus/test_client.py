@@ -9,14 +9,17 @@ import sys
 import threading
 import time
 from functools import partial
+from typing import Any
 
 import posix_ipc
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
 from etha_ray.errors import AgentDiedError, BatchClosedError, BatchUnmatchedError, ConfigError, QueueClosedError, TransferTimeoutError
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus import client as client_module
+from etha_ray.tensor_bus import pairing
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient, generate_semaphore_name
 from etha_ray.tensor_bus.reply import OutcomeSemaphore
 from tests.tensor_bus.cluster import LONG, SHM, eventually, local_cluster, succeed, together
@@ -238,6 +241,27 @@ class TestLifetime:
             second.transfer("recv").result(LONG)
             assert sent.result(LONG).bytes == source.nbytes
             assert torch.equal(source, target)
+
+    @pytest.mark.parametrize("mesh", [None, (1,)], ids=["no mesh", "mesh"])
+    def test_the_next_client_takes_the_place_of_one_that_was_dropped(
+        self, mesh: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody waits for a client that is dropped to leave, and its place is not free at once."""
+        release = pairing.release
+
+        def slowly(*arguments: Any) -> None:
+            time.sleep(0.3)
+            release(*arguments)
+
+        monkeypatch.setattr(pairing, "release", slowly)
+        with local_cluster(2) as cluster:
+            [one] = cluster.side("a", "b", [0], mesh, mesh and [Shard(0)])
+            [two] = cluster.side("b", "a", [1], mesh, mesh and [Shard(0)])
+            succeed(one.join, two.join)
+            cluster.clients.remove(two.client)
+            two.client = TensorBusClient(1, cluster.paths[1].command_queue, cluster.paths[1].state, LONG)
+            cluster.clients.append(two.client)
+            two.join()
 
     def test_a_process_that_just_ends_says_nothing_and_leaves_nothing(self) -> None:
         with local_cluster() as cluster:
