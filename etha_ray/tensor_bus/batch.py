@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from etha_ray.config import FAILURE_TIMEOUT, SUCCESSION_TIMEOUT
@@ -47,7 +47,8 @@ from etha_ray.tensor_bus.commands import (
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.losses import Loss, Losses, Returns
 from etha_ray.tensor_bus.receiving import Receiving
-from etha_ray.tensor_bus.registration import Registered, Registration
+from etha_ray.tensor_bus.registered import Peer, Registered
+from etha_ray.tensor_bus.registration import Registration
 from etha_ray.tensor_bus.sending import Sending
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay, silent_senders
 from etha_ray.tensor_bus.versions import Holding, VersionWaits
@@ -80,6 +81,7 @@ class Batch:
     job: Job[Registered] | None = None
     registered: Registered = field(default_factory=Registered)
     closed: EthaRayError | None = None
+    closed_as: tuple[bool, Returns] = (False, "no")
     losses: Losses = field(default_factory=Losses)
     renew_at: float | None = None
     is_renewal: bool = False
@@ -177,8 +179,8 @@ class Batch:
         if self.job is not None:
             self.job.cancellation.cancel(str(error))
         self.cancel(error)
-        self.state, self.closed = BatchState.CLOSED, error
-        self._say_closed(str(error), lost, returns)
+        self.state, self.closed, self.closed_as = BatchState.CLOSED, error, (lost, returns)
+        self._say_closed(self.registered.others, str(error), lost, returns)
         self.waits.fail(error)
         self.ready_waits.fail(error)
         self._release_if_idle()
@@ -188,9 +190,10 @@ class Batch:
         self.job = None
         if job.value is not None:
             self.registered = job.value
+        if job.value is None or self.closed is not None:
+            lost, returns = self.closed_as if self.closed is not None else (True, "perhaps")
+            self._say_closed(self.work.agreed_with, str(self.closed or job.error), lost, returns, ready=job.value is not None)
         if self.closed is not None:
-            # All others may have seen this member agree, and take it for ready.
-            self._say_closed(str(self.closed), lost=False)
             self._release_if_idle()
             return self.closed
         if job.value is None:
@@ -222,7 +225,7 @@ class Batch:
 
     def renew(self, registration: str, work: Registration) -> None:
         """Register again under a new name, without any member that is known now. The caller starts the work."""
-        self._say_closed("it registers again, as others are gone", lost=True, returns="soon")
+        self._say_closed(self.registered.others, "it registers again, as others are gone", lost=True, returns="soon")
         self.registered.close()
         self.registration, self.work = registration, work
         self.registered = Registered(memberships=self.registered.memberships)  # it may be listed as a replica
@@ -372,9 +375,9 @@ class Batch:
         text = f"batch {self.batch_id!r}: {name} is gone ({message.reason}): {remedy}"
         error: EthaRayError = PeerLostError(text) if message.lost else BatchClosedError(text)
         if self.state is BatchState.REGISTERING:
-            # Only a member that was ready says this, and then all have agreed.
             self.early.setdefault(registration, message)
-            self.work.confirm(registration)
+            if message.ready:
+                self.work.confirm(registration)
         if self.state is BatchState.READY:
             self.state = BatchState.LOST
         if self.state is not BatchState.LOST:
@@ -422,11 +425,11 @@ class Batch:
         peer = self.registered.others.get(registration)
         return peer.name if peer is not None else "a peer"
 
-    def _say_closed(self, reason: str, lost: bool, returns: Returns = "no") -> None:
-        for registration, peer in self.registered.others.items():
+    def _say_closed(self, others: Mapping[str, Peer], reason: str, lost: bool, returns: Returns, ready: bool = True) -> None:
+        for registration, peer in others.items():
             if registration not in self.losses.members:
                 message = self._closed_message(self.registration, registration, reason, lost=lost)
-                message.returns, message.completed = returns, self.completed
+                message.returns, message.completed, message.ready = returns, self.completed, ready
                 self.bus.tell(peer.member.agent, message)
 
     def _closed_message(self, closed: str, target: str, reason: str, *, lost: bool) -> RegistrationClosed:

@@ -273,7 +273,7 @@ class RegistrationClosed(BaseCommand):
     """Agent to agent: the registration ``closed``, which ``target`` exchanges data with, is gone, and why.
 
     lost: its worker or agent died, rather than closed it. completed: how many transfers it had completed. returns: whether it comes
-    back by itself, see `losses`.
+    back by itself, see `losses`. ready: it saw that all had agreed, ``target`` included; without, ``target`` may have seen that.
     """
 
     batch_id: str
@@ -283,6 +283,7 @@ class RegistrationClosed(BaseCommand):
     lost: bool = False
     completed: int = 0
     returns: Literal["no", "perhaps", "soon"] = "no"
+    ready: bool = True
 
 
 DataMessage: TypeAlias = DataReady | DataRead | DataStands | DataTaken | DataRefused | DataRevoked

@@ -12,6 +12,7 @@ A batch id is used again and again, by members that do not wait for one another,
 - A record without memory behind it is being withdrawn, and is waited for to go away.
 - A member that saw all agree may close at once, before the others have seen it. It has told their agents by then (`Registration.confirm`);
   a member whose set falls apart lets its loop read what came in (`settle`) before it takes up a new set.
+- A member that goes away before it saw all agree tells those with whom it had agreed (`Registration.agreed_with`), as they may have.
 - A worker that was replaced (other ``attempt``) makes the others read the pair again.
 """
 
@@ -97,6 +98,8 @@ class Registration:
         self._manifests = Manifests(store)
         self._inputs: dict[str, PlanInputs] = {}
         self._confirmed: set[str] = set()
+        self.agreed_with: dict[str, Peer] = {}
+        """The other members of each set that this one has agreed to: any of them may take it for ready. By registration."""
         self._exports: list[Export] = []
 
     def run(self, cancellation: Cancellation) -> Registered:
@@ -259,6 +262,7 @@ class Registration:
                 else:
                     prepared = digests
                     plans = {name: fingerprint(encode(inputs)) for name, inputs in self._inputs.items()}
+                    self.agreed_with |= result.others
                     self._publish_agreed(digests, plans)
                     backoff.reset()
                     continue

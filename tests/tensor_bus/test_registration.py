@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard
 
-from etha_ray.errors import BatchClosedError
+from etha_ray.errors import BatchClosedError, BatchUnmatchedError, PeerLostError
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+from etha_ray.tensor_bus.registration import Registration
 from tests.tensor_bus.cluster import LONG, local_cluster, succeed
 
 
@@ -179,6 +180,64 @@ def test_clients_come_and_go() -> None:
 
         barrier = threading.Barrier(2)
         succeed(lambda: run(0, "a", "b"), lambda: run(1, "b", "a"))
+
+
+class Blinded:
+    """An agent that agrees with all others and then sees nobody any more, so that they are ready and it is not."""
+
+    def __init__(self, agent_state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.agreed = threading.Event()
+        self.sees = False
+        look = Registration._records
+
+        def records(registration: Registration, pair_name: str, matches: dict[str, Any]) -> Any:
+            local, remote = look(registration, pair_name, matches)
+            if self.sees or registration._state.path != agent_state or not registration.has_agreed:
+                return local, remote
+            self.agreed.set()
+            return [None] * len(local), [None] * len(remote)
+
+        monkeypatch.setattr(Registration, "_records", records)
+
+
+@pytest.mark.parametrize("how", ["its time is up", "its client is closed"])
+def test_one_that_goes_away_when_others_may_be_ready_tells_them(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with local_cluster() as cluster:
+        one, two = cluster.pair()
+        blinded = Blinded(cluster.paths[1].state, monkeypatch)
+        room = torch.zeros(4)
+
+        def give_up() -> None:
+            if how == "its time is up":
+                with pytest.raises(BatchUnmatchedError):
+                    two.register_tensors("x", [(room, "pair")], timeout=1.0)
+            else:
+                two.register_tensors("x", [(room, "pair")], blocking=False)
+                assert blinded.agreed.wait(LONG)
+                first_ready.wait(LONG)
+                two.close()
+
+        first_ready = threading.Event()
+
+        def stay() -> BatchHandler:
+            handler = one.register_tensors("x", [(torch.ones(4), "pair")], timeout=LONG)
+            first_ready.set()
+            return handler
+
+        first, _ = succeed(stay, give_up)
+        with pytest.raises(PeerLostError if how == "its time is up" else BatchClosedError, match=r"b\[0\] is gone"):
+            first.transfer("send", blocking=True, timeout=LONG)
+        blinded.sees = True
+        if how == "its client is closed":
+            two = cluster.client(1)
+            two.init_pair("pair", "b", "a", 1, timeout=LONG)
+        second = two.register_tensors("x", [(room, "pair")], timeout=LONG)
+        first.wait_ready(LONG)
+        succeed(
+            lambda: first.transfer("send", blocking=True, timeout=LONG),
+            lambda: second.transfer("recv", blocking=True, timeout=LONG),
+        )
+        assert torch.equal(room, torch.ones(4))
 
 
 def test_many_tensors_and_batches() -> None:
