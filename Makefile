@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-slow test-layouts lint types bench wheel-check clean
+.PHONY: help demo test test-slow test-layouts chaos lint types bench wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -19,8 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Run the main job: train, send the weights across, check them, write reports/weight_sync.html
 	$(BIN)/python -m actors.weight_sync --report reports/weight_sync.html
 
-test: $(STAMP)  ## Pass the tests
-	$(BIN)/python -m pytest -q -m 'not slow'
+test: $(STAMP)  ## Pass the tests, on as many cores as there are
+	$(BIN)/python -m pytest -q -m 'not slow' $$(.ci/workers $(BIN)/python)
 
 test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
@@ -28,6 +28,9 @@ test-slow: $(STAMP)  ## The tests that take minutes
 test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor
 	$(BIN)/python -m pytest -q tests/layout/test_properties.py tests/plan/test_properties.py tests/plan/test_sharing.py \
 	  --hypothesis-profile=thorough --timeout 20000
+
+chaos: $(STAMP)  ## Kill, stop and cut off 500 times while weights cross; half an hour
+	$(BIN)/python -m tests.chaos --kills 500
 
 lint: $(STAMP)  ## ruff: style and format
 	$(BIN)/ruff check .

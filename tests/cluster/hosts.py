@@ -86,7 +86,12 @@ def two_hosts(near: int, far: int) -> Iterator[TwoHosts]:
 
 
 def go_over(state: dict[str, Any], pid: int) -> None:
-    """Have this worker live where the process ``pid`` lives: in its network, and with its /dev/shm."""
+    """Have this worker live where the process ``pid`` lives."""
+    enter(pid)
+
+
+def enter(pid: int) -> None:
+    """Have this process live where the process ``pid`` lives: in its network, and with its /dev/shm."""
     libc = ctypes.CDLL(None, use_errno=True)
     for kind in ("net", "mnt"):
         descriptor = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)

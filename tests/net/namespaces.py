@@ -33,6 +33,13 @@ class Cable:
         else:
             _ip("-n", self.namespace, "link", "set", "far", "down")
 
+    def mend(self, side: str) -> None:
+        """Put it in again."""
+        if side == "near":
+            _ip("link", "set", self.device, "up")
+        else:
+            _ip("-n", self.namespace, "link", "set", "far", "up")
+
     def drop_packets_to(self, port: int) -> None:
         """From now on what is sent from over there to this port vanishes, as by a firewall that forgot the connection."""
         match = ["u32", "match", "ip", "dport", str(port), "0xffff"]

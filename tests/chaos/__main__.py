@@ -1,0 +1,95 @@
+"""``python -m tests.chaos --kills 500``: what `make chaos` runs. Exits with 1 if anything happened that never must."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.chaos.judge import outcomes, violations
+from tests.chaos.monkey import Monkey, Strike
+from tests.chaos.stage import stage
+
+
+def play(kills: int, seed: int, folder: Path, progress: bool = False) -> dict[str, Any]:
+    """Strike until so many processes were killed; what happened, as JSON has it."""
+    begin = time.monotonic()
+    with stage(folder) as made:
+        monkey = Monkey(made, seed)
+        monkey.settle()
+        while (killed := sum(strike.kills for strike in monkey.strikes)) < kills:
+            strike = monkey.strike()
+            if progress:
+                after = "" if strike.recovery is None else f", all went on after {strike.recovery:.2f} s"
+                print(f"{killed + strike.kills}/{kills} {strike.kind} ({' and '.join(strike.victims)}) during {strike.during}{after}")
+        still = monkey.settled()
+    made.reader.poll()
+    entries = made.reader.entries.values()
+    bad = violations(entries) + monkey.hangs + made.odd_ends + [f"left behind: {name}" for name in made.left()]
+    return {
+        "kills": sum(strike.kills for strike in monkey.strikes),
+        "seed": seed,
+        "minutes": (time.monotonic() - begin) / 60,
+        "strikes": _by_kind(monkey.strikes),
+        "during": {call: sum(s.during == call for s in monkey.strikes) for call in sorted({s.during for s in monkey.strikes})},
+        "outcomes": {call: dict(counts.most_common()) for call, counts in sorted(outcomes(entries).items())},
+        "bad": bad if still else [*bad, "when the strikes were over, nothing crossed any more"],
+    }
+
+
+def _by_kind(strikes: list[Strike]) -> dict[str, dict[str, Any]]:
+    table = {}
+    for kind in sorted({strike.kind for strike in strikes}):
+        own = [strike for strike in strikes if strike.kind == kind]
+        times = sorted(strike.recovery for strike in own if strike.recovery is not None)
+        table[kind] = {"strikes": len(own), "kills": sum(strike.kills for strike in own)}
+        if times:
+            at_99 = times[min(len(times) - 1, int(0.99 * len(times)))]
+            table[kind] |= {"recovery_p50": statistics.median(times), "recovery_p99": at_99, "recovery_max": times[-1]}
+    return table
+
+
+def _show(result: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("strike", "how often", "processes killed", "recovery p50", "p99", "longest", title="seconds until all receivers went on")
+    for kind, row in result["strikes"].items():
+        times = [f"{row[key]:.2f}" if key in row else "" for key in ("recovery_p50", "recovery_p99", "recovery_max")]
+        table.add_row(kind, str(row["strikes"]), str(row["kills"]), *times)
+    console.print(table)
+    table = Table("call", "how it ended", title="calls of the players")
+    for call, counts in result["outcomes"].items():
+        table.add_row(call, ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    console.print(table)
+    console.print(f"{result['kills']} kills in {result['minutes']:.1f} min, seed {result['seed']}; during {result['during']}")
+    for sentence in result["bad"]:
+        console.print(sentence, style="red", markup=False)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--folder", type=Path, help="where journals and logs go; default: a temporary one, printed")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    print(f"journals and logs: {folder}", file=sys.stderr)
+    result = play(options.kills, options.seed, folder, progress=not options.json)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        _show(result)
+    sys.exit(bool(result["bad"]))
+
+
+if __name__ == "__main__":
+    main()

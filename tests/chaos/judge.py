@@ -1,0 +1,64 @@
+"""What the journals of all players prove: that no success was wrong, and how everything ended."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from tests.chaos.journal import Entry
+
+
+def violations(entries: Iterable[Entry]) -> list[str]:
+    """What must never happen, each in a sentence."""
+    entries = sorted(entries, key=lambda entry: (entry.who, entry.life, entry.number))
+    sends = {(int(entry.who[1:]), entry.nonce): entry for entry in entries if entry.call == "send"}
+    receives = [entry for entry in entries if entry.call == "recv"]
+    found = [f"{_name(entry)}: {entry.wrong}" for entry in entries if entry.wrong]
+    found += _what_was_taken(sends, receives)
+    found += _what_was_sent(sends, receives)
+    return found
+
+
+def _what_was_taken(sends: dict[tuple[int, int], Entry], receives: list[Entry]) -> Iterable[str]:
+    """A good receive has what was sent under its version, and nothing older than the one before."""
+    last: dict[tuple[str, int, int], int] = defaultdict(int)
+    for entry in receives:
+        for sender, nonce in enumerate(entry.taken):
+            sent = sends.get((sender, nonce))
+            if sent is None:
+                yield f"{_name(entry)}: a{sender} never sent {nonce}"
+            elif sent.outcome == "ok" and sent.version != entry.version:
+                yield f"{_name(entry)}: version {entry.version} of what {_name(sent)} sent as version {sent.version}"
+            elif sent.end is not None and sent.end < entry.begin and sent.outcome == "ok":
+                yield f"{_name(entry)}: took what {_name(sent)} had sent successfully before, so without this receiver"
+            key = entry.who, entry.life, sender
+            if nonce <= last[key]:
+                yield f"{_name(entry)}: old data of a{sender}: {nonce} after {last[key]}"
+            last[key] = nonce
+
+
+def _what_was_sent(sends: dict[tuple[int, int], Entry], receives: list[Entry]) -> Iterable[str]:
+    """After a good send each receiver has it, or did not live to say so, or was told of an error."""
+    by_receiver: dict[str, list[Entry]] = defaultdict(list)
+    for entry in receives:
+        by_receiver[entry.who].append(entry)
+    for (sender, nonce), sent in sends.items():
+        if sent.outcome != "ok" or sent.end is None:
+            continue
+        for receiver, own in by_receiver.items():
+            meanwhile = [e for e in own if e.begin < sent.end and (e.end is None or e.end > sent.begin)]
+            good = [e for e in meanwhile if e.outcome == "ok"]
+            if not meanwhile or (len(good) == len(meanwhile) and not any(e.taken[sender] == nonce for e in good)):
+                yield f"{_name(sent)} succeeded, and {receiver} has received something else meanwhile: {meanwhile}"
+
+
+def _name(entry: Entry) -> str:
+    return f"{entry.who} life {entry.life} call {entry.number} ({entry.call}, {entry.outcome})"
+
+
+def outcomes(entries: Iterable[Entry]) -> dict[str, Counter[str]]:
+    """How often each call ended how; "killed" where its process did not live to see it."""
+    table: dict[str, Counter[str]] = defaultdict(Counter)
+    for entry in entries:
+        table[entry.call][entry.outcome or "killed"] += 1
+    return dict(table)

@@ -1,0 +1,206 @@
+"""Kills, stops and cuts off, while players are in the midst of something; and measures how long it takes until all goes on."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tests.chaos.journal import Entry
+from tests.chaos.stage import Part, Stage
+
+PATIENCE = 60.0
+"""Seconds within which everybody must have gone on after a strike."""
+
+LIMIT = 10.0
+"""Seconds after which a call counts as hanging: it was given 8."""
+
+_CALLS = ("connect", "init_pair", "register", "send", "recv", "close")
+
+
+@dataclass
+class Strike:
+    """One blow: what was done to whom during which call, and the seconds from its end to the next version that all receivers have."""
+
+    kind: str
+    victims: list[str]
+    during: str
+    begin: float
+    end: float
+    kills: int = 0
+    recovery: float | None = None
+
+
+@dataclass
+class Monkey:
+    """Strikes at random; ``seed`` decides how, but not when processes do what they do."""
+
+    stage: Stage
+    seed: int
+    strikes: list[Strike] = field(default_factory=list)
+    hangs: list[str] = field(default_factory=list)
+    _paused: list[tuple[float, float, str]] = field(default_factory=list)
+    _told: set[tuple[str, int, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        weights: dict[Callable[[], Strike], int] = {
+            self._kill_player: 34,
+            self._kill_agent: 30,
+            self._kill_two: 10,
+            self._stop_player: 6,
+            self._stop_agent: 6,
+            self._kill_etcd: 6,
+            self._pause_etcd: 3,
+            self._cut: 5,
+        }
+        self._kinds, self._weights = list(weights), list(weights.values())
+
+    def settle(self) -> None:
+        """Wait until the first versions have crossed."""
+        assert self.settled(), "nothing crossed, though nobody was touched"
+
+    def settled(self) -> bool:
+        """Whether versions that are sent from now on cross."""
+        return self._recovered(time.monotonic(), PATIENCE) is not None
+
+    def strike(self) -> Strike:
+        """Once; mostly waits until all goes on, and sometimes only a moment."""
+        [kind] = self.random.choices(self._kinds, self._weights)
+        done = kind()
+        self.strikes.append(done)
+        if self.random.random() < 0.8:
+            done.recovery = self._recovered(done.end, PATIENCE)
+            if done.recovery is None:
+                self.hangs.append(f"not recovered {PATIENCE:g} s after {done}: {self._state()}")
+        self._watch(self.random.uniform(0.0, 0.5))
+        return done
+
+    # ------------------------------------------------------------------------------------------------- blows
+
+    def _kill_player(self) -> Strike:
+        with self._moment("SIGKILL of a worker") as strike:
+            self._kill(strike, self.random.choice(self.stage.players))
+        return strike
+
+    def _kill_agent(self) -> Strike:
+        with self._moment("SIGKILL of an agent") as strike:
+            self._kill(strike, self.random.choice(self.stage.agents))
+        return strike
+
+    def _kill_two(self) -> Strike:
+        with self._moment("SIGKILL of two at once") as strike:
+            for part in self.random.sample(self.stage.parts, 2):
+                self._kill(strike, part)
+        return strike
+
+    def _stop_player(self) -> Strike:
+        return self._stop("SIGSTOP of a worker", self.stage.players)
+
+    def _stop_agent(self) -> Strike:
+        return self._stop("SIGSTOP of an agent", self.stage.agents)
+
+    def _kill_etcd(self) -> Strike:
+        with self._moment("SIGKILL of etcd") as strike:
+            strike.victims, strike.kills = ["etcd"], 1
+            self.stage.etcd.kill()
+            self._watch(self.random.uniform(0.0, 3.0))
+            self.stage.etcd.restart()
+        return strike
+
+    def _pause_etcd(self) -> Strike:
+        with self._moment("SIGSTOP of etcd") as strike:
+            strike.victims = ["etcd"]
+            self.stage.etcd.pause()
+            self._watch(self.random.uniform(0.5, 6.0))
+            self.stage.etcd.resume()
+        return strike
+
+    def _cut(self) -> Strike:
+        side = self.random.choice(["near", "far"])
+        with self._moment("link down") as strike:
+            strike.victims = [f"{side} end"]
+            self.stage.cable.cut(side)
+            self._watch(self.random.uniform(0.5, 8.0))
+            self.stage.cable.mend(side)
+        return strike
+
+    def _kill(self, strike: Strike, part: Part) -> None:
+        strike.victims.append(part.name)
+        strike.kills += 1
+        self.stage.kill(part)
+
+    def _stop(self, kind: str, parts: list[Part]) -> Strike:
+        part = self.random.choice(parts)
+        with self._moment(kind) as strike:
+            strike.victims = [part.name]
+            begin, pid = time.monotonic(), part.pid
+            self.stage.signal(part, signal.SIGSTOP)
+            self._watch(self.random.uniform(0.5, 7.0), paused=part.name)
+            self.stage.signal(part, signal.SIGCONT)
+            self._paused.append((begin, time.monotonic(), part.name))
+            assert part.pid == pid, "who stands still was started again"
+        return strike
+
+    @contextmanager
+    def _moment(self, kind: str) -> Iterator[Strike]:
+        """The midst of a call that is picked at random, if one is made in the next moments."""
+        wanted, deadline = self.random.choice(_CALLS), time.monotonic() + 1.0
+        during = "whatever"
+        while time.monotonic() < deadline:
+            self.stage.reader.poll()
+            if any(entry.call == wanted and entry.end is None for entry in self.stage.reader.latest.values()):
+                during = wanted
+                break
+            time.sleep(0.001)
+        time.sleep(self.random.choice([0.0, self.random.uniform(0.0, 0.01), self.random.uniform(0.0, 0.1)]))
+        strike = Strike(kind, [], during, time.monotonic(), 0.0)
+        yield strike
+        strike.end = time.monotonic()
+
+    # ------------------------------------------------------------------------------------------------- watching
+
+    def _recovered(self, since: float, patience: float) -> float | None:
+        """Seconds until each receiver holds what was sent after ``since``; None if that did not come."""
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            self._watch(0.02)
+            entries = self.stage.reader.since(since)
+            sent = {(int(entry.who[1:]), entry.nonce) for entry in entries if entry.call == "send" and entry.begin > since}
+            got = {}
+            for entry in entries:
+                fresh = entry.call == "recv" and entry.outcome == "ok" and entry.end is not None and entry.end > since
+                if fresh and all(each in sent for each in enumerate(entry.taken)):
+                    got[entry.who] = min(got.get(entry.who, entry.end or 0.0), entry.end or 0.0)
+            if len(got) == 2:
+                return max(got.values()) - since
+        return None
+
+    def _watch(self, seconds: float, paused: str = "") -> None:
+        """Let time pass; whoever has been in a call for too long meanwhile is written down."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self.stage.reader.poll()
+            now = time.monotonic()
+            for entry in list(self.stage.reader.latest.values()):
+                if entry.end is None and entry.who != paused and now - entry.begin > LIMIT:
+                    self._hanging(entry, now)
+            if now >= deadline:
+                return
+            time.sleep(min(0.02, deadline - now))
+
+    def _hanging(self, entry: Entry, now: float) -> None:
+        part = self.stage.part(entry.who)
+        stood = sum(end - begin for begin, end, name in self._paused if name == entry.who and end > entry.begin)
+        key = entry.who, entry.life, entry.number
+        alive = part.lives == entry.life and part.process.is_alive()
+        if alive and now - entry.begin - stood > LIMIT and key not in self._told:
+            self._told.add(key)
+            self.stage.signal(part, signal.SIGUSR1)  # its threads' stacks go to its log
+            self.hangs.append(f"{entry.who} has been in {entry.call} for {now - entry.begin:.1f} s, after {self.strikes[-1:]}")
+
+    def _state(self) -> str:
+        return "; ".join(f"{e.who} {e.call} {e.outcome} {e.detail[:300]}" for e in self.stage.reader.latest.values())

@@ -1,0 +1,167 @@
+"""What is played on: an etcd, agents and players on two hosts that share no memory, and somebody who starts again what dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etha_ray.config import agent_paths
+from tests.chaos.journal import Reader
+from tests.chaos.player import Seat, run
+from tests.cluster.hosts import enter
+from tests.kvstore.etcd_server import EtcdServer, free_ports
+from tests.net.namespaces import Cable, cable
+from tests.tensor_bus.cluster import LONG, eventually, fresh, left_in_shm
+
+_OWN_SHM = "mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm && exec sleep infinity"
+
+
+def _run_agent(host: int | None, log: str, arguments: list[str]) -> None:
+    if host is not None:
+        enter(host)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 2)
+    from etha_ray.tensor_bus.agent import main
+
+    main(arguments)
+
+
+@dataclass
+class Part:
+    """A process that is started again whenever it has died."""
+
+    name: str
+    start: Callable[[int], Any]
+    process: Any = None
+    lives: int = 0
+
+    @property
+    def pid(self) -> int:
+        """Of its present life."""
+        return int(self.process.pid)
+
+
+class Stage:
+    """Two agents here and two over there, with a sender and a receiver on each host."""
+
+    def __init__(self, folder: Path, wire: Cable) -> None:
+        self.folder, self.cable = folder, wire
+        self.namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+        self.etcd = self._etcd()
+        self.far = subprocess.Popen([*wire.over_there, "unshare", "--mount", "sh", "-c", _OWN_SHM])
+        self.reader = Reader(folder)
+        self.paths = [agent_paths(rank, self.namespace) for rank in range(4)]
+        self.agents = [Part(f"agent {rank}", self._agent(rank)) for rank in range(4)]
+        self.players = [Part(f"{side}{index}", self._player(side, index)) for side in "ab" for index in range(2)]
+        self.every_pid: set[int] = set()
+        self.odd_ends: list[str] = []
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        eventually(lambda: b"sleep" in Path(f"/proc/{self.far.pid}/cmdline").read_bytes())
+        for part in self.parts:
+            self._start(part)
+        self._supervisor = threading.Thread(target=self._supervise)
+        self._supervisor.start()
+
+    @property
+    def parts(self) -> list[Part]:
+        """All that is started again."""
+        return self.agents + self.players
+
+    def part(self, name: str) -> Part:
+        """By its name."""
+        return next(part for part in self.parts if part.name == name)
+
+    def _etcd(self) -> EtcdServer:
+        port, peer_port = free_ports(2)
+        reached = ["--listen-client-urls", f"http://0.0.0.0:{port}", "--advertise-client-urls", f"http://{self.cable.here}:{port}"]
+        server = EtcdServer(self.folder / "etcd", reached, host=self.cable.here, port=port, peer_port=peer_port)
+        server.restart()
+        return server
+
+    def _host(self, rank: int) -> int | None:
+        """Over there are ranks 1 and 3, so that each side is on both hosts."""
+        return self.far.pid if rank % 2 else None
+
+    def _agent(self, rank: int) -> Callable[[int], Any]:
+        arguments = ["--store", self.etcd.url, "--rank", str(rank), "--namespace", self.namespace, "--threads", "1", "--restarts"]
+        log = str(self.folder / f"agent{rank}.log")
+        return lambda _: fresh.Process(target=_run_agent, args=(self._host(rank), log, arguments), daemon=True)
+
+    def _player(self, side: str, index: int) -> Callable[[int], Any]:
+        rank = index + 2 * (side == "b")
+        seat = Seat(side, index, 2, 2, rank, self.paths[rank], self._host(rank), self.folder)
+        return lambda life: fresh.Process(target=run, args=(seat, life), daemon=True)
+
+    def _start(self, part: Part) -> None:
+        part.lives += 1
+        part.process = part.start(part.lives)
+        part.process.start()
+        self.every_pid.add(part.pid)
+
+    def _supervise(self) -> None:
+        while not self._over.wait(0.05):
+            with self._lock:
+                for part in self.parts:
+                    if not part.process.is_alive():
+                        part.process.join()
+                        if part.process.exitcode != -signal.SIGKILL:
+                            self.odd_ends.append(f"{part.name} (pid {part.pid}) ended by itself with {part.process.exitcode}")
+                        self._start(part)
+
+    def signal(self, part: Part, number: signal.Signals) -> None:
+        """Send it to the present life."""
+        with self._lock, contextlib.suppress(ProcessLookupError):
+            os.kill(part.pid, number)
+
+    def kill(self, part: Part) -> None:
+        """SIGKILL; the supervisor starts it again."""
+        self.signal(part, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Everybody leaves: players close, agents stop, the etcd too."""
+        self._over.set()
+        self._supervisor.join()
+        try:
+            for parts in (self.players, self.agents):
+                for part in parts:
+                    self.signal(part, signal.SIGTERM)
+                deadline = time.monotonic() + 2 * LONG
+                for part in parts:
+                    part.process.join(max(0.0, deadline - time.monotonic()))
+                    if part.process.is_alive():
+                        self.odd_ends.append(f"{part.name} (pid {part.pid}) did not end")
+                        part.process.kill()
+                        part.process.join()
+        finally:
+            self._left_over_there = [f"{name} over there" for name in os.listdir(f"/proc/{self.far.pid}/root/dev/shm")]
+            self.far.kill()
+            self.far.wait()
+            self.etcd.stop()
+
+    def left(self) -> list[str]:
+        """What is still there after `end`: files, shared memory, semaphores."""
+        left = left_in_shm(self.every_pid, self.paths)
+        pool = Path(self.paths[0].state).parent
+        return left + self._left_over_there + [str(path) for path in pool.glob("*")]
+
+
+@contextlib.contextmanager
+def stage(folder: Path) -> Iterator[Stage]:
+    """Ends with everything stopped. Skips where network namespaces cannot be made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with cable() as wire:
+        made = Stage(folder, wire)
+        try:
+            yield made
+        finally:
+            made.end()
