@@ -131,13 +131,20 @@ class Batches:
     ) -> None:
         """Close a batch; ``then`` runs once no byte moves any more, and nobody can find it in the store."""
         worker.batches.pop(batch.batch_id, None)
+        before = worker.closing.get(batch.batch_id)
         withdrawn = worker.closing[batch.batch_id] = threading.Event()
+
+        def withdraw(_: Cancellation) -> None:
+            batch.work.close()
+            # A batch that was closed before it began has nothing to withdraw, and is done when the one before it is.
+            if before is not None:
+                before.wait()
 
         def released() -> None:
             self._by_registration.pop(batch.registration, None)
             self._state.delete([holding_key(batch.client_id, batch.batch_id)])
             self._journal.closed(batch.client_id, batch.batch_id)
-            self._jobs.start(f"withdraw {batch.batch_id}", lambda _: batch.work.close(), over)
+            self._jobs.start(f"withdraw {batch.batch_id}", withdraw, over)
 
         def over(job: Job[Any]) -> None:
             if job.error is not None:

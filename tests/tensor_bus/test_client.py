@@ -341,7 +341,7 @@ class TestOneThread:
         with local_cluster() as cluster:
             one, two = cluster.pair("p")
             source = torch.ones(4)
-            for _ in range(10):
+            for _ in range(30):
                 one.register_tensors("x", [(source, "p")], blocking=False).close(blocking=False)
             results = succeed(
                 lambda: one.register_tensors("x", [(source, "p")], timeout=LONG),
