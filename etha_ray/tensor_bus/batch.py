@@ -47,6 +47,7 @@ from etha_ray.tensor_bus.commands import (
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.losses import Loss, Losses, Returns
 from etha_ray.tensor_bus.receiving import Receiving
+from etha_ray.tensor_bus.records import Standing
 from etha_ray.tensor_bus.registered import Peer, Registered
 from etha_ray.tensor_bus.registration import Registration
 from etha_ray.tensor_bus.sending import Sending
@@ -86,6 +87,7 @@ class Batch:
     renew_at: float | None = None
     is_renewal: bool = False
     completed: int = 0
+    used: int = 0
     transfer: UnderWay | None = None
     holding: Holding = field(default_factory=Holding)
     early: dict[str, RegistrationClosed] = field(default_factory=dict)
@@ -126,9 +128,20 @@ class Batch:
             latest = transfer.started + SUCCESSION_TIMEOUT
             transfer.deadline = latest if transfer.deadline is None else min(transfer.deadline, latest)
         if command.transfer_type == "send":
-            transfer.version = self.holding.next_send(self.batch_id, command.version)
+            transfer.version = self.holding.next_send(self.batch_id, command.version, self.used)
         self.transfer = transfer
         self.advance()
+
+    def number(self, transfer: UnderWay) -> None:
+        """A send is announced for the first time: its number, if it is counted, is settled now, and never counted again."""
+        if transfer.command.version is None:
+            transfer.version = max(transfer.version, self.used + 1)
+        self.used = max(self.used, transfer.version)
+
+    def standing(self) -> Standing:
+        """What it says of itself when it registers again."""
+        pending = self.transfer.version if self.transfer is not None and self.transfer.announced else 0
+        return Standing(self.holding.last, self.used, pending)
 
     def wait_version(self, command: WaitVersion) -> None:
         """Answer once the tensors hold this version or a later one."""
@@ -206,6 +219,8 @@ class Batch:
                 self.ready_waits.fail(error)
             return job.error
         self.state, self.losses, self.renew_at = BatchState.READY, Losses(), None
+        standings = self.registered.standings.values()
+        self.used = max([self.used, *(max(each.last, each.used) for each in standings)])
         return None
 
     def restored(self) -> None:
@@ -242,7 +257,7 @@ class Batch:
                 self.lose(message)
         for incarnation, reason in self.early_agents.items():
             self.lose_agent(incarnation, reason)
-        refusal = None if self.transfer is None else self.refusal(self.transfer.command.transfer_type)
+        refusal = None if self.transfer is None else self.refusal(self.transfer.command.transfer_type) or self._split(self.transfer)
         if refusal is not None:
             self.cancel(refusal)
         self.receiving.pass_over_taken()
@@ -251,6 +266,22 @@ class Batch:
         if self.is_renewal and self.holding.version and self.holding.taken:  # its agent may be another one now
             self.bus.received(self, self.holding.version)
         self.advance()
+
+    def _split(self, transfer: UnderWay) -> EthaRayError | None:
+        """Why a send that was announced before the registration cannot be announced again: another sender has lost its part of it.
+
+        Some receivers may have taken all of it then, and others could only receive what that sender sends next together with this.
+        """
+        if not transfer.announced:
+            return None
+        for registration in self.registered.side:
+            standing = self.registered.standings[registration]
+            if standing.pending != transfer.version and standing.last < transfer.version:
+                return PeerLostError(
+                    f"batch {self.batch_id!r}: {self.name(registration)} lost its part of version {transfer.version} when it, or its agent,"
+                    " died, so not all receivers can get it any more: send again, on every rank of this side"
+                )
+        return None
 
     @property
     def waiting(self) -> bool:

@@ -26,6 +26,7 @@ from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.losses import Returns
+from etha_ray.tensor_bus.records import Standing
 from etha_ray.tensor_bus.registered import Registered, Transports
 from etha_ray.tensor_bus.registration import Registration, Request
 from etha_ray.tensor_bus.replicas import Replicas
@@ -104,8 +105,9 @@ class Batches:
         Raises:
             UnknownPairError, MemoryHandleError: the command does not fit.
         """
-        request = self._request(worker, command, None)
         data = self._state.get(holding_key(worker.client_id, command.batch_id))
+        holding = Holding() if data is None else Holding.decode(data)
+        request = self._request(worker, command, None, Standing(last=holding.last))
         batch = Batch(
             bus=self._bus,
             batch_id=command.batch_id,
@@ -113,7 +115,7 @@ class Batches:
             client_id=command.client_id,
             work=self._registration(request),
             command=command,
-            holding=Holding() if data is None else Holding.decode(data),
+            holding=holding,
         )
         batch.restored()
         self._add(worker, batch)
@@ -159,7 +161,7 @@ class Batches:
     def _add(self, worker: Worker, batch: Batch) -> None:
         worker.batches[batch.batch_id] = self._by_registration[batch.registration] = batch
 
-    def _request(self, worker: Worker, command: RegisterTensors, timeout: float | None) -> Request:
+    def _request(self, worker: Worker, command: RegisterTensors, timeout: float | None, standing: Standing | None = None) -> Request:
         missing = sorted({name for name, _ in command.tensors if name not in worker.pairs})
         if missing:
             raise UnknownPairError(f"batch {command.batch_id!r}: pairs {missing} are not known; call init_pair first")
@@ -175,6 +177,7 @@ class Batches:
             bucket_size=command.bucket_size or DEFAULT_BUCKET_SIZE,
             timeout=timeout,
             after=worker.closing.get(command.batch_id),
+            standing=standing,
         )
 
     def _registration(self, request: Request) -> Registration:
@@ -183,7 +186,7 @@ class Batches:
     def _renew(self, worker: Worker, batch: Batch) -> None:
         command = batch.command
         assert isinstance(command, RegisterTensors)
-        request = self._request(worker, command, None)
+        request = self._request(worker, command, None, batch.standing())
         logger.info("batch %r is registered again: %s", batch.batch_id, batch.loss)
         before = batch.work
         self._by_registration.pop(batch.registration, None)

@@ -56,6 +56,9 @@ class Member(Protocol):
     def name(self, registration: str) -> str:
         """Another member, for messages."""
 
+    def number(self, transfer: UnderWay) -> None:
+        """A send is announced for the first time."""
+
     def hold(self, holding: Holding) -> None:
         """Note what the tensors hold from now on."""
 

@@ -129,6 +129,18 @@ class PlanInputs(msgspec.Struct, frozen=True):
     tensors: tuple[str, ...]
 
 
+class Standing(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The versions that a member knows when it registers a batch again.
+
+    ``last`` is that of its last transfer that completed, ``used`` the highest number it has sent under, ``pending`` that of a send
+    which was announced to members that were lost since, and is announced again to those in their place.
+    """
+
+    last: int = 0
+    used: int = 0
+    pending: int = 0
+
+
 class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """One worker's registration of a batch for one pair.
 
@@ -138,6 +150,8 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ``agreed`` is the digest of all members' registrations and manifests, ``plan`` that of what the plan was made from; both
     are empty until this member has made its plan. Members go on only once all of them have published the same.
+
+    ``standing`` is what this member did with the batch before it registered again, if it did anything.
     """
 
     registration: str
@@ -147,6 +161,7 @@ class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     differences: str = ""
     agreed: str = ""
     plan: str = ""
+    standing: Standing | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True):

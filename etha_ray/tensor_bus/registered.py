@@ -14,7 +14,7 @@ from etha_ray.net import Address
 from etha_ray.tensor_bus.agreement import Agreement, Direction
 from etha_ray.tensor_bus.executor import Inflow, Part, bytes_out, inflows, prove_in
 from etha_ray.tensor_bus.host import no_address, shares_memory
-from etha_ray.tensor_bus.records import BatchRecord, MemberRecord
+from etha_ray.tensor_bus.records import BatchRecord, MemberRecord, Standing
 from etha_ray.tensor_bus.staging import Staging
 from etha_ray.tensor_bus.state_file import StateFile, handles_key
 from etha_ray.transport.base import CopyProgram, NoProgram, OneSidedTransport
@@ -48,15 +48,17 @@ class Membership:
 class Registered:
     """What a registration came to: everything a transfer needs.
 
-    ``targets`` get bytes from this rank and ``sources`` give it some; ``others`` are all other members, of both sides. By
-    registration. ``refused`` says why a direction is impossible: such a transfer fails with it, and nobody waits for it. ``received``
-    are the positions, among the worker's tensors, of those that a receive writes; ``feeds`` says of each copy of ``program`` which
-    of them it writes, and from whom.
+    ``targets`` get bytes from this rank and ``sources`` give it some; ``others`` are all other members, of both sides, and ``side``
+    those of this worker's own. By registration, and so are their ``standings``. ``refused`` says why a direction is impossible: such
+    a transfer fails with it, and nobody waits for it. ``received`` are the positions, among the worker's tensors, of those that a
+    receive writes; ``feeds`` says of each copy of ``program`` which of them it writes, and from whom.
     """
 
     targets: dict[str, Peer] = field(default_factory=dict)
     sources: dict[str, Peer] = field(default_factory=dict)
     others: dict[str, Peer] = field(default_factory=dict)
+    standings: dict[str, Standing] = field(default_factory=dict)
+    side: set[str] = field(default_factory=set)
     refused: dict[Direction, EthaRayError] = field(default_factory=dict)
     received: tuple[int, ...] = ()
     memberships: tuple[Membership, ...] = ()
@@ -148,6 +150,8 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
             member = match.local[index]
             remote = not shares_memory(member.agent)
             result.others[record.registration] = Peer(record.registration, f"{member.peer}[{index}]", member, 0, remote)
+            result.standings[record.registration] = record.standing or Standing()
+            result.side.add(record.registration)
 
     def open_remote(index: int, positions: Sequence[int]) -> Sequence[Source]:
         member, registration = match.remote[index], agreed.remote[index].registration
@@ -171,6 +175,7 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
         if known is not None and known.name != name:
             name = f"{known.name}+{name}"  # in several pairs of this batch
         result.others[record.registration] = Peer(record.registration, name, member, 0, remote)
+        result.standings[record.registration] = record.standing or Standing()
         for table, counts in ((result.sources, bytes_from), (result.targets, bytes_to)):
             before = table[record.registration].bytes if record.registration in table else None
             if index in counts or before is not None:

@@ -42,6 +42,7 @@ from etha_ray.tensor_bus.records import (
     BatchRecord,
     Manifest,
     PlanInputs,
+    Standing,
     TensorSpec,
     batch_prefix,
     decode,
@@ -70,6 +71,8 @@ class Request:
     timeout: float | None
     after: threading.Event | None
     """Set once this worker's earlier batch of the same id is withdrawn; None if there is none."""
+    standing: Standing | None = None
+    """What this worker did with the batch before."""
 
 
 _Records = tuple[list[BatchRecord | None], list[BatchRecord | None]]
@@ -195,7 +198,7 @@ class Registration:
         layout = None if member.layout is None else Layout.decode(member.layout)
         specs = (_spec(entry, tensor, layout, match.index) for entry, tensor in zip(entries, tensors, strict=True))
         digest = self._manifests.add(Manifest(tuple(specs)))
-        record = BatchRecord(registration=self._request.registration, attempt=member.attempt, manifest=digest)
+        record = BatchRecord(self._request.registration, member.attempt, digest, standing=self._request.standing)
         if match.index == 0 or match.paired:
             record = self._manifests.say(record)
         self._keys[pair_name] = batch_prefix(self._request.batch_id, pair_name, member.peer) + member.attempt

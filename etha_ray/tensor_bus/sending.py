@@ -21,6 +21,9 @@ class Sending:
         member = self._member
         targets = member.registered.targets
         transfer.state = TransferState.ANNOUNCED
+        if not transfer.announced:
+            transfer.announced = True
+            member.number(transfer)
         self.sequence += 1
         transfer.outstanding = set(targets)
         transfer.flows = tuple(

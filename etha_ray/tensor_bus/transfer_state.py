@@ -44,9 +44,10 @@ class UnderWay:
     """A transfer that is under way.
 
     ``outstanding`` are the registrations it waits for: receivers that have not taken what was announced, or senders that have not
-    said that what was read still stood. ``taken`` names the sends that it takes. ``version`` is the one it sends or receives, as far
-    as that is settled. ``moved`` are the seconds in which bytes moved, ``seconds`` all until its end. ``spoilt`` says, by sender,
-    what happened while bytes moved, and ``lost`` why there is nothing more to wait for.
+    said that what was read still stood. ``announced``: a send of which some may have taken their part. ``taken`` names the sends
+    that it takes. ``version`` is the one it sends or receives, as far as that is settled. ``moved`` are the seconds in which bytes
+    moved, ``seconds`` all until its end. ``spoilt`` says, by sender, what happened while bytes moved, and ``lost`` why there is
+    nothing more to wait for.
     """
 
     command: Transfer
@@ -54,6 +55,7 @@ class UnderWay:
     deadline: float | None
     state: TransferState = TransferState.BLOCKED
     outstanding: set[str] = field(default_factory=set)
+    announced: bool = False
     version: int = 0
     began: float = field(default_factory=time.time)
     moving_since: float = 0.0

@@ -3,6 +3,7 @@
 Versions count the transfers of a batch, or are the sender's own numbers; they only grow. A receiver takes the version that its
 senders announce. Where they chose their numbers themselves, all must be the same. Numbers that were only counted on are reconciled:
 ranks that gave up an earlier transfer, or took part in one that others gave up, have counted apart, and meet again at the highest.
+Members that meet anew count on from the highest number that any of them knows, and a number that was counted once is not used again.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Holding(msgspec.Struct, frozen=True, omit_defaults=True):
         """As it stands in the state file."""
         return _encoder.encode(self)
 
-    def next_send(self, batch_id: str, chosen: int | None) -> int:
-        """The version of the next send; ``chosen``: what the worker calls it.
+    def next_send(self, batch_id: str, chosen: int | None, used: int) -> int:
+        """The version of the next send; ``chosen``: what the worker calls it; ``used``: the highest number known that one was sent under.
 
         Raises:
             ConfigError: the version that the worker chose is not above the last one.
@@ -58,7 +59,7 @@ class Holding(msgspec.Struct, frozen=True, omit_defaults=True):
                     f"batch {batch_id!r} is torn ({self.why}), and must not be sent on: receive again, or write all its tensors"
                     " and say which version they hold now, transfer('send', version=...)"
                 )
-            chosen = self.last + 1
+            chosen = max(self.last, used) + 1
         if not self.last < chosen <= HIGHEST_VERSION:
             raise ConfigError(f"batch {batch_id!r}: version {chosen} is not above {self.last}, its last one, and below 2**63")
         return chosen
