@@ -14,29 +14,30 @@ from etha_ray.tensor_bus.records import AGENTS, AgentRecord, MemberRecord, Notic
 Claim = TypeVar("Claim", MemberRecord, NoticeRecord)
 
 
-def gone_among(store: KVStore, members: Iterable[MemberRecord | NoticeRecord]) -> set[str]:
-    """The attempts of those whose worker or agent is known to be dead.
+def gone_among(store: KVStore, members: Iterable[MemberRecord | NoticeRecord]) -> dict[str, bool]:
+    """The attempts of those whose worker or agent is not known to live; each with whether it is known never to come back.
 
     Where memory is shared with an agent, the processes are looked at. Of another host the store knows which agents live, by their
-    leases; a worker that dies there is taken out of the pair by its agent. What says it is this host and shares no memory may be a
+    leases; a worker that dies there is taken out of the pair by its agent. An agent that was cut off from the store for longer than
+    its lease, or stood still, comes back, unless another has taken its rank. What says it is this host and shares no memory may be a
     machine cloned from this one: an agent that others can connect to lives while its lease does.
     """
     here = host_identity()
-    gone: set[str] = set()
-    living: set[str] | None = None
+    gone: dict[str, bool] = {}
+    living: dict[int, str] | None = None
     for member in members:
         agent = member.agent
         if shares_memory(agent):
-            alive = is_alive(member.worker_pid, member.worker_start_time) and is_alive(agent.pid, agent.start_time)
+            if not (is_alive(member.worker_pid, member.worker_start_time) and is_alive(agent.pid, agent.start_time)):
+                gone[member.attempt] = True
         elif agent.host == here and not agent.address:
-            alive = False  # it took its nonce with it
+            gone[member.attempt] = True  # it took its nonce with it
         else:
             if living is None:
-                found = store.list(AGENTS).items()
-                living = {decode(value, AgentRecord, key).incarnation for key, value in found}
-            alive = agent.incarnation in living
-        if not alive:
-            gone.add(member.attempt)
+                found = (decode(value, AgentRecord, key) for key, value in store.list(AGENTS).items())
+                living = {record.rank: record.incarnation for record in found}
+            if living.get(agent.rank) != agent.incarnation:
+                gone[member.attempt] = agent.rank in living
     return gone
 
 
@@ -86,14 +87,20 @@ def release(store: KVStore, key: str, record: MemberRecord | NoticeRecord) -> No
 
 
 def members_of(store: KVStore, pair_name: str, peer: str) -> list[MemberRecord]:
-    """The members of one side of a pair that are not known to be dead, in the order of their slots."""
+    """The members of one side of a pair that live, in the order of their slots."""
+    return members_and_absent(store, pair_name, peer)[0]
+
+
+def members_and_absent(store: KVStore, pair_name: str, peer: str) -> tuple[list[MemberRecord], set[str]]:
+    """The members of one side of a pair that live, in the order of their slots, and the attempts of those that may come back."""
     prefix = pair_prefix(pair_name, peer)
     found = {key: decode(value, MemberRecord, key) for key, value in sorted(store.list(prefix).items())}
     gone = gone_among(store, found.values())
     for key, member in found.items():
-        if member.attempt in gone:
+        if gone.get(member.attempt):
             release(store, key, member)
-    return [member for member in found.values() if member.attempt not in gone]
+    living = [member for member in found.values() if member.attempt not in gone]
+    return living, {attempt for attempt, for_good in gone.items() if not for_good}
 
 
 def refuse(store: KVStore, addressees: Iterable[str], error: EthaRayError, told: Iterable[str] = ()) -> None:

@@ -91,7 +91,7 @@ class Notices:
             found = {key: decode(value, NoticeRecord, key) for key, value in self._store.list(prefix).items()}
             gone = gone_among(self._store, found.values())
             for key, notice in found.items():
-                if notice.attempt in gone:
+                if gone.get(notice.attempt):
                     release(self._store, key, notice)
             return {key.removeprefix(prefix): notice.data for key, notice in found.items() if notice.attempt not in gone}
 

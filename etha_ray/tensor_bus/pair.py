@@ -23,7 +23,7 @@ from etha_ray.kvstore import KVStore
 from etha_ray.layout import Layout, MeshSpec
 from etha_ray.tensor_bus.commands import InitPair
 from etha_ray.tensor_bus.jobs import Backoff, Cancellation, Job
-from etha_ray.tensor_bus.members import claim, is_refused, members_of, raise_if_refused, refuse, release
+from etha_ray.tensor_bus.members import claim, is_refused, members_and_absent, members_of, raise_if_refused, refuse, release
 from etha_ray.tensor_bus.records import MemberRecord, verdict_key
 
 
@@ -136,10 +136,12 @@ def match(
 
 
 def rematch(store: KVStore, pair_name: str, match: Match) -> tuple[Match | None, set[str]]:
-    """The pair as it is now, after members were replaced; None while it is not complete. Also the attempts that are in it."""
+    """The pair as it is now, after members were replaced; None while it is not complete. Also the attempts that are in it, or may be
+    again."""
     member = match.local[match.index]
-    local, remote = members_of(store, pair_name, member.peer), members_of(store, pair_name, member.remote)
-    attempts = {other.attempt for other in (*local, *remote)}
+    local, absent = members_and_absent(store, pair_name, member.peer)
+    remote, absent_there = members_and_absent(store, pair_name, member.remote)
+    attempts = {other.attempt for other in (*local, *remote)} | absent | absent_there
     if member.attempt not in attempts or not _complete(local, remote):
         return None, attempts
     _check_alike(pair_name, local, remote)

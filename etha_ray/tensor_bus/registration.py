@@ -220,6 +220,12 @@ class Registration:
             if (record.agreed, record.plan) != (agreed, plan):
                 self._put(name, msgspec.structs.replace(record, agreed=agreed, plan=plan))
 
+    def _say_again(self, matches: dict[str, Match], found: dict[str, _Records]) -> None:
+        """Publish what another member removed, which found this agent away from the store, and took it for dead."""
+        for name, (local, _) in found.items():
+            if local[matches[name].index] is None:
+                self._put(name, self._mine[name])
+
     def _put(self, pair_name: str, record: BatchRecord) -> None:
         self._mine[pair_name] = record
         self._store.set_bytes(self._keys[pair_name], encode(record))
@@ -241,6 +247,7 @@ class Registration:
         while True:
             raise_if_refused(self._store, self._request.registration, known)
             found = {name: self._records(name, matches) for name in matches}
+            self._say_again(matches, found)
             known = {record.registration for sides in found.values() for side in sides for record in side if record is not None}
             if self._publish_differences(matches, found):
                 backoff.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
+from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import BatchTornError, EthaRayError, PeerLostError
 from etha_ray.layout import MeshSpec
+from etha_ray.tensor_bus.records import agent_key
 from tests.cluster.hosts import TwoHosts, two_hosts
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, Worker, local_part
@@ -177,6 +180,31 @@ def test_a_cable_that_is_cut_is_noticed_on_both_sides(hosts: TwoHosts) -> None:
     assert isinstance(source.outcomes()[0], PeerLostError)
     target.transfer("batch", "recv")
     assert isinstance(target.outcomes()[0], (PeerLostError, BatchTornError))
+
+
+def test_a_cut_that_heals(hosts: TwoHosts) -> None:
+    """Both sides are on both hosts. Everybody is told in seconds, and goes on with what it has once the hosts see one another again."""
+    whole = torch.arange(1000.0)
+    source, target = _Side(hosts, "a", "b", [0, 2], [Shard(0)]), _Side(hosts, "b", "a", [1, 3], [Replicate()])
+    source.register("batch", [whole])
+    target.register("batch", [torch.zeros_like(whole)])
+    assert source.outcomes() == target.outcomes() == [None, None]
+    _send(source, target)
+    hosts.cable.cut("far")
+    source.transfer("batch", "send")
+    target.transfer("batch", "recv")
+    assert {type(outcome) for outcome in source.outcomes() + target.outcomes()} <= {PeerLostError, BatchTornError}
+    # Until the leases of the agents over there have run out, and those here, that look for them all the time, have seen it, too.
+    acts.eventually(lambda: not any(hosts.master.exists(agent_key(rank)) for rank in (2, 3)))
+    time.sleep(1.5 * FAILURE_TIMEOUT)
+    hosts.cable.mend("far")
+    for worker in source.workers + target.workers:
+        worker.start(acts.wait_ready, "batch")
+    assert source.outcomes() == target.outcomes() == [None, None]
+    _filled(source, "batch", 1)
+    _send(source, target)
+    for worker in target.workers:
+        assert torch.equal(worker.call(acts.read, "batch")[0], whole + 1)
 
 
 def _begin(state: dict[str, Any]) -> None:
