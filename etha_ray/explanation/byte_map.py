@@ -18,7 +18,7 @@ _TOP = 62.0
 
 
 def byte_map(numbers: PlanNumbers) -> Picture:
-    """Bytes from each source to each target of ``numbers``; ranks of many hosts are taken together."""
+    """Bytes from each source to each target of ``numbers``, whichever way they take; ranks of many hosts are taken together."""
     givers, takers = grouped(numbers.source, _LIMIT), grouped(numbers.target, _LIMIT)
     sums = givers.sums(takers, numbers.pairs)
     left = max(24.0, min(90.0, max(text_width(label, _SIZE) for label in givers.labels) + 8))

@@ -122,7 +122,10 @@ def explain(
         shape=made.shape,
         itemsize=itemsize,
         bandwidth=float(bandwidth),
-        pairs=made.bytes_between(itemsize),
+        direct=made.bytes_between(itemsize),
+        relayed=made.bytes_relayed(itemsize),
+        pairs=made.bytes_of_origin(itemsize),
+        hops=made.hops(),
         routes=len(made.routes),
         boxes=sum(len(route.boxes) for route in made.routes),
     )

@@ -21,7 +21,10 @@ class PlanNumbers:
         shape: the tensor's global shape.
         itemsize: bytes of an element.
         bandwidth: bytes a second that each host's network link carries in each direction; assumed, for `seconds`.
-        pairs: bytes by (source position, target position), for pairs that exchange any.
+        direct: bytes that targets read from sources, by (source position, target position), for pairs that exchange any.
+        relayed: bytes that targets read from other targets, which have received them, by (relay's position, reader's position).
+        pairs: bytes by (source position, target position), whichever way they take.
+        hops: the longest path that bytes take, in moves: 1 where all targets read from sources; 0 if nothing moves.
         routes: how many routes the plan has: what one target gets from one source, or from all contributors to a Partial.
         boxes: how many rectangles these have together; each is one copy, of each contributor.
     """
@@ -31,24 +34,27 @@ class PlanNumbers:
     shape: tuple[int, ...]
     itemsize: int
     bandwidth: float
+    direct: Mapping[tuple[int, int], int] = field(repr=False)
+    relayed: Mapping[tuple[int, int], int] = field(repr=False)
     pairs: Mapping[tuple[int, int], int] = field(repr=False)
+    hops: int
     routes: int
     boxes: int
 
     @property
     def total(self) -> int:
         """Bytes that all targets receive together."""
-        return sum(self.egress)
+        return sum(self.ingress)
 
     @cached_property
     def egress(self) -> tuple[int, ...]:
         """Bytes that each source position gives."""
-        return _sums(self.source.layout.ranks, ((giver, size) for (giver, _), size in self.pairs.items()))
+        return _sums(self.source.layout.ranks, ((giver, size) for (giver, _), size in self.direct.items()))
 
     @cached_property
     def ingress(self) -> tuple[int, ...]:
         """Bytes that each target position receives."""
-        return _sums(self.target.layout.ranks, ((taker, size) for (_, taker), size in self.pairs.items()))
+        return _sums(self.target.layout.ranks, ((taker, size) for (_, taker), size in (*self.direct.items(), *self.relayed.items())))
 
     @property
     def largest(self) -> int:
@@ -58,18 +64,20 @@ class PlanNumbers:
     @property
     def mean(self) -> float:
         """What a source position gives on average, in bytes."""
-        return self.total / len(self.egress)
+        return sum(self.egress) / len(self.egress)
 
     @property
     def balance(self) -> float:
         """`largest` over `mean`: 1.0 when all sources give alike, and when nothing moves."""
-        return self.largest / self.mean if self.total else 1.0
+        return self.largest / self.mean if self.largest else 1.0
 
     @cached_property
     def same_agent(self) -> int:
         """Bytes that an agent copies from one of its own positions to another."""
-        agents = self.source.agents, self.target.agents
-        return sum(size for (giver, taker), size in self.pairs.items() if agents[0][giver] == agents[1][taker])
+        found = 0
+        for side, sizes in ((self.source, self.direct), (self.target, self.relayed)):
+            found += sum(size for (giver, taker), size in sizes.items() if side.agents[giver] == self.target.agents[taker])
+        return found
 
     @property
     def same_host(self) -> int:
@@ -90,8 +98,9 @@ class PlanNumbers:
     def host_pairs(self) -> Mapping[tuple[str, str], int]:
         """Bytes by (giving host, receiving host), for hosts that exchange any; a host with itself included."""
         found: Counter[tuple[str, str]] = Counter()
-        for (giver, taker), size in self.pairs.items():
-            found[self.source.hosts[giver], self.target.hosts[taker]] += size
+        for side, sizes in ((self.source, self.direct), (self.target, self.relayed)):
+            for (giver, taker), size in sizes.items():
+                found[side.hosts[giver], self.target.hosts[taker]] += size
         return dict(found)
 
     @cached_property
@@ -122,14 +131,9 @@ class PlanNumbers:
         return self.busiest[2] / self.bandwidth
 
     @property
-    def hops(self) -> int:
-        """The longest path that bytes take, in moves: 1, since every route of a plan begins at a holder; 0 if nothing moves."""
-        return 1 if self.pairs else 0
-
-    @property
     def relays(self) -> int:
-        """Positions that pass on what they received: none, since every route of a plan begins at a holder."""
-        return 0
+        """Target positions that pass on what they received."""
+        return len({relay for relay, _ in self.relayed})
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain data for JSON; bytes are integers, pairs ascending."""
@@ -146,6 +150,7 @@ class PlanNumbers:
             "routes": self.routes,
             "boxes": self.boxes,
             "pairs": [{"source": giver, "target": taker, "bytes": size} for (giver, taker), size in sorted(self.pairs.items())],
+            "relayed": [{"relay": relay, "target": taker, "bytes": size} for (relay, taker), size in sorted(self.relayed.items())],
             "egress": list(self.egress),
             "ingress": list(self.ingress),
             "largest_egress": self.largest,

@@ -13,6 +13,8 @@ from etha_ray.report import format_bytes
 
 _WIDTH = 80
 """Columns of a terminal that a table must fit in."""
+_FEW = 8
+"""Pairs of relay and reader that are named one by one."""
 
 
 def heading(numbers: PlanNumbers) -> str:
@@ -63,7 +65,7 @@ def plain(numbers: PlanNumbers) -> str:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """Bytes by source and target, ranks taken together so that it is not too wide.
+    """Bytes by source and target, whichever way they take, ranks taken together so that it is not too wide.
 
     Attributes:
         sums: bytes by (row, column), where there are any.
@@ -137,8 +139,19 @@ def _ends(hosts: list[tuple[str, int]], verb: str) -> str:
 def _path(numbers: PlanNumbers) -> str:
     if not numbers.hops:
         return "none"
-    assert not numbers.relays, "a plan without relays is all that can be told of yet"
-    return f"{_count(numbers.hops, 'hop')} at most; no relays: every target reads from a holder"
+    hops = f"{_count(numbers.hops, 'hop')} at most"
+    if not numbers.relays:
+        return f"{hops}; no relays: every target reads from a holder"
+    passed, readers = sum(numbers.relayed.values()), len({taker for _, taker in numbers.relayed})
+    who = _count(numbers.relays, "target passes", "targets pass")
+    return f"{hops}; {who} on {format_bytes(passed)} to {_count(readers, 'other', 'others')}{_chains(numbers)}"
+
+
+def _chains(numbers: PlanNumbers) -> str:
+    """Who passes on to whom, where they are few."""
+    if len(numbers.relayed) > _FEW:
+        return ""
+    return ": " + ", ".join(f"{relay} → {taker}" for relay, taker in sorted(numbers.relayed))
 
 
 def _time(numbers: PlanNumbers) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-_FORMAT = "etha_ray plan 2"
+_FORMAT = "etha_ray plan 3"
 """Part of every hash, so that two versions which route differently never take each other's plan for their own."""
 
 

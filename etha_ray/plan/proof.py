@@ -25,6 +25,7 @@ def prove(source: Layout | Pieces, target: Layout | Pieces, shape: tuple[int, ..
         into[route.target].append(route)
     for index, found in into.items():
         prove_target(source, target, shape, index, found)
+    _prove_relays(_name(source, target, shape), into)
 
 
 def prove_target(source: Layout | Pieces, target: Layout | Pieces, shape: tuple[int, ...], index: int, routes: Sequence[Route]) -> None:
@@ -48,6 +49,19 @@ def prove_target(source: Layout | Pieces, target: Layout | Pieces, shape: tuple[
         raise LayoutError(f"{name} writes target {index} twice: {overlap[0]} overlaps {overlap[1]}")
 
 
+def _prove_relays(name: str, into: dict[int, list[Route]]) -> None:
+    """Whoever passes something on must get just that, and have it from the sources in the end."""
+    there = {(route.target, route.sources, route.boxes): route.relay for route in itertools.chain.from_iterable(into.values())}
+    for target, sources, boxes in there:
+        passed = {target}
+        while (relay := there[target, sources, boxes]) is not None:
+            if (relay, sources, boxes) not in there or relay in passed:
+                why = "does not get it" if relay not in passed else "would get it from itself in the end"
+                raise LayoutError(f"{name}: target {relay} passes on to {target} what it {why}")
+            passed.add(relay)
+            target = relay
+
+
 def _name(source: Layout | Pieces, target: Layout | Pieces, shape: tuple[int, ...]) -> str:
     return f"the plan from {source} to {target} for shape {shape}"
 
@@ -57,6 +71,8 @@ def _prove_route(name: str, source: Layout | Pieces, target: Layout | Pieces, sh
         raise LayoutError(f"{name} names a position that is not in the mesh")
     giving = source.region(route.source, shape)
     taking = target.region(route.target, shape)
+    if route.relay is not None and (not 0 <= route.relay < target.ranks or target.region(route.relay, shape) != taking):
+        raise LayoutError(f"{name} is passed on by target {route.relay}, which does not hold the same indices")
     if any(source.region(other, shape) != giving for other in route.others):
         raise LayoutError(f"{name} combines {route.sources}, which do not hold the same indices")
     _prove_contributors(name, source, route)

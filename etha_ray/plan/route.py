@@ -36,6 +36,8 @@ class Route:
         boxes: the pieces, ascending, as few as can be; empty only where there is nothing to give.
         numel: elements in all boxes together; what each of the sources gives.
         others: the contributors after ``source``, in the order of their mesh coordinates; empty but for Partial.
+        relay: the target position that passes this on: it gets the same boxes from the same sources, and holds them at the same
+            places of its local tensor. None where the target reads from the sources.
     """
 
     source: int
@@ -43,10 +45,11 @@ class Route:
     boxes: tuple[Box, ...]
     numel: int
     others: tuple[int, ...] = ()
+    relay: int | None = None
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """All that give: one, or every contributor of a Partial."""
+        """All that it comes from: one, or every contributor of a Partial."""
         return (self.source, *self.others)
 
 

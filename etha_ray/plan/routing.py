@@ -14,6 +14,7 @@ from functools import lru_cache
 from etha_ray.errors import LayoutError
 from etha_ray.layout import Layout, Pieces, Region
 from etha_ray.plan.overlap import Key, Meeting, view
+from etha_ray.plan.relays import relays
 from etha_ray.plan.route import Box, Route, Segment
 from etha_ray.plan.sharing import Rows, sharing, turn_of
 from etha_ray.plan.side import Side
@@ -23,7 +24,8 @@ def routes_into(source: Side, target: Side, shape: tuple[int, ...], target_index
     """What mesh position ``target_index`` of ``target`` receives, by ascending source.
 
     Each element it holds is in exactly one box. Of several sources that hold the same region, those on the same agent are
-    asked, else those on the same host, else those that have given least so far; see `sharing`. ``turn`` is this tensor's
+    asked, else those on the same host, else those that have given least so far; see `sharing`. What another target passes on, as
+    `Route.relay` says, is listed by the sources it comes from all the same. ``turn`` is this tensor's
     number among equal ones of a batch (see `turns`): all members must give the same.
 
     Raises:
@@ -91,12 +93,21 @@ def _routes_out_of(source: Side, target: Side, shape: tuple[int, ...], index: in
     own = next(slot for slot, holders in enumerate(slots) if index in holders)
     alone = all(len(holders) == 1 for holders in slots)
     wanting = None if alone else sharing(source, target, shape, seat[0], own, turn).takers(index)
+    passing = relays(source, target, shape, seat[0])
     routes: list[Route] = []
     for meeting in takers.meeting(region):
         swapped = tuple(tuple((there, at, size) for at, there, size in parts) for parts in meeting.segments)
         seen = Meeting(seat[0], swapped, meeting.shape)
+        chain = passing.chain(meeting.key)
         for taker in takers.slots(meeting.key)[0] if wanting is None else wanting.get(meeting.key, ()):
-            routes += _routes(source, target, shape, seat[0], taker, seen, turn, giver=index)
+            if chain.relays.get(taker) is not None:
+                continue
+            given = list(_routes(source, target, shape, seat[0], taker, seen, turn, giver=index))
+            routes += given
+            if taker == chain.first:  # the same boxes for all whom it passes them on to
+                for other, relay in chain.relays.items():
+                    if relay is not None:
+                        routes += [Route(each.source, other, each.boxes, each.numel, each.others, relay) for each in given]
     return tuple(sorted(routes, key=lambda route: (route.target, route)))
 
 
@@ -106,8 +117,11 @@ def _routes(
     """The routes by which the target position ``index`` gets what it has in common with the source's piece ``key``: all of
     them, or those from the source position ``giver``."""
     slots = view(source.layout, shape).slots(key)
+    seat = view(target.layout, shape).seat(index)
+    assert seat is not None
+    relay = relays(source, target, shape, key).relay(index, seat[0])
     if all(len(holders) == 1 for holders in slots):
-        yield _route(tuple(holders[0] for holders in slots), index, meeting.segments)
+        yield _route(tuple(holders[0] for holders in slots), index, meeting.segments, relay)
         return
     rows = Rows.of(meeting.shape)
     each = [sharing(source, target, shape, key, slot, turn).shares(index) for slot in range(len(slots))]
@@ -115,14 +129,14 @@ def _routes(
     for start, stop in zip([0, *stops], stops, strict=False):
         sources = tuple(next(holder for holder, _, last in shares if last >= stop) for shares in each)
         if giver is None or giver in sources:
-            yield _route(sources, index, _rows(meeting.segments, rows, start, stop))
+            yield _route(sources, index, _rows(meeting.segments, rows, start, stop), relay)
 
 
-def _route(sources: tuple[int, ...], target: int, segments: Iterable[Sequence[Segment]]) -> Route:
+def _route(sources: tuple[int, ...], target: int, segments: Iterable[Sequence[Segment]], relay: int | None) -> Route:
     boxes = tuple(
         Box(tuple(p[0] for p in parts), tuple(p[1] for p in parts), tuple(p[2] for p in parts)) for parts in itertools.product(*segments)
     )
-    return Route(sources[0], target, boxes, sum(box.numel for box in boxes), sources[1:])
+    return Route(sources[0], target, boxes, sum(box.numel for box in boxes), sources[1:], relay)
 
 
 def _rows(segments: Sequence[Sequence[Segment]], rows: Rows, start: int, stop: int) -> Iterable[Sequence[Segment]]:

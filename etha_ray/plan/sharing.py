@@ -1,11 +1,11 @@
 """Which of several replicas serves which target, and with how much of what it wants.
 
 The targets of one piece of the source are served from the same agent, else from the same host, else by whoever has given
-least so far. Within each of these groups the demands are laid end to end on a line, and the line is cut into a stretch per
-holder: equal stretches, or, for the last group, stretches that level what the holders give in all (McNaughton's wrap-around
-rule). A demand that lies across a cut is served by several holders, so that the shares come out even whatever the numbers of
-holders and targets. Cuts fall between rows of a demand and leave parts of at least `LEAST_SHARE` elements: many small copies
-cost more than an uneven share of a small tensor.
+least so far; of several that want the same from afar one reads it, for all of them (`relays`). Within each of these groups the
+demands are laid end to end on a line, and the line is cut into a stretch per holder: equal stretches, or, for the last group,
+stretches that level what the holders give in all (McNaughton's wrap-around rule). A demand that lies across a cut is served by
+several holders, so that the shares come out even whatever the numbers of holders and targets. Cuts fall between rows of a
+demand and leave parts of at least `LEAST_SHARE` elements: many small copies cost more than an uneven share of a small tensor.
 
 What is guaranteed: where no replica is near a target, each gives less than one part (`Rows.units`) more than if all replicas
 of its piece gave the same. As every position holds one piece only, no choice of replicas could make the largest of these even
@@ -20,14 +20,16 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 
 from etha_ray.layout import Layout, Pieces
-from etha_ray.plan.overlap import Key, Meeting, view
+from etha_ray.plan.overlap import Key, view
+from etha_ray.plan.relays import relays
 from etha_ray.plan.side import Side
 
 LEAST_SHARE = 1 << 17
@@ -112,71 +114,66 @@ class _Line:
 
 
 class Sharing:
-    """How the replicas of one piece, for one contribution, share the targets that want some of it."""
+    """How the replicas of one piece, for one contribution, share the targets that read some of it; see `relays` for the others."""
 
     def __init__(self, source: Side, target: Side, shape: tuple[int, ...], key: Key, slot: int, turn: int) -> None:
         holders = view(source.layout, shape).slots(key)[slot]
         holders = holders[turn % len(holders) :] + holders[: turn % len(holders)]
         self._view = view(target.layout, shape)
-        self._wanted: dict[Key, tuple[int, int, Rows]] = {}
-        total = self._lay_line(list(self._view.meeting(view(source.layout, shape).region(key))))
+        self._relays = relays(source, target, shape, key)
+        meetings = self._view.meeting(view(source.layout, shape).region(key))
+        self._wanted = {meeting.key: Rows.of(meeting.shape) for meeting in meetings}
         self._near: dict[int, tuple[Share, ...]] = {}
         given = self._serve_near(source, target, holders) if _neighbours(source, target) else {}
-        # Where the near demands lie on the line of all, so that the others can be placed without listing them.
-        near = sorted(self._demand(index) for index in self._near)
-        self._starts = [start for start, _ in near]
-        self._before = list(itertools.accumulate((rows.numel for _, rows in near), initial=0))
-        self._far = _Line.of(holders, total - self._before[-1], [given.get(holder, 0) for holder in holders])
-
-    def _lay_line(self, meetings: Sequence[Meeting]) -> int:
-        """Lay all demands end to end: where the first copy of each piece begins, and how far apart its copies are. The length."""
-        copies = [self._view.copies(meeting.key) for meeting in meetings]
-        # One copy of every piece, then another of every piece, and so on: where the copies are a multiple of the holders, cuts fall
-        # between such rows. Explicit pieces may have different numbers of copies: all copies of one, then all of another.
-        row = sum(meeting.numel for meeting in meetings) if len(set(copies)) == 1 else 0
+        # What targets far from all holders want is laid end to end, each piece once: one of its copies reads it, for all of them.
+        self._starts: dict[Key, int] = {}
         at = 0
-        for meeting, count in zip(meetings, copies, strict=True):
-            self._wanted[meeting.key] = at, row or meeting.numel, Rows.of(meeting.shape)
-            at += meeting.numel * (1 if row else count)
-        return row * copies[0] if row else at
+        for piece, rows in self._wanted.items():
+            first = self._relays.chain(piece).first
+            if first is not None and first not in self._near:
+                self._starts[piece] = at
+                at += rows.numel
+        self._far = _Line.of(holders, at, [given.get(holder, 0) for holder in holders])
+
+    def turned(self, turn: int) -> Sharing:
+        """The same with another holder at the line's beginning; where no target is near a holder."""
+        far, number = self._far, turn % len(self._far.holders)
+        turned = copy(self)
+        turned._far = _Line(far.holders[number:] + far.holders[:number], far.cuts)
+        return turned
 
     def shares(self, index: int) -> tuple[Share, ...]:
-        """Who gives which rows to the target position ``index``, which wants some of the piece; ascending by row."""
-        if index in self._near:
-            return self._near[index]
-        start, rows = self._demand(index)
-        return tuple(self._far.shares(start - self._before[bisect_left(self._starts, start)], rows))
+        """Who gives which rows of what the target position ``index``, which wants some of the piece, gets; ascending by row."""
+        piece = self._piece(index)
+        chain = self._relays.chain(piece)
+        head = index if chain.relays.get(index) is None else chain.first
+        if head in self._near:
+            return self._near[head]
+        return tuple(self._far.shares(self._starts[piece], self._wanted[piece]))
 
     def takers(self, holder: int) -> dict[Key, list[int]]:
-        """The target positions that get something from ``holder``, and maybe some of their neighbours, by the piece they hold."""
+        """The target positions that read something from ``holder``, by the piece they hold; ascending."""
         found: dict[Key, set[int]] = {}
         for index, shares in self._near.items():
-            seat = self._view.seat(index)
-            if seat is not None and any(giver == holder for giver, _, _ in shares):
-                found.setdefault(seat[0], set()).add(index)
-        low, high = (self._on_line(at) for at in self._far.stretch(holder))
-        for key, (first, step, rows) in self._wanted.items():
-            start, stop = (low - first - rows.numel) // step + 1, -((first - high) // step)
-            copies = range(self._view.copies(key))[max(0, start) : max(0, stop)]
-            if copies:
-                positions = self._view.slots(key)[0]
-                found.setdefault(key, set()).update(positions[copy] for copy in copies)
-        return {key: sorted(positions) for key, positions in found.items()}
-
-    def _on_line(self, far: int) -> int:
-        """Where on the line of all demands a place on the line of those that are not near lies."""
-        return far + self._before[bisect_right(range(len(self._starts)), far, key=lambda i: self._starts[i] - self._before[i])]
+            if any(giver == holder for giver, _, _ in shares):
+                found.setdefault(self._piece(index), set()).add(index)
+        low, high = self._far.stretch(holder)
+        for piece, start in self._starts.items():
+            first = self._relays.chain(piece).first
+            if start < high and low < start + self._wanted[piece].numel and first is not None:
+                found.setdefault(piece, set()).add(first)
+        return {piece: sorted(positions) for piece, positions in found.items()}
 
     def _serve_near(self, source: Side, target: Side, holders: Sequence[int]) -> dict[int, int]:
         """Serve the targets that share an agent or a host with a holder. Elements that each holder gives to other agents."""
         for agent, givers in _grouped(source.agents, holders):
-            takers = [index for index in target.at_agent.get(agent, ()) if self._wants(index)]
+            takers = [index for index in target.at_agent.get(agent, ()) if self._reads(index)]
             for number, index in enumerate(takers):
-                self._near[index] = ((givers[number * len(givers) // len(takers)], 0, self._demand(index)[1].count),)
+                self._near[index] = ((givers[number * len(givers) // len(takers)], 0, self._demand(index).count),)
         given: dict[int, int] = {}
         for host, givers in _grouped(source.hosts, holders):
-            takers = [index for index in target.at_host.get(host, ()) if index not in self._near and self._wants(index)]
-            demands = [self._demand(index)[1] for index in takers]
+            takers = [index for index in target.at_host.get(host, ()) if index not in self._near and self._reads(index)]
+            demands = [self._demand(index) for index in takers]
             starts = list(itertools.accumulate((rows.numel for rows in demands), initial=0))
             line = _Line.of(givers, starts[-1], [0] * len(givers))
             for index, start, rows in zip(takers, starts, demands, strict=False):
@@ -185,21 +182,30 @@ class Sharing:
                     given[holder] = given.get(holder, 0) + (last - first) * rows.numel // rows.count
         return given
 
-    def _wants(self, index: int) -> bool:
+    def _reads(self, index: int) -> bool:
+        """Whether the target position wants some of the piece, and reads it itself."""
         seat = self._view.seat(index)
-        return seat is not None and seat[0] in self._wanted
+        return seat is not None and seat[0] in self._wanted and self._relays.relay(index, seat[0]) is None
 
-    def _demand(self, index: int) -> tuple[int, Rows]:
-        """Where the demand of a target position that wants some begins, with those of all end to end; and its rows."""
+    def _demand(self, index: int) -> Rows:
+        return self._wanted[self._piece(index)]
+
+    def _piece(self, index: int) -> Key:
+        """The piece of a target position that wants some."""
         seat = self._view.seat(index)
         assert seat is not None
-        first, step, rows = self._wanted[seat[0]]
-        return first + seat[1] * step, rows
+        return seat[0]
 
 
-@lru_cache(maxsize=1024)
 def sharing(source: Side, target: Side, shape: tuple[int, ...], key: Key, slot: int, turn: int) -> Sharing:
     """How the holders of ``key`` share their targets; see `Sharing`."""
+    if _neighbours(source, target):
+        return _sharing(source, target, shape, key, slot, turn)
+    return _sharing(source, target, shape, key, slot, 0).turned(turn)
+
+
+@lru_cache(maxsize=4096)
+def _sharing(source: Side, target: Side, shape: tuple[int, ...], key: Key, slot: int, turn: int) -> Sharing:
     return Sharing(source, target, shape, key, slot, turn)
 
 
@@ -214,7 +220,7 @@ def turn_of(source: Side, target: Side, shape: tuple[int, ...], turn: int) -> in
 
     It is another one for each of several equal tensors, so that small ones, whose demands are not divided, come from all
     holders in turn; and another one for other shapes. It is 0 where the shares come out even without, by the size of the
-    tensor or by the number of targets: equal tensors then have one plan.
+    tensor: equal tensors then have one plan.
     """
     if isinstance(source.layout, Pieces):
         copies = max(map(len, source.layout.holders().values()), default=1)
@@ -222,10 +228,7 @@ def turn_of(source: Side, target: Side, shape: tuple[int, ...], turn: int) -> in
         copies = _copies(source.layout)
         slots = 1 if source.layout.partial is None else source.layout.partial.count
         piece = math.prod(shape) * slots * copies // source.layout.ranks
-        takers = 1 if isinstance(target.layout, Pieces) else _copies(target.layout)
-        if takers % copies == 0 and not _neighbours(source, target):
-            return 0
-        if piece * takers >= _FINE * copies * min(piece, 2 * LEAST_SHARE):
+        if copies == 1 or piece >= _FINE * copies * min(piece, 2 * LEAST_SHARE):
             return 0
     return (zlib.crc32(repr(tuple(shape)).encode()) + turn) % copies
 

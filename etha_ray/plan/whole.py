@@ -41,7 +41,8 @@ class TensorPlan:
 
     def verify(self) -> None:
         """Prove that each target element is written exactly once, from a source that holds that very element; where the
-        source is Partial, from one holder of each contribution to it.
+        source is Partial, from one holder of each contribution to it. What a target gets from another one, that one gets too, and
+        whoever passes it on has it from the sources in the end.
 
         The proof does not use the code that made the routes: it asks both layouts what each position holds.
 
@@ -51,13 +52,42 @@ class TensorPlan:
         prove(self.source.layout, self.target.layout, self.shape, self.routes)
 
     def bytes_between(self, itemsize: int) -> dict[tuple[int, int], int]:
-        """Bytes that cross, by (source position, target position), for elements of ``itemsize`` bytes."""
+        """Bytes that targets read from sources, by (source position, target position), for elements of ``itemsize`` bytes."""
         crossing: dict[tuple[int, int], int] = {}
         for route in self.routes:
-            for source in route.sources:
+            for source in route.sources if route.relay is None else ():
                 pair = (source, route.target)
                 crossing[pair] = crossing.get(pair, 0) + route.numel * itemsize
         return crossing
+
+    def bytes_relayed(self, itemsize: int) -> dict[tuple[int, int], int]:
+        """Bytes that targets read from other targets, by (the relay's position, the reader's)."""
+        crossing: dict[tuple[int, int], int] = {}
+        for route in self.routes:
+            if route.relay is not None:
+                pair = (route.relay, route.target)
+                crossing[pair] = crossing.get(pair, 0) + route.numel * itemsize
+        return crossing
+
+    def bytes_of_origin(self, itemsize: int) -> dict[tuple[int, int], int]:
+        """Bytes by (the source position they come from, target position), whichever way they take."""
+        coming: dict[tuple[int, int], int] = {}
+        for route in self.routes:
+            for source in route.sources:
+                pair = (source, route.target)
+                coming[pair] = coming.get(pair, 0) + route.numel * itemsize
+        return coming
+
+    def hops(self) -> int:
+        """The longest path that bytes take, in moves: 1 where every target reads from sources; 0 if nothing moves."""
+        relays = {(route.target, route.sources, route.boxes): route.relay for route in self.routes if route.numel}
+        longest = 0
+        for target, sources, boxes in relays:
+            count, at = 1, relays[target, sources, boxes]
+            while at is not None:
+                count, at = count + 1, relays[at, sources, boxes]
+            longest = max(longest, count)
+        return longest
 
     def explain(self, dtype: DtypeLike = "bfloat16", *, bandwidth: float = 50e9) -> Explanation:
         """This plan in numbers, text and pictures: `etha_ray.explain`, which see."""
@@ -97,4 +127,4 @@ def inputs_digest(source: Side, target: Side, tensors: Iterable[tuple[Sequence[i
 
 def _encode_route(route: Route) -> str:
     boxes = ";".join(f"{box.source_start}{box.target_start}{box.size}" for box in route.boxes)
-    return f"{'+'.join(map(str, route.sources))}>{route.target} {route.numel} {boxes}"
+    return f"{'+'.join(map(str, route.sources))}>{route.target} {route.numel} {boxes} {route.relay}"

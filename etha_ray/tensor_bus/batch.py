@@ -37,9 +37,11 @@ from etha_ray.tensor_bus.commands import (
     DataRead,
     DataReady,
     DataRefused,
+    DataRevoked,
     DataStands,
     DataTaken,
     RegistrationClosed,
+    RelayAnswer,
     Transfer,
     WaitReady,
     WaitVersion,
@@ -177,6 +179,9 @@ class Batch:
             return
         if transfer.state is TransferState.ANNOUNCED:
             self.sending.revoke(transfer)
+        elif transfer.state is TransferState.LENDING:
+            self.finish(None)  # it has what it wanted
+            return
         elif transfer.state is TransferState.ASKING and not transfer.command.atomic:
             self.hold(self.holding.tear(self.registered.received, str(error)))
         self.finish(error)
@@ -297,7 +302,10 @@ class Batch:
     @property
     def _transfer_deadline(self) -> float | None:
         transfer = self.transfer
-        return None if transfer is None or transfer.runs else transfer.deadline
+        if transfer is None or transfer.runs:
+            return None
+        deadlines = transfer.deadline, self.receiving.relays_deadline(transfer)
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def expire(self, now: float) -> None:
         """End what waits and whose time is up; a transfer that is MOVING or SWAPPING ends by itself."""
@@ -308,7 +316,11 @@ class Batch:
         transfer, deadline = self.transfer, self._transfer_deadline
         if transfer is None or deadline is None or now < deadline:
             return
-        if transfer.state is TransferState.ASKING:
+        if transfer.deadline is None or now < transfer.deadline:
+            self.receiving.relays_expired(transfer)
+        elif transfer.state is TransferState.LENDING:
+            self.finish(None)
+        elif transfer.state is TransferState.ASKING:
             self.receiving.not_answered(transfer)
         elif transfer.state is TransferState.BLOCKED and self.loss is not None:
             self.cancel(PeerLostError(f"{self.loss}; they were not back within {now - transfer.started:.0f} s"))
@@ -337,8 +349,10 @@ class Batch:
 
     def finish(self, error: BaseException | None) -> None:
         """The transfer under way is over: its worker is answered. From this class and the two sides of the batch only."""
-        transfer, self.transfer = self.transfer, None
+        transfer = self.transfer
         assert transfer is not None
+        self.receiving.over(received=error is None and transfer.command.transfer_type == "recv")
+        self.transfer = None
         transfer.state, transfer.seconds = TransferState.OVER, time.monotonic() - transfer.started
         report = None if error is not None else transfer.report(self.registered)
         if error is None:
@@ -391,8 +405,12 @@ class Batch:
             self.sending.on_taken(message)
         elif isinstance(message, DataRefused):
             self.sending.on_refused(message)
-        else:
+        elif isinstance(message, DataRevoked):
             self.receiving.on_revoked(message)
+        elif isinstance(message, RelayAnswer):
+            self.receiving.on_relay(message)
+        else:
+            self.receiving.on_taker(message)
 
     def lose(self, message: RegistrationClosed) -> None:
         """Another member is gone."""
@@ -424,9 +442,12 @@ class Batch:
         self._end_waits()
         if transfer is not None and (registration in self.registered.sources or registration in self.registered.targets):
             self._lose_needed(transfer, registration, f"{name} went away ({message.reason}) while its data was being read", error)
+        self.receiving.lost(registration)
 
     def _lose_needed(self, transfer: UnderWay, registration: str, why: str, error: EthaRayError) -> None:
-        if transfer.runs or transfer.state is TransferState.ASKING:
+        if transfer.state is TransferState.LENDING:
+            pass  # it has what it wanted
+        elif transfer.runs or transfer.state is TransferState.ASKING:
             self.receiving.spoil(transfer, registration, why, error)
         elif transfer.state is TransferState.ANNOUNCED and registration not in transfer.outstanding:
             pass  # it has what it needs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from etha_ray.tensor_bus.commands import BaseCommand, DataMessage, Message
+from etha_ray.tensor_bus.commands import BaseCommand, Message, SenderMessage
 from etha_ray.tensor_bus.history import PastTransfer
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.records import AgentRecord
@@ -66,6 +66,6 @@ class Member(Protocol):
         """The transfer under way is over."""
 
 
-def tell(member: Member, peer: Peer, what: type[DataMessage], source: str, target: str, sequence: int, **more: Any) -> None:
+def tell(member: Member, peer: Peer, what: type[SenderMessage], source: str, target: str, sequence: int, **more: Any) -> None:
     """Send a message about the transfer number ``sequence`` to ``peer``'s agent."""
     member.bus.tell(peer.member.agent, what(batch_id=member.batch_id, source=source, target=target, sequence=sequence, **more))

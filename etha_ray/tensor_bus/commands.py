@@ -269,6 +269,42 @@ class DataRevoked(BaseCommand):
     sequence: int
 
 
+class RelayWanted(BaseCommand):
+    """Receiver to receiver: ``target`` wants what ``relay`` receives of these sends, too; see `relaying`.
+
+    sends: the number of the last send, by the source's registration. question: the target's number for this receive.
+    """
+
+    batch_id: str
+    relay: str
+    target: str
+    sends: dict[str, int]
+    question: int
+
+
+class RelayAnswer(BaseCommand):
+    """Receiver to receiver, about the `RelayWanted` with this question.
+
+    state: "coming", the relay receives it now; "ready", it can be read from the relay's tensors, which are kept for it; "stands",
+    nothing had changed in them when the `RelayRead` came; "over", it is not there, or not any more.
+    """
+
+    batch_id: str
+    relay: str
+    target: str
+    question: int
+    state: Literal["coming", "ready", "stands", "over"]
+
+
+class RelayRead(BaseCommand):
+    """Receiver to receiver: the target has read from the relay, or will not; did what it read stand?"""
+
+    batch_id: str
+    relay: str
+    target: str
+    question: int
+
+
 class RegistrationClosed(BaseCommand):
     """Agent to agent: the registration ``closed``, which ``target`` exchanges data with, is gone, and why.
 
@@ -286,7 +322,9 @@ class RegistrationClosed(BaseCommand):
     ready: bool = True
 
 
-DataMessage: TypeAlias = DataReady | DataRead | DataStands | DataTaken | DataRefused | DataRevoked
+RelayMessage: TypeAlias = RelayWanted | RelayAnswer | RelayRead
+SenderMessage: TypeAlias = DataReady | DataRead | DataStands | DataTaken | DataRefused | DataRevoked
+DataMessage: TypeAlias = SenderMessage | RelayMessage
 """What agents say to one another in a transfer."""
 
 Message: TypeAlias = (
@@ -312,6 +350,9 @@ Message: TypeAlias = (
     | DataTaken
     | DataRefused
     | DataRevoked
+    | RelayWanted
+    | RelayAnswer
+    | RelayRead
     | RegistrationClosed
 )
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from etha_ray.errors import LayoutError
-from etha_ray.plan import Box, Route, paired_route, prove_target, routes_into, routes_out_of, turns
+from etha_ray.plan import Box, Route, paired_route, passed_on, prove_target, routes_into, routes_out_of, turns
 from etha_ray.tensor_bus.agreement import AgreedTensor, Held
 from etha_ray.tensor_bus.pair import Match
 from etha_ray.transport.joint import Move, Source
@@ -25,6 +25,9 @@ _TENSORS_A_BOX = 4
 
 OpenRemote = Callable[[int, Sequence[int]], Sequence[Source]]
 """Opens tensors of a remote mesh index: ``open_remote(index, positions)`` gives them in the order of ``positions``."""
+
+OpenRelay = Callable[[int, Sequence[int]], "Sequence[Source] | None"]
+"""The same of a local mesh index, to read what it received; None where it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +67,30 @@ class Part:
 
 
 def bytes_out(part: Part) -> dict[int, int]:
-    """Bytes that this rank gives to each remote index that gets any."""
+    """Bytes that each remote index reads of this rank; 0 for one that only gets some from others, who have read it."""
     total: dict[int, int] = defaultdict(int)
     for position, tensor in enumerate(part.agreed):
         for route in part.routes_out(position):
             if route.numel:
-                total[route.target] += route.numel * _itemsize(tensor.local, tensor.remote, route)
+                given = route.numel * _itemsize(tensor.local, tensor.remote, route)
+                total[route.target] += given if route.relay is None else 0
     return dict(total)
 
 
 @dataclass(frozen=True, slots=True)
 class Inflow:
-    """A move, and what it fills: of the batch's tensor at ``place``, ``tensor``, the box from ``start`` on. ``sources``: remote indices."""
+    """A move, and what it fills: of the batch's tensor at ``place``, ``tensor``, the box from ``start`` on. ``sources``: remote indices.
+
+    ``relay`` is the local index that passes the box on, and ``relayed`` the move from there; None where it is read from the sources.
+    """
 
     place: int
     tensor: torch.Tensor
     start: tuple[int, ...]
     sources: tuple[int, ...]
     move: Move
+    relay: int | None = None
+    relayed: Move | None = None
 
     def within(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same box of another tensor of that shape."""
@@ -89,31 +98,66 @@ class Inflow:
         return tensor if tuple(tensor.shape) == size else tensor[_slices(self.start, size)]
 
 
-def inflows(part: Part, open_remote: OpenRemote) -> tuple[list[Inflow], dict[int, int]]:
-    """What fills this rank's tensors, and the bytes that each remote index gives."""
+@dataclass
+class Inflows:
+    """What fills this rank's tensors, and the bytes: of each remote index, directly; of each local index that passes some on; and of
+    each remote index what such a local one does not have to be asked for."""
+
+    moves: list[Inflow] = field(default_factory=list)
+    direct: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    relayed: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    instead: dict[int, dict[int, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
+
+
+def inflows(part: Part, open_remote: OpenRemote, open_relay: OpenRelay) -> Inflows:
+    """What fills this rank's tensors."""
     routes = [(position, route) for position in range(len(part.agreed)) for route in part.routes_in(position) if route.numel]
     wanted: dict[int, dict[int, None]] = defaultdict(dict)
-    total: dict[int, int] = defaultdict(int)
+    passing: dict[int, dict[int, None]] = defaultdict(dict)
+    found = Inflows()
     for position, route in routes:
-        tensor = part.agreed[position]
         for source in route.sources:
             wanted[source][position] = None
-            total[source] += route.numel * _itemsize(tensor.remote, tensor.local, route)
+        if route.relay is not None:
+            passing[route.relay][position] = None
+    relays: dict[tuple[int, int], Source] = {}
+    for lending, positions in sorted(passing.items()):
+        lent = open_relay(lending, list(positions))
+        relays.update(((lending, position), each) for position, each in zip(positions, lent or (), strict=False))
     opened: dict[tuple[int, int], Source] = {}
     for source, positions in sorted(wanted.items()):
         tensors = open_remote(source, list(positions))
         opened.update(((source, position), each) for position, each in zip(positions, tensors, strict=True))
-    found: list[Inflow] = []
     for position, route in routes:
         sources, target = [opened[source, position] for source in route.sources], part.tensors[position]
-        side = part.agreed[position].remote.side
+        tensor, side = part.agreed[position], part.agreed[position].remote.side
         reduction = side.layout.partial if side is not None and route.others else None
+        lender = None if route.relay is None else relays.get((route.relay, position))
+        size = route.numel * _itemsize(tensor.remote, tensor.local, route)
+        for source in route.sources:
+            found.direct[source] += size if lender is None else 0
+            if lender is not None and route.relay is not None:
+                found.instead[route.relay][source] += size
+        if lender is not None and route.relay is not None:
+            found.relayed[route.relay] += route.numel * tensor.local.dtype.itemsize
         for box in route.boxes:
             views = tuple(_cut(source, box.source_start, box) for source in sources)
             into = target if tuple(target.shape) == box.size else target[_slices(box.target_start, box.size)]
             move = Move(views, into) if reduction is None else Move(views, into, reduction.op, reduction.divisor)
-            found.append(Inflow(part.places[position], target, box.target_start, route.sources, move))
-    return found, dict(total)
+            relayed = None if lender is None else Move((_cut(lender, box.target_start, box),), into)
+            relay = None if lender is None else route.relay
+            found.moves.append(Inflow(part.places[position], target, box.target_start, route.sources, move, relay, relayed))
+    return found
+
+
+def takers(part: Part) -> set[int]:
+    """The local indices to which this rank passes on some of what it receives."""
+    found: set[int] = set()
+    for tensor in part.agreed:
+        local, remote = tensor.local.side, tensor.remote.side
+        if local is not None and remote is not None:
+            found |= passed_on(remote, local, tensor.shape, part.match.index)
+    return found
 
 
 def prove_in(part: Part) -> None:

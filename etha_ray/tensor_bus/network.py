@@ -31,6 +31,9 @@ from etha_ray.tensor_bus.commands import (
     DataTaken,
     Message,
     RegistrationClosed,
+    RelayAnswer,
+    RelayRead,
+    RelayWanted,
     decode_command,
 )
 from etha_ray.tensor_bus.records import SECRET_KEY, AgentRecord
@@ -40,7 +43,10 @@ logger = logging.getLogger(__name__)
 
 _ANY_PORT = 9
 _MESSAGES = "messages"
-_FROM_AGENTS = (DataReady, DataRead, DataStands, DataTaken, DataRefused, DataRevoked, RegistrationClosed)
+_FROM_AGENTS = (
+    *(DataReady, DataRead, DataStands, DataTaken, DataRefused, DataRevoked),
+    *(RelayWanted, RelayAnswer, RelayRead, RegistrationClosed),
+)
 
 
 class AgentNetwork:

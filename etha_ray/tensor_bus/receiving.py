@@ -15,10 +15,22 @@ from functools import partial
 from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import AgentFailedError, BatchTornError, EthaRayError, PeerLostError, TransferTimeoutError, VersionMismatchError
 from etha_ray.tensor_bus.bus import Member, tell
-from etha_ray.tensor_bus.commands import DataRead, DataReady, DataRefused, DataRevoked, DataStands, DataTaken
+from etha_ray.tensor_bus.commands import (
+    DataRead,
+    DataReady,
+    DataRefused,
+    DataRevoked,
+    DataStands,
+    DataTaken,
+    RelayAnswer,
+    RelayRead,
+    RelayWanted,
+)
+from etha_ray.tensor_bus.feeding import Feed, Reading
 from etha_ray.tensor_bus.history import Flow, flow_key
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.registered import torn_positions
+from etha_ray.tensor_bus.relaying import Lending, Relaying
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay
 from etha_ray.tensor_bus.versions import Announced, agreed_version, shown_positions
 from etha_ray.transport.base import CopyProgram
@@ -34,6 +46,7 @@ class Receiving:
         self._member = member
         self.announced: dict[str, Announced] = {}
         self._questions = 0
+        self._relaying, self._lending = Relaying(member), Lending(member)
 
     @property
     def all_announced(self) -> bool:
@@ -43,7 +56,7 @@ class Receiving:
     # ----------------------------------------------------------------------------------------------------- steps
 
     def advance(self, transfer: UnderWay) -> None:
-        """Begin to read, once every sender has announced, if they all mean the same version."""
+        """Begin to read, once every sender has announced, if they all mean the same version, and every relay has it or is done without."""
         member = self._member
         if transfer.state is not TransferState.WAITING or not self.all_announced:
             return
@@ -58,36 +71,63 @@ class Receiving:
                 tell(member, peer, DataRefused, registration, member.registration, sequence, **more)
             member.finish(error)
             return
+        sends = {registration: self.announced[registration].sequence for registration in sources}
+        self._lending.begin(sends)
+        self._relaying.begin(sends)
+        if not self._relaying.settled:
+            return
         transfer.state = TransferState.MOVING
         transfer.moving_since = time.monotonic()
-        if transfer.command.atomic:
-            program = member.registered.staging.read
-        else:
-            program = member.registered.program
+        transfer.through = set(self._relaying.states)
+        if not transfer.command.atomic:
             self._tear(f"version {transfer.version} is being received, or its agent was killed")
-        member.bus.move(program, partial(self._moved, transfer, program))
+        self._move(transfer, self._feed(transfer).reading(transfer.through))
         if not transfer.command.atomic:
             member.bus.received(member, 0)
 
-    def _moved(self, transfer: UnderWay, program: CopyProgram, job: Job[int]) -> None:
+    def _feed(self, transfer: UnderWay) -> Feed:
+        registered = self._member.registered
+        return registered.staging.read if transfer.command.atomic else registered.feed
+
+    def _move(self, transfer: UnderWay, reading: Reading) -> None:
+        self._member.bus.move(reading, partial(self._moved, transfer, reading))
+
+    def _moved(self, transfer: UnderWay, reading: Reading, job: Job[int]) -> None:
         member = self._member
         assert transfer.state is TransferState.MOVING
         transfer.moved = time.monotonic() - transfer.moving_since
         self._spoil_unheard(transfer)
+        for relay in reading.lost:
+            self._relaying.drop(relay)
+        transfer.through -= reading.lost
         if job.error is not None or transfer.spoilt:
-            self._fail(transfer, program, job.error)
+            self._fail(transfer, reading, job.error)
+            return
+        if self._read_without(transfer, transfer.through - self._relaying.states.keys()):
             return
         # On this host a DataRevoked is in the queue before anything can be written, and was handled before this. That of another
         # host may be on its way still, but its answer comes after it.
         transfer.state = TransferState.ASKING
         transfer.deadline = time.monotonic() + _ANSWER_TIMEOUT
-        transfer.outstanding = {registration for registration, peer in member.registered.sources.items() if peer.remote}
+        asked = {registration for registration, peer in member.registered.sources.items() if peer.remote}
+        transfer.outstanding = asked | transfer.through
         self._questions += 1
-        for registration in sorted(transfer.outstanding):
+        for registration in sorted(asked):
             sequence = self.announced[registration].sequence
             peer = member.registered.sources[registration]
             tell(member, peer, DataRead, registration, member.registration, sequence, question=self._questions)
+        for relay in sorted(transfer.through):
+            self._relaying.ask(relay)
         self._take_if_certain(transfer)
+
+    def _read_without(self, transfer: UnderWay, relays: set[str]) -> bool:
+        """Read from the senders what these relays have not kept; whether there was anything."""
+        if not relays:
+            return False
+        transfer.through -= relays
+        transfer.state = TransferState.MOVING
+        self._move(transfer, self._feed(transfer).again(relays))
+        return True
 
     def _spoil_unheard(self, transfer: UnderWay) -> None:
         """What agents of this host announced does not stand if they were killed since, which they could not say."""
@@ -106,16 +146,18 @@ class Receiving:
             return
         member = self._member
         sources = member.registered.sources
+        givers = transfer.givers(member.registered)
         transfer.flows = tuple(
-            Flow(flow_key(registration, member.registration, self.announced[registration].sequence), peer.name, peer.bytes)
-            for registration, peer in sources.items()
+            Flow(flow_key(registration, member.registration, self.announced[registration].sequence), *givers[registration])
+            for registration in sources
+            if registration in givers
         )
         transfer.taken = tuple(self.announced[registration].send for registration in sources)
         for registration, peer in sources.items():
             sequence, more = self.announced.pop(registration).sequence, {"version": transfer.version, "seconds": transfer.moved}
             tell(member, peer, DataTaken, registration, member.registration, sequence, **more)
         if not transfer.command.atomic:
-            member.finish(None)
+            self._lend(transfer)
             return
         transfer.state = TransferState.SWAPPING
         transfer.swapping_since = time.monotonic()
@@ -125,10 +167,83 @@ class Receiving:
 
     def _swapped(self, transfer: UnderWay, job: Job[int]) -> None:
         if job.error is None:
-            self._member.finish(None)
+            self._lend(transfer)
         else:
             transfer.spoilt[""] = f"swapping in failed midway: {job.error}"
             self._fail_torn(transfer, self._member.registered.received)
+
+    def _lend(self, transfer: UnderWay) -> None:
+        """All is there; let others that this one passes on to read it."""
+        transfer.state, transfer.deadline = TransferState.LENDING, transfer.latest
+        transfer.lending_since = time.monotonic()
+        self._lending.offer(transfer.moved)
+        self._end_if_read(transfer)
+
+    def _end_if_read(self, transfer: UnderWay | None) -> None:
+        if transfer is not None and transfer.state is TransferState.LENDING and self._lending.done:
+            self._member.finish(None)
+
+    # ---------------------------------------------------------------------------------------------------- relays
+
+    def relays_deadline(self, transfer: UnderWay) -> float | None:
+        """When `relays_expired` has something to do."""
+        if transfer.state is TransferState.WAITING:
+            return self._relaying.deadline
+        return self._lending.deadline if transfer.state is TransferState.LENDING else None
+
+    def relays_expired(self, transfer: UnderWay) -> None:
+        """Wait no more for relays that do not say anything, nor for receivers that do not come."""
+        if transfer.state is TransferState.WAITING:
+            self._relaying.expire()
+            self.advance(transfer)
+        self._end_if_read(transfer)
+
+    def on_relay(self, message: RelayAnswer) -> None:
+        """A relay says something of what it passes on."""
+        transfer = self._member.transfer
+        if transfer is None or not self._relaying.hears(message):
+            return
+        if message.state == "over":
+            self._without(transfer, message.relay)
+        elif message.state == "stands":
+            if transfer.state is TransferState.ASKING and message.relay in transfer.outstanding:
+                self._relaying.drop(message.relay, tell=False)
+                transfer.outstanding.discard(message.relay)
+                transfer.through.discard(message.relay)
+                transfer.relayed.add(message.relay)
+                self._take_if_certain(transfer)
+        else:
+            self._relaying.states[message.relay] = message.state
+            self.advance(transfer)
+
+    def on_taker(self, message: RelayWanted | RelayRead) -> None:
+        """A receiver that this one passes on to says something."""
+        if isinstance(message, RelayWanted):
+            self._lending.on_wanted(message)
+        else:
+            self._lending.on_read(message)
+        self._end_if_read(self._member.transfer)
+
+    def lost(self, registration: str) -> None:
+        """Another member is gone."""
+        transfer = self._member.transfer
+        self._lending.lost(registration)
+        if transfer is not None and registration in self._relaying.states:
+            self._without(transfer, registration)
+        self._end_if_read(self._member.transfer)
+
+    def over(self, *, received: bool) -> None:
+        """The transfer is over, and ``received`` what was sent: whoever still reads from here does so no more."""
+        self._relaying.end()
+        self._lending.end(received=received)
+
+    def _without(self, transfer: UnderWay, relay: str) -> None:
+        """This relay keeps nothing for this receiver, or not any more. While bytes move, `_moved` sees to it."""
+        self._relaying.drop(relay, tell=False)
+        if transfer.state is TransferState.WAITING:
+            self.advance(transfer)
+        elif transfer.state is TransferState.ASKING and relay in transfer.through:
+            self._read_without(transfer, {relay})
 
     # --------------------------------------------------------------------------------------------------- failing
 
@@ -136,7 +251,9 @@ class Receiving:
         """What ``source`` announced does not stand any more. ``error``: it will announce nothing more; an atomic receive fails so."""
         if source not in self._member.registered.sources:
             return
-        if transfer.state is TransferState.MOVING or (transfer.state is TransferState.ASKING and source in transfer.outstanding):
+        asking = transfer.state is TransferState.ASKING
+        # What relays have not confirmed may have to be read from the senders, so all of these are needed until then.
+        if transfer.state is TransferState.MOVING or (asking and (source in transfer.outstanding or transfer.through)):
             transfer.spoilt[source] = why
             transfer.lost = transfer.lost or error
         if transfer.state is TransferState.ASKING and transfer.spoilt:
@@ -148,6 +265,12 @@ class Receiving:
 
         What was announced stays so: should they answer after all, receiving again takes it.
         """
+        silent = transfer.outstanding & transfer.through
+        if silent == transfer.outstanding:
+            for relay in silent:
+                self._relaying.drop(relay)
+            self._read_without(transfer, silent)
+            return
         names = ", ".join(sorted(self._member.name(source) for source in transfer.outstanding))
         why = f"{names} did not say whether their data still stood when it had been read"
         transfer.spoilt = dict.fromkeys(transfer.outstanding, why)
@@ -161,9 +284,12 @@ class Receiving:
             if error is not None:
                 transfer.spoilt.setdefault("", f"the copy failed midway: {error}")
             unfinished = program.unfinished() if program is not None and error is not None else frozenset[int]()
+            if unfinished is not None:  # what relays have not confirmed may be anything
+                unfinished = unfinished.union(*(self._feed(transfer).places(relay) for relay in transfer.through))
             self._fail_torn(transfer, torn_positions(member.registered, transfer.spoilt, unfinished))
         elif error is None and transfer.lost is None:
             transfer.wait_again()
+            self._relaying.end()
             self.advance(transfer)
         else:
             cause = transfer.lost or error
@@ -213,6 +339,9 @@ class Receiving:
         known, transfer = self.announced.get(message.source), self._member.transfer
         if known is None or known.sequence != message.sequence:
             return
+        asking = transfer is not None and transfer.state is TransferState.ASKING
+        if transfer is not None and asking and not transfer.through and message.source not in transfer.outstanding:
+            return  # it had been read, and stood
         del self.announced[message.source]
         if transfer is not None:
             self.spoil(transfer, message.source, f"{self._member.name(message.source)} gave up waiting while its data was being read")

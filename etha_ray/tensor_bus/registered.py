@@ -12,12 +12,13 @@ from etha_ray.errors import EthaRayError, HandleExpiredError, NoTransportError
 from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
 from etha_ray.net import Address
 from etha_ray.tensor_bus.agreement import Agreement, Direction
-from etha_ray.tensor_bus.executor import Inflow, Part, bytes_out, inflows, prove_in
+from etha_ray.tensor_bus.executor import Inflow, Inflows, Part, bytes_out, inflows, prove_in, takers
+from etha_ray.tensor_bus.feeding import Feed
 from etha_ray.tensor_bus.host import no_address, shares_memory
 from etha_ray.tensor_bus.records import BatchRecord, MemberRecord, Standing
 from etha_ray.tensor_bus.staging import Staging
 from etha_ray.tensor_bus.state_file import StateFile, handles_key
-from etha_ray.transport.base import CopyProgram, NoProgram, OneSidedTransport
+from etha_ray.transport.base import NoProgram, OneSidedTransport
 from etha_ray.transport.joint import Source, prepare
 from etha_ray.transport.network import NetworkTransport, RemoteRegion
 
@@ -51,7 +52,9 @@ class Registered:
     ``targets`` get bytes from this rank and ``sources`` give it some; ``others`` are all other members, of both sides, and ``side``
     those of this worker's own. By registration, and so are their ``standings``. ``refused`` says why a direction is impossible: such
     a transfer fails with it, and nobody waits for it. ``received`` are the positions, among the worker's tensors, of those that a
-    receive writes; ``feeds`` says of each copy of ``program`` which of them it writes, and from whom.
+    receive writes; ``feeds`` says of each copy of ``feed`` which of them it writes, and from whom. ``relays`` are members of this side
+    that pass something on to this rank, and ``instead`` what the senders would have to give if one of them did not; ``takers`` are
+    those to whom this rank passes something on.
     """
 
     targets: dict[str, Peer] = field(default_factory=dict)
@@ -63,7 +66,10 @@ class Registered:
     received: tuple[int, ...] = ()
     memberships: tuple[Membership, ...] = ()
     feeds: list[tuple[int, frozenset[str]]] = field(default_factory=list)
-    program: CopyProgram = field(default_factory=NoProgram)
+    relays: dict[str, Peer] = field(default_factory=dict)
+    instead: dict[str, dict[str, int]] = field(default_factory=dict)
+    takers: set[str] = field(default_factory=set)
+    feed: Feed = field(default_factory=lambda: _no_feed())
     staging: Staging = field(default_factory=lambda: Staging((), lambda _: NoProgram()))
     opened: list[OpenedTensors] = field(default_factory=list)
 
@@ -77,7 +83,7 @@ class Registered:
 
     def close(self) -> None:
         """Let go of all memory; no program runs any more."""
-        self.program, self.staging = NoProgram(), Staging((), lambda _: NoProgram())
+        self.feed, self.staging = _no_feed(), Staging((), lambda _: NoProgram())
         for opened in self.opened:
             opened.close()
         self.opened.clear()
@@ -118,19 +124,26 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
             result.refused.setdefault(direction, error)
     if len(result.refused) == 2:
         raise result.refused["send"]
-    found: list[Inflow] = []
+    found: list[tuple[Inflow, str | None]] = []
     try:
         for part in parts:
             for inflow in _connect(transports, part, result):
-                found.append(inflow)
+                found.append((inflow, None if inflow.relay is None else part.local[inflow.relay].registration))
                 result.feeds.append((inflow.place, frozenset(part.remote[source].registration for source in inflow.sources)))
         result.received = tuple(sorted({place for place, _ in result.feeds}))
         prepared = partial(prepare, mapped=transports.mapped, network=transports.network, bucket_size=bucket_size)
-        result.program, result.staging = prepared([inflow.move for inflow in found]), Staging(found, prepared)
+        result.feed = Feed(found, lambda inflow: inflow.move.target, prepared)
+        for relay in result.feed.warm():
+            del result.relays[relay]  # what it would pass on is read from the senders
+        result.staging = Staging(found, prepared)
     except BaseException:
         result.close()
         raise
     return result
+
+
+def _no_feed() -> Feed:
+    return Feed((), lambda inflow: inflow.tensor, lambda _: NoProgram())
 
 
 def torn_positions(registered: Registered, spoilt: Container[str], unfinished: frozenset[int] | None) -> tuple[int, ...]:
@@ -162,11 +175,24 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
         result.opened.append(opened)
         return opened.tensors
 
-    found: list[Inflow] = []
-    bytes_from: dict[int, int] = {}
+    def open_relay(index: int, positions: Sequence[int]) -> Sequence[Source] | None:
+        member, registration = match.local[index], agreed.local[index].registration
+        if shares_memory(member.agent):
+            opened = _open_remote(member, registration, part, positions)
+            result.opened.append(opened)
+            return opened.tensors
+        if transports.network is None or not member.agent.address:
+            return None  # it reads from others, and gives to nobody
+        address, export = Address.parse(member.agent.address), export_name(registration, part.pair_name)
+        return [RemoteRegion(address, export, position, (), (), part.agreed[position].local.dtype) for position in positions]
+
+    found = Inflows()
     if "recv" not in result.refused:
         prove_in(part)
-        found, bytes_from = inflows(part, open_remote)
+        found = inflows(part, open_remote, open_relay)
+        result.takers |= {agreed.local[index].registration for index in takers(part)}
+    bytes_from = found.direct
+    _note_relays(agreed, found, result)
     bytes_to = bytes_out(part) if "send" not in result.refused else {}
     for index, record in enumerate(agreed.remote):
         member = match.remote[index]
@@ -182,7 +208,20 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
                 table[record.registration] = Peer(record.registration, name, member, (before or 0) + counts.get(index, 0), remote)
             if index in counts and remote:
                 _check_reach(transports, part, member)
-    return found
+    return found.moves
+
+
+def _note_relays(agreed: AgreedPart, found: Inflows, result: Registered) -> None:
+    """Enter who passes on what to this rank."""
+    for index, size in found.relayed.items():
+        registration, member = agreed.local[index].registration, agreed.part.match.local[index]
+        known = result.relays.get(registration)
+        name, remote = f"{member.peer}[{index}]", not shares_memory(member.agent)
+        result.relays[registration] = Peer(registration, name, member, size + (0 if known is None else known.bytes), remote)
+        instead = result.instead.setdefault(registration, {})
+        for source, given in found.instead[index].items():
+            of = agreed.remote[source].registration
+            instead[of] = instead.get(of, 0) + given
 
 
 def export_name(registration: str, pair_name: str) -> str:

@@ -49,6 +49,9 @@ from etha_ray.tensor_bus.commands import (
     ReadyReplicas,
     RegisterTensors,
     RegistrationClosed,
+    RelayAnswer,
+    RelayRead,
+    RelayWanted,
     Transfer,
     WaitReady,
     WaitVersion,
@@ -142,6 +145,9 @@ class BusService:
             DataTaken: self._on_data,
             DataRefused: self._on_data,
             DataRevoked: self._on_data,
+            RelayWanted: self._on_data,
+            RelayAnswer: self._on_data,
+            RelayRead: self._on_data,
             RegistrationClosed: self._on_registration_closed,
         }
 
@@ -397,7 +403,10 @@ class BusService:
     # ---------------------------------------------------------------------------------------------- other agents
 
     def _on_data(self, message: DataMessage) -> None:
-        own = message.source if isinstance(message, (DataRead, DataTaken, DataRefused)) else message.target
+        if isinstance(message, (RelayWanted, RelayRead)):
+            own = message.relay
+        else:
+            own = message.source if isinstance(message, (DataRead, DataTaken, DataRefused)) else message.target
         batch = self._batches.find(own)
         if batch is None:
             return  # closed meanwhile, and the sender has been told

@@ -6,36 +6,35 @@ the batch until that is closed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 
 from etha_ray.tensor_bus.executor import Inflow
+from etha_ray.tensor_bus.feeding import Feed, Prepare
 from etha_ray.transport.base import CopyProgram
 from etha_ray.transport.joint import Move
 
-Prepare: TypeAlias = Callable[[Sequence[Move]], CopyProgram]
-
 
 class Staging:
-    """Two programs: ``read`` does ``inflows`` into the second memory, ``swap`` copies that into the tensors.
+    """``read`` does ``inflows`` into the second memory, ``swap`` copies that into the tensors.
 
-    ``prepare`` makes programs; it is called when ``read`` is run first, on the thread that runs it.
+    ``prepare`` makes programs; it is called when one is run first, on the thread that runs it.
     """
 
-    def __init__(self, inflows: Sequence[Inflow], prepare: Prepare) -> None:
-        self._inflows, self._prepare = inflows, prepare
+    def __init__(self, inflows: Sequence[tuple[Inflow, str | None]], prepare: Prepare) -> None:
+        self._inflows, self._prepare = [inflow for inflow, _ in inflows], prepare
         self._memory: dict[int, torch.Tensor] = {}
-        self.read: CopyProgram = _AtFirstRun(self._prepare_read)
+        self._lock = threading.Lock()
+        self.read = Feed(inflows, self._staged, prepare)
         self.swap: CopyProgram = _AtFirstRun(self._prepare_swap)
 
-    def _prepare_read(self) -> CopyProgram:
-        for inflow in self._inflows:
+    def _staged(self, inflow: Inflow) -> torch.Tensor:
+        with self._lock:  # several programs of a feed may be prepared at a time
             if inflow.place not in self._memory:
                 self._memory[inflow.place] = torch.empty(inflow.tensor.shape, dtype=inflow.tensor.dtype)
-        return self._prepare([replace(each.move, target=each.within(self._memory[each.place])) for each in self._inflows])
+            return inflow.within(self._memory[inflow.place])
 
     def _prepare_swap(self) -> CopyProgram:
         tensors = {inflow.place: inflow.tensor for inflow in self._inflows}

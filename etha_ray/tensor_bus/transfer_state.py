@@ -3,14 +3,16 @@
 States::
 
     send:  BLOCKED ──► ANNOUNCED ──► OVER       every receiver has been told, and takes the data when it likes
-    recv:  BLOCKED ──► WAITING ──► MOVING ──► ASKING ──► OVER
-                          ▲           │         │  │      ▲
+    recv:  BLOCKED ──► WAITING ──► MOVING ◄──► ASKING ──► LENDING ──► OVER
+                          ▲           │         │  │        ▲
                (atomic)   └───────────┴─────────┘  └──► SWAPPING
 
-BLOCKED until the batch is READY, and OVER then if the sides cannot send that way; WAITING until every sender has announced;
-MOVING while a thread copies; ASKING until every sender on another host has said that what was read still stood then. An atomic
-receive waits again if what it read did not stand, and is SWAPPING while what it read is copied into the tensors. A transfer that is
-MOVING or SWAPPING is never cut short: what ends it meanwhile only decides its outcome.
+BLOCKED until the batch is READY, and OVER then if the sides cannot send that way; WAITING until every sender has announced, and
+relays have what is read through them; MOVING while a thread copies; ASKING until every sender on another host, and every relay, has
+said that what was read still stood then. What a relay did not keep is read from the senders, MOVING again. An atomic receive waits
+again if what it read did not stand, and is SWAPPING while what it read is copied into the tensors. LENDING, which is passed over where
+nothing is passed on, while other receivers read from the tensors. A transfer that is MOVING or SWAPPING is never cut short: what ends
+it meanwhile only decides its outcome; one that is LENDING has what it wanted, and ends so.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class TransferState(enum.Enum):
     MOVING = "moving"
     ASKING = "asking"
     SWAPPING = "swapping"
+    LENDING = "lending"
     OVER = "over"
 
 
@@ -47,7 +50,8 @@ class UnderWay:
     said that what was read still stood. ``announced``: a send of which some may have taken their part. ``taken`` names the sends
     that it takes. ``version`` is the one it sends or receives, as far as that is settled. ``moved`` are the seconds in which bytes
     moved, ``seconds`` all until its end. ``spoilt`` says, by sender, what happened while bytes moved, and ``lost`` why there is
-    nothing more to wait for.
+    nothing more to wait for. ``through`` are the relays that were read from and have not said that it stood, and ``relayed`` those
+    that have.
     """
 
     command: Transfer
@@ -61,11 +65,14 @@ class UnderWay:
     moving_since: float = 0.0
     moved: float = 0.0
     swapping_since: float = 0.0
+    lending_since: float = 0.0
     seconds: float = 0.0
     spoilt: dict[str, str] = field(default_factory=dict)
     lost: EthaRayError | None = None
     flows: tuple[Flow, ...] = ()
     taken: tuple[str, ...] = ()
+    through: set[str] = field(default_factory=set)
+    relayed: set[str] = field(default_factory=set)
 
     @property
     def send(self) -> str:
@@ -86,30 +93,52 @@ class UnderWay:
     def wait_again(self) -> None:
         """What was read did not stand, and the tensors were not touched."""
         self.state, self.spoilt, self.outstanding = TransferState.WAITING, {}, set()
-        self.deadline = None if self.command.timeout is None else self.started + self.command.timeout
+        self.through, self.relayed = set(), set()
+        self.deadline = self.latest
+
+    @property
+    def latest(self) -> float | None:
+        """When its worker wants it to be over."""
+        return None if self.command.timeout is None else self.started + self.command.timeout
+
+    def givers(self, registered: Registered) -> dict[str, tuple[str, int]]:
+        """The name of everyone that a receive has read from, and the bytes, by registration."""
+        found = {registration: (peer.name, peer.bytes) for registration, peer in registered.sources.items()}
+        for relay, instead in registered.instead.items():
+            if relay in self.relayed:
+                found[relay] = registered.relays[relay].name, registered.relays[relay].bytes
+                continue
+            for source, size in instead.items():
+                found[source] = found[source][0], found[source][1] + size
+        return {registration: given for registration, given in found.items() if given[1] or not registered.instead}
 
     def report(self, registered: Registered) -> TransferReport:
         """What it did, now that it is over."""
         kind, moved, seconds = self.command.transfer_type, self.moved, self.seconds
         if kind == "send":  # how long each receiver read is in its answer
-            peers, waited, first, second = registered.targets, max(0.0, seconds - moved), "wait for receivers", "read by receivers"
+            peers = {registration: (peer.name, peer.bytes) for registration, peer in registered.targets.items()}
+            waited, first, second = max(0.0, seconds - moved), "wait for receivers", "read by receivers"
         else:
-            peers, waited, first, second = registered.sources, self.moving_since - self.started, "wait for senders", "move"
+            peers = self.givers(registered)
+            waited, first, second = self.moving_since - self.started, "wait for senders", "move"
         spans = [Span(first, 0.0, waited), Span(second, waited, moved)]
-        if kind == "recv" and any(peer.remote for peer in peers.values()):
-            asked = (self.swapping_since or self.started + seconds) - self.started
+        if kind == "recv" and (registered.relays or any(peer.remote for peer in registered.sources.values())):
+            asked = (self.swapping_since or self.lending_since) - self.started
             spans.append(Span("ask senders", waited + moved, asked - waited - moved))
         if self.swapping_since:
             swapping = self.swapping_since - self.started
-            spans.append(Span("swap in", swapping, seconds - swapping))
+            spans.append(Span("swap in", swapping, self.lending_since - self.started - swapping))
+        if kind == "recv" and registered.takers:
+            lending = self.lending_since - self.started
+            spans.append(Span("lend to others", lending, seconds - lending))
         return TransferReport(
             batch_id=self.command.batch_id,
             direction=kind,
-            bytes=sum(peer.bytes for peer in peers.values()),
+            bytes=sum(size for _, size in peers.values()),
             seconds=seconds,
             move_seconds=moved,
             spans=tuple(spans),
-            peers={peer.name: peer.bytes for peer in peers.values()},
+            peers=dict(peers.values()),
             version=self.version,
         )
 
@@ -134,7 +163,10 @@ class UnderWay:
         if self.state is TransferState.ANNOUNCED:
             return f"{_names(registered, self.outstanding)} did not receive"
         if self.state is TransferState.WAITING:
-            return f"{silent_senders(registered, announced)} did not send"
+            silent = silent_senders(registered, announced)
+            return f"{silent} did not send" if silent else "those that pass on what it wants have not received it"
+        if self.state is TransferState.LENDING:
+            return "others that this one passes on to have not read it"
         return ""
 
     def who_is_missing(self, registered: Registered, announced: Container[str]) -> str:

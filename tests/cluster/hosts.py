@@ -15,7 +15,7 @@ from typing import Any
 from etha_ray.config import agent_paths
 from etha_ray.kvstore.tcp import TorchTCPStore
 from etha_ray.tensor_bus.leftovers import remove_files
-from tests.net.namespaces import Cable, cable
+from tests.net.namespaces import Cable, cable, join
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, Worker
 
@@ -31,7 +31,9 @@ class TwoHosts:
         self.master = TorchTCPStore(wire.here, 0, None, True, LONG, namespace=self.namespace)
         self.paths = [agent_paths(rank, self.namespace) for rank in range(near + far)]
         self.near, self.workers = near, list[Worker]()
-        self.agents = [self._start(rank) for rank in range(near + far)]
+        self.agents: list[subprocess.Popen[bytes]] = []
+        for rank in range(near + far):
+            self.agents.append(self._start(rank))
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
         url = f"tcp://{self.cable.here}:{self.master.port}?master=0"
@@ -71,6 +73,36 @@ class TwoHosts:
         self.master.close()
         for paths in self.paths:
             remove_files(paths)
+
+
+class ManyHosts(TwoHosts):
+    """As many hosts as ``counts`` says, with so many agents each: the first is this one. Agents of one host share memory."""
+
+    def __init__(self, cables: list[Cable], counts: list[int]) -> None:
+        self.cables, self.host_of = cables, [host for host, count in enumerate(counts) for _ in range(count)]
+        super().__init__(cables[0], counts[0], sum(counts[1:]))
+
+    def _start(self, rank: int) -> subprocess.Popen[bytes]:
+        host = self.host_of[rank]
+        cable = self.cables[max(0, host - 1)]
+        agent = [sys.executable, "-m", "etha_ray.tensor_bus.agent", "--store", f"tcp://{cable.here}:{self.master.port}?master=0"]
+        agent += ["--rank", str(rank), "--namespace", self.namespace, "--threads", "1"]
+        first = self.host_of.index(host)
+        if host and rank == first:
+            agent = [*cable.over_there, "unshare", "--mount", "sh", "-c", _OWN_SHM, "sh", *agent]
+        elif host:
+            wait_for_client(self.paths[first].state)
+            agent = ["nsenter", "--target", str(self.agents[first].pid), "--mount", "--net", *agent]
+        return subprocess.Popen(agent)
+
+
+@contextlib.contextmanager
+def many_hosts(*counts: int) -> Iterator[ManyHosts]:
+    """Skips where network namespaces cannot be made."""
+    with contextlib.ExitStack() as stack:
+        cables = [stack.enter_context(cable()) for _ in counts[1:]]
+        join(cables)
+        yield stack.enter_context(contextlib.closing(ManyHosts(cables, list(counts))))
 
 
 def wait_for_client(state_path: str) -> None:

@@ -56,7 +56,12 @@ def test_a_page_says_and_shows_everything() -> None:
     text = page(made)
     assert text == "".join((text[: text.index("<section")], made._repr_html_(), "</html>"))
     assert text.count("<svg ") == 3
-    for said in ("32.77 kB between hosts", "no relays", "assumes one full-duplex link of 50.00 GB/s", "prefers-color-scheme:dark"):
+    for said in (
+        "8.19 kB between hosts",
+        "1 target passes on 24.58 kB",
+        "assumes one full-duplex link of 50.00 GB/s",
+        "prefers-color-scheme:dark",
+    ):
         assert said in text
 
 

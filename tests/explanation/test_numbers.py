@@ -24,15 +24,21 @@ def test_every_byte_is_counted_once_on_both_ends(case: Case, gpus_per_host: int,
     layout, reduction = Layout.decode(target), Layout.decode(source).partial
     contributions = 1 if reduction is None else reduction.count
     for position, received in enumerate(made.ingress):
-        assert received == layout.region(position, shape).numel * itemsize * contributions
-    assert made.total == sum(made.ingress) == sum(made.egress) == sum(made.pairs.values()) == sum(made.host_pairs.values())
+        held = layout.region(position, shape).numel * itemsize
+        if any(taker == position for _, taker in made.relayed):
+            assert held <= received <= held * contributions  # what is passed on has been combined
+        else:
+            assert received == held * contributions
+        assert sum(size for (_, taker), size in made.pairs.items() if taker == position) == held * contributions
+    assert made.total == sum(made.ingress) == sum(made.egress) + sum(made.relayed.values()) == sum(made.host_pairs.values())
+    assert sum(made.egress) == sum(made.direct.values())
     assert made.total == made.same_agent + made.same_host + made.between_hosts
     assert made.between_hosts == sum(made.host_egress.values()) == sum(made.host_ingress.values())
     assert made.largest == max(made.egress)
     assert made.balance >= 1.0
     assert made.seconds * 1000 == pytest.approx(max(*made.host_egress.values(), *made.host_ingress.values()))
-    assert made.hops == (1 if made.total else 0)
-    assert made.relays == 0
+    assert bool(made.hops) == bool(made.total)
+    assert (made.hops > 1) == (made.relays > 0) == bool(made.relayed)
     assert json.loads(json.dumps(made.as_dict()))["bytes"] == made.total
 
 
@@ -92,6 +98,7 @@ def test_json_says_it_all() -> None:
         "routes": 2,
         "boxes": 2,
         "pairs": [{"source": 0, "target": 0, "bytes": 8}, {"source": 1, "target": 0, "bytes": 8}],
+        "relayed": [],
         "egress": [8, 8],
         "ingress": [16],
         "largest_egress": 8,
@@ -104,3 +111,18 @@ def test_json_says_it_all() -> None:
         "seconds": 1.0,
         "busiest_link": {"host": "host0", "direction": "out", "bytes": 16},
     }
+
+
+def test_what_several_hosts_want_leaves_once() -> None:
+    source = Side(Layout.decode("1: R"), (0,), ("a",))
+    target = Side(Layout.decode("4: R"), (1, 2, 3, 4), ("b", "b", "c", "d"))
+    made = explain(plan(source, target, (8,)), dtype="float32", bandwidth=8.0)
+    assert made.direct == {(0, 0): 32}
+    assert made.relayed == {(0, 1): 32, (0, 2): 32, (2, 3): 32}
+    assert made.pairs == {(0, taker): 32 for taker in range(4)}
+    assert made.host_egress == {"a": 32, "b": 32, "c": 32, "d": 0}
+    assert made.host_ingress == {"a": 0, "b": 32, "c": 32, "d": 32}
+    assert (made.same_host, made.between_hosts, made.total) == (32, 96, 128)
+    assert (made.hops, made.relays, made.seconds) == (3, 2, 4.0)
+    assert {"hops": 3, "relays": 2}.items() <= made.as_dict().items()
+    assert "3 hops at most; 2 targets pass on 96 B to 3 others: 0 → 1, 0 → 2, 2 → 3" in " ".join(str(made).split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -47,14 +48,31 @@ class Cable:
         self._tc("qdisc", "add", "dev", "far", "clsact")
         self._tc("filter", "add", "dev", "far", "egress", "protocol", "ip", *match, *away)
 
-    def slow_down(self, megabits: int) -> None:
-        """Have what comes from over there arrive at this rate."""
-        self._tc("qdisc", "add", "dev", "far", "root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "50ms")
+    def slow_down(self, megabits: int, device: str = "far") -> None:
+        """Have what comes from over there arrive at this rate: here, or where the cable on another ``device`` leads (see `join`)."""
+        self._tc("qdisc", "add", "dev", device, "root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "50ms")
+
+    def sent_here(self) -> int:
+        """Bytes that went from this side to the other since the cable was laid."""
+        shown = subprocess.run(["ip", "-s", "-j", "link", "show", self.device], check=True, capture_output=True, timeout=30).stdout
+        return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
 
     def _tc(self, *arguments: str) -> None:
         done = subprocess.run([*self.over_there, "tc", *arguments], capture_output=True, text=True, timeout=30)
         if done.returncode:
             pytest.skip(f"traffic control is not to be had here: {done.stderr.strip()}")
+
+
+def join(cables: list[Cable]) -> None:
+    """Lay a cable between each two of these namespaces, and have all reach this one at any of its addresses."""
+    for cable in cables:
+        _ip("-n", cable.namespace, "route", "add", "default", "via", cable.here)
+    for number, (one, other) in enumerate(itertools.combinations(cables, 2)):
+        ends = f"x{number}a", f"x{number}b"  # x0a: the first's to the second
+        _ip("-n", one.namespace, "link", "add", ends[0], "type", "veth", "peer", "name", ends[1], "netns", other.namespace)
+        for near, far, end in ((one, other, ends[0]), (other, one, ends[1])):
+            _ip("-n", near.namespace, "link", "set", end, "up")
+            _ip("-n", near.namespace, "route", "add", far.host, "dev", end, "src", near.host)
 
 
 _numbers = itertools.count()

@@ -52,7 +52,7 @@ def slices(start: tuple[int, ...], size: tuple[int, ...]) -> tuple[slice, ...]:
 @contextmanager
 def least_share(elements: int) -> Iterator[None]:
     """Divide demands into parts of ``elements``, so that small tensors show what happens to large ones."""
-    caches = sharing.sharing, routing._routes_into, routing._routes_out_of
+    caches = sharing._sharing, routing._routes_into, routing._routes_out_of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharing, "LEAST_SHARE", elements)
         for cache in caches:

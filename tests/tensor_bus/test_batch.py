@@ -41,6 +41,7 @@ from etha_ray.tensor_bus.history import PastTransfer
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
 from etha_ray.tensor_bus.registered import Peer, Registered
+from etha_ray.tensor_bus.transfer_state import TransferState
 from etha_ray.tensor_bus.versions import Announced, Holding, agreed_version
 from etha_ray.transport.base import CopyProgram
 
@@ -52,19 +53,6 @@ def _seen(end: _End) -> Holding:
     return msgspec.structs.replace(end.batch.holding, taken=())
 
 
-class _Copy(CopyProgram):
-    @property
-    def nbytes(self) -> int:
-        return 1
-
-    def run(self) -> int:
-        return 1
-
-
-class Staged:
-    read, swap = _Copy(), _Copy()
-
-
 class _Bus:
     """Keeps what a batch says and starts, until the test lets it arrive, or end."""
 
@@ -72,6 +60,7 @@ class _Bus:
         self.said: list[Message] = []
         self.outcomes: list[object] = []
         self.moves: list[Callable[[Job[int]], None]] = []
+        self.programs: list[CopyProgram] = []
         self.past: list[PastTransfer] = []
         self.held: list[Holding] = []
         self.received_versions: list[int] = []
@@ -91,6 +80,7 @@ class _Bus:
 
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         self.moves.append(done)
+        self.programs.append(program)
 
     def note(self, past: PastTransfer) -> None:
         self.past.append(past)
@@ -114,10 +104,10 @@ class _Work:
         pass
 
 
-def _peer(registration: str, *, remote: bool) -> Peer:
+def _peer(registration: str, *, remote: bool, size: int = 8) -> Peer:
     agent = AgentRecord(0, f"agent of {registration}", 1, 0.0, "host", "host", "", "", "", "", "cpu")
     member = MemberRecord(registration, registration, "", 1, None, 0, "client", 1, 0.0, agent)
-    return Peer(registration, f"{registration}[0]", member, 8, remote)
+    return Peer(registration, f"{registration}[0]", member, size, remote)
 
 
 class _End:
@@ -128,13 +118,13 @@ class _End:
         work: Any = _Work()
         self.batch = Batch(self.bus, "batch", name, "client", work, Ping())
         self.batch.job = Job()
-        staging: Any = Staged()
-        registered = Registered(program=_Copy(), received=(0, 1, 2), staging=staging)
+        registered = Registered(received=(0, 1, 2))
         everyone = frozenset(sources or ())
         registered.feeds = [(0, frozenset(sorted(everyone)[:1])), (1, everyone), (2, everyone)]
         registered.sources = {source: _peer(source, remote=remote) for source, remote in (sources or {}).items()}
         registered.targets = {target: _peer(target, remote=remote) for target, remote in (targets or {}).items()}
         registered.others = {**registered.sources, **registered.targets}
+        self.registered = registered
         job: Job[Registered] = Job()
         job.value = registered
         self._job = job
@@ -154,6 +144,10 @@ class _End:
             else:
                 assert isinstance(message, DataMessage)
                 self.batch.hear(message)
+
+    @property
+    def state(self) -> TransferState | None:
+        return None if self.batch.transfer is None else self.batch.transfer.state
 
     def said(self) -> list[Message]:
         said, self.bus.said = self.bus.said, []
@@ -329,9 +323,9 @@ def test_closing_waits_for_a_copy_and_not_for_an_answer() -> None:
     assert isinstance(target.outcome(), PeerLostError)
 
 
-def two_senders() -> tuple[_End, _End, _End]:
-    one, two = (_End(name, targets={"target": False}) for name in ("one", "two"))
-    target = _End("target", sources={"one": False, "two": False})
+def two_senders(*, remote: bool = False) -> tuple[_End, _End, _End]:
+    one, two = (_End(name, targets={"target": remote}) for name in ("one", "two"))
+    target = _End("target", sources={"one": remote, "two": remote})
     for end in (one, two, target):
         end.register()
     return one, two, target
@@ -476,6 +470,21 @@ def carry_on(source: _End, target: _End) -> None:
 
 
 class TestTorn:
+    def test_what_was_taken_back_once_it_had_stood_is_good(self) -> None:
+        one, two, target = two_senders(remote=True)
+        for end, way in ((one, "send"), (two, "send"), (target, "recv")):
+            end.start(way)
+        carry(one, two, target)
+        target.bus.copied()
+        asked = {message.source: message for message in target.said() if isinstance(message, DataRead)}
+        one.hears(asked["one"])
+        target.hears(*one.said())
+        one.batch.cancel(TransferTimeoutError("its worker gave up"))
+        target.hears(*one.said())
+        two.hears(asked["two"])
+        target.hears(*two.said())
+        assert target.outcome().bytes == 16
+
     @pytest.mark.parametrize(
         ("spoilt", "torn", "shown"),
         [("one", (0, 1, 2), "torn: tensors 0-2"), ("two", (1, 2), "torn: tensors 1-2; whole, at version 1: tensor 0")],
@@ -510,7 +519,7 @@ class TestTorn:
         source.start("send")
         target.start("recv")
         carry(source, target)
-        target.batch.registered.program.unfinished = lambda: unfinished  # type: ignore[method-assign]
+        target.bus.programs[-1].unfinished = lambda: unfinished  # type: ignore[method-assign]
         job: Job[int] = Job()
         job.error = OSError("the cable was cut")
         target.bus.moves.pop()(job)

@@ -30,6 +30,9 @@ from etha_ray.tensor_bus.commands import (
     RegisteredTensor,
     RegisterTensors,
     RegistrationClosed,
+    RelayAnswer,
+    RelayRead,
+    RelayWanted,
     Transfer,
     WaitReady,
     WaitVersion,
@@ -67,6 +70,9 @@ COMMANDS: list[Message] = [
     DataRevoked("b", "source", "target", 9),
     DataRead("b", "source", "target", 9, 2),
     DataStands("b", "source", "target", 9, 2),
+    RelayWanted("b", "relay", "target", {"source": 9}, 2),
+    RelayAnswer("b", "relay", "target", 2, "ready"),
+    RelayRead("b", "relay", "target", 2),
     RegistrationClosed("b", "closed", "target", "its worker died", lost=True),
 ]
 

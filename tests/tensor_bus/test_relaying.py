@@ -1,0 +1,271 @@
+"""Receivers that pass on to one another, with messages in every order; and a reading whose relay fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from etha_ray.errors import BatchTornError, PeerLostError, TransferCancelledError
+from etha_ray.tensor_bus.commands import DataRead, DataRefused, DataTaken, Message, RegistrationClosed, RelayRead, RelayWanted
+from etha_ray.tensor_bus.executor import Inflow
+from etha_ray.tensor_bus.feeding import Feed
+from etha_ray.tensor_bus.transfer_state import TransferState
+from etha_ray.transport import CopyProgram
+from etha_ray.transport.base import NoProgram
+from etha_ray.transport.joint import Move
+from tests.tensor_bus.test_batch import _End, _peer
+
+
+def _inflow(place: int = 0) -> Inflow:
+    one = torch.ones(1)
+    return Inflow(place, one, (0,), (0,), Move((one,), one), 0, Move((one,), one))
+
+
+class _Three:
+    """A sender, a relay on another host and a reader on a third; all have registered."""
+
+    def __init__(self) -> None:
+        self.source = _End("source", targets={"relay": True, "reader": True})
+        self.relay, self.reader = _End("relay", sources={"source": True}), _End("reader", sources={"source": True})
+        lends, reads = self.relay.registered, self.reader.registered
+        lends.others["reader"], lends.takers = _peer("reader", remote=True), {"reader"}
+        reads.others["relay"] = reads.relays["relay"] = _peer("relay", remote=True)
+        reads.sources["source"] = _peer("source", remote=True, size=0)
+        reads.instead = {"relay": {"source": 8}}
+        reads.feed = Feed([(_inflow(), None), (_inflow(1), "relay"), (_inflow(2), "relay")], lambda i: i.tensor, lambda _: NoProgram())
+        self.ends = {"source": self.source, "relay": self.relay, "reader": self.reader}
+        for end in self.ends.values():
+            end.register()
+
+    def carry(self, *, hold: type[Message] | None = None) -> list[Message]:  # type: ignore[valid-type]
+        """Let everything arrive that was said, but messages of one kind, which are returned."""
+        held: list[Message] = []
+        while said := [message for end in self.ends.values() for message in end.said()]:
+            for message in said:
+                if hold is not None and isinstance(message, hold):
+                    held.append(message)
+                    continue
+                self.arrives(message)
+        return held
+
+    def arrives(self, message: Any) -> None:
+        if isinstance(message, (RelayWanted, RelayRead)):
+            own = message.relay
+        else:
+            own = message.source if isinstance(message, DataTaken | DataRefused | DataRead) else message.target
+        self.ends[own].hears(message)
+
+    def begin(self) -> None:
+        """The reader waits for the relay, which moves."""
+        self.reader.start("recv")
+        self.relay.start("recv")
+        self.source.start("send")
+        self.carry()
+        assert self.reader.state is TransferState.WAITING
+        assert self.relay.state is TransferState.MOVING
+
+    def lend(self) -> None:
+        """The relay has all, and the reader reads from it."""
+        self.begin()
+        self.relay.bus.copied()
+        self.carry()
+        assert self.relay.state is TransferState.LENDING
+        assert self.reader.state is TransferState.MOVING
+
+
+def test_a_reader_waits_for_its_relay_and_the_relay_for_its_reader() -> None:
+    three = _Three()
+    three.lend()
+    assert three.relay.outcome() is None
+    assert three.source.outcome() is None
+    three.reader.bus.copied()
+    three.carry()
+    assert three.reader.outcome().peers == {"relay[0]": 8}
+    assert three.relay.outcome().peers == {"source[0]": 8}
+    assert three.source.outcome() is not None
+
+
+def test_a_relay_that_does_not_come_is_done_without() -> None:
+    three = _Three()
+    three.reader.start("recv")
+    three.source.start("send")
+    three.carry()
+    assert three.reader.state is TransferState.WAITING
+    deadline = three.reader.batch.deadline
+    assert deadline is not None
+    three.reader.batch.expire(deadline)
+    assert three.reader.state is TransferState.MOVING
+    three.reader.bus.copied()
+    three.carry()
+    assert three.reader.outcome().peers == {"source[0]": 8}
+    three.relay.start("recv")  # it comes later, and does not wait for the one that was there before
+    three.relay.bus.copied()
+    three.carry()
+    deadline = three.relay.batch.deadline
+    assert deadline is not None
+    three.relay.batch.expire(max(deadline, time.monotonic()))
+    _eventually_over(three)
+    assert three.source.outcome() is not None
+
+
+def _eventually_over(three: _Three) -> None:
+    while three.relay.batch.transfer is not None:
+        three.relay.batch.expire(time.monotonic())
+    assert three.relay.outcome().bytes == 8
+
+
+def test_a_reader_that_comes_when_its_relay_is_done_reads_from_the_sender_at_once() -> None:
+    three = _Three()
+    three.relay.start("recv")
+    three.source.start("send")
+    three.carry()
+    three.relay.bus.copied()
+    three.carry()
+    _eventually_over(three)
+    three.reader.start("recv")
+    three.carry()
+    assert three.reader.state is TransferState.MOVING
+    three.reader.bus.copied()
+    three.carry()
+    assert three.reader.outcome().peers == {"source[0]": 8}
+
+
+@pytest.mark.parametrize("when", ["moving", "asking"])
+def test_a_relay_that_does_not_keep_it_costs_the_reader_no_more_than_reading_again(when: str) -> None:
+    three = _Three()
+    three.lend()
+    held: list[Message] = []
+    if when == "asking":
+        three.reader.bus.copied()
+        held = three.carry(hold=RelayRead)
+        assert three.reader.state is TransferState.ASKING
+    three.relay.batch.cancel(TransferCancelledError("its worker does not wait for others"))
+    assert three.relay.outcome().bytes == 8, "it has all it wanted"
+    three.carry()
+    for message in held:
+        three.arrives(message)
+    if when == "moving":
+        three.reader.bus.copied()
+    assert three.reader.state is TransferState.MOVING, "again, from the sender"
+    assert three.reader.batch.holding.torn
+    three.reader.bus.copied()
+    three.carry()
+    assert three.reader.outcome().peers == {"source[0]": 8}
+    assert three.source.outcome() is not None
+
+
+@pytest.mark.parametrize("when", ["waiting", "moving", "asking"])
+def test_a_relay_that_dies_is_done_without(when: str) -> None:
+    three = _Three()
+    three.begin() if when == "waiting" else three.lend()
+    if when == "asking":
+        three.reader.bus.copied()
+        three.carry(hold=RelayRead)
+    dead = RegistrationClosed(batch_id="batch", closed="relay", target="reader", reason="its worker died", lost=True)
+    three.reader.hears(dead)
+    if when == "moving":
+        three.reader.bus.copied()
+    assert three.reader.state is TransferState.MOVING
+    three.reader.bus.copied()
+    del three.ends["relay"]
+    while said := [message for end in three.ends.values() for message in end.said()]:
+        for message in said:
+            if not isinstance(message, (RelayRead, RelayWanted)):
+                three.arrives(message)
+    assert three.reader.outcome().peers == {"source[0]": 8}
+
+
+@pytest.mark.parametrize("when", ["waiting", "moving", "asking"])
+def test_what_the_sender_takes_back_is_no_success_through_a_relay_either(when: str) -> None:
+    three = _Three()
+    three.begin() if when == "waiting" else three.lend()
+    if when == "asking":
+        three.reader.bus.copied()
+        three.carry(hold=RelayRead)
+    three.source.batch.cancel(TransferCancelledError("its worker gave up"))
+    three.source.outcome()
+    three.carry()
+    if when == "waiting":
+        assert three.reader.state is TransferState.WAITING, "for the next send"
+        three.relay.bus.copied()
+        assert isinstance(three.relay.outcome(), BatchTornError)
+        return
+    if when == "moving":
+        three.reader.bus.copied()
+    three.carry()
+    error = three.reader.outcome()
+    assert isinstance(error, BatchTornError)
+    assert three.reader.batch.holding.torn == (0, 1, 2)
+    assert three.relay.outcome().bytes == 8, "its own had been confirmed"
+
+
+def test_a_relay_whose_receive_fails_says_so() -> None:
+    three = _Three()
+    three.begin()
+    three.source.hears(DataRefused(batch_id="batch", source="source", target="relay", sequence=1, kind="PeerLostError", message="lost"))
+    three.carry()
+    assert isinstance(three.source.outcome(), PeerLostError)
+    three.relay.bus.copied()
+    three.carry()
+    assert isinstance(three.relay.outcome(), BatchTornError)
+    assert three.reader.state is TransferState.WAITING
+    three.relay.start("recv")
+    three.source.start("send")
+    three.carry()
+    three.relay.bus.copied()
+    three.carry()
+    three.reader.bus.copied()
+    three.carry()
+    assert three.reader.outcome().peers == {"relay[0]": 8}
+
+
+def test_a_reader_that_is_lost_keeps_no_relay_waiting() -> None:
+    three = _Three()
+    three.lend()
+    three.relay.hears(RegistrationClosed(batch_id="batch", closed="reader", target="relay", reason="killed", lost=True))
+    assert three.relay.outcome().bytes == 8
+
+
+class _Failing(CopyProgram):
+    """Fails with a lost peer where it is told to."""
+
+    def __init__(self, fails: bool, ran: list[int], count: int) -> None:
+        self.fails, self.ran, self.count = fails, ran, count
+
+    @property
+    def nbytes(self) -> int:
+        return self.count
+
+    def run(self) -> int:
+        if self.fails:
+            raise PeerLostError("cut off")
+        self.ran.append(self.count)
+        return self.count
+
+
+@pytest.mark.parametrize(("fails", "lost", "unfinished"), [({1}, {"relay"}, set()), ({1, 2}, {"relay"}, {1}), ({0}, set(), {0})])
+def test_a_relay_that_fails_midway_is_done_without_in_the_same_run(fails: set[int], lost: set[str], unfinished: set[int]) -> None:
+    """Programs: 0 is what is always read from the sender, 1 is read from the relay, 2 the same from the sender."""
+    sender, relay = torch.zeros(1), torch.zeros(1)
+    direct = Inflow(0, torch.ones(1), (0,), (0,), Move((sender,), torch.ones(1)))
+    through = Inflow(1, torch.ones(1), (0,), (0,), Move((sender,), torch.ones(1)), 0, Move((relay,), torch.ones(1)))
+    ran: list[int] = []
+
+    def prepare(moves: Sequence[Move]) -> CopyProgram:
+        number = 1 if moves[0].sources[0] is relay else 0 if moves[0].target is direct.tensor else 2
+        return _Failing(number in fails, ran, number)
+
+    feed = Feed([(direct, None), (through, "relay")], lambda inflow: inflow.tensor, prepare)
+    reading = feed.reading({"relay"})
+    if unfinished:
+        with pytest.raises(PeerLostError):
+            reading.run()
+    else:
+        reading.run()
+        assert sorted(ran) == [0, 2]
+    assert reading.lost == lost
+    assert reading.unfinished() == unfinished
