@@ -71,12 +71,15 @@ def routes_of_target(source: Side, target: Side, shape: tuple[int, ...], index: 
     """`routes_into` past its cache, for a ``turn`` that `turn_of` made."""
     check_sides(source.layout, target.layout)
     givers = view(source.layout, shape)
-    region = target.layout.region(index, shape)
+    takers, region = view(target.layout, shape), target.layout.region(index, shape)
+    seat = takers.seat(index)
+    shared = seat[0] if seat is not None and takers.copies(seat[0]) > 1 else None
     routes: list[Route] = []
     held = 0
     for meeting in givers.meeting(region):
         held += meeting.numel
-        routes += _routes(source, target, shape, meeting.key, index, meeting, turn)
+        relay = None if shared is None else relays(source, target, shape, meeting.key).relay(index, shared)
+        routes += _routes(source, target, shape, meeting.key, index, meeting, turn, relay=relay)
     if held != region.numel:
         raise LayoutError(_missing(source, shape, index, region))
     return sorted(routes)
@@ -93,18 +96,17 @@ def _routes_out_of(source: Side, target: Side, shape: tuple[int, ...], index: in
     own = next(slot for slot, holders in enumerate(slots) if index in holders)
     alone = all(len(holders) == 1 for holders in slots)
     wanting = None if alone else sharing(source, target, shape, seat[0], own, turn).takers(index)
-    passing = relays(source, target, shape, seat[0])
     routes: list[Route] = []
     for meeting in takers.meeting(region):
         swapped = tuple(tuple((there, at, size) for at, there, size in parts) for parts in meeting.segments)
         seen = Meeting(seat[0], swapped, meeting.shape)
-        chain = passing.chain(meeting.key)
+        chain = relays(source, target, shape, seat[0]).chain(meeting.key) if takers.copies(meeting.key) > 1 else None
         for taker in takers.slots(meeting.key)[0] if wanting is None else wanting.get(meeting.key, ()):
-            if chain.relays.get(taker) is not None:
+            if chain is not None and chain.relays.get(taker) is not None:
                 continue
             given = list(_routes(source, target, shape, seat[0], taker, seen, turn, giver=index))
             routes += given
-            if taker == chain.first:  # the same boxes for all whom it passes them on to
+            if chain is not None and taker == chain.first:  # the same boxes for all whom it passes them on to
                 for other, relay in chain.relays.items():
                     if relay is not None:
                         routes += [Route(each.source, other, each.boxes, each.numel, each.others, relay) for each in given]
@@ -112,14 +114,20 @@ def _routes_out_of(source: Side, target: Side, shape: tuple[int, ...], index: in
 
 
 def _routes(
-    source: Side, target: Side, shape: tuple[int, ...], key: Key, index: int, meeting: Meeting, turn: int, giver: int | None = None
+    source: Side,
+    target: Side,
+    shape: tuple[int, ...],
+    key: Key,
+    index: int,
+    meeting: Meeting,
+    turn: int,
+    *,
+    giver: int | None = None,
+    relay: int | None = None,
 ) -> Iterator[Route]:
     """The routes by which the target position ``index`` gets what it has in common with the source's piece ``key``: all of
-    them, or those from the source position ``giver``."""
+    them, or those from the source position ``giver``; passed on by ``relay``."""
     slots = view(source.layout, shape).slots(key)
-    seat = view(target.layout, shape).seat(index)
-    assert seat is not None
-    relay = relays(source, target, shape, key).relay(index, seat[0])
     if all(len(holders) == 1 for holders in slots):
         yield _route(tuple(holders[0] for holders in slots), index, meeting.segments, relay)
         return
