@@ -285,8 +285,10 @@ class RelayWanted(BaseCommand):
 class RelayAnswer(BaseCommand):
     """Receiver to receiver, about the `RelayWanted` with this question.
 
-    state: "coming", the relay receives it now; "ready", it can be read from the relay's tensors, which are kept for it; "stands",
-    nothing had changed in them when the `RelayRead` came; "over", it is not there, or not any more.
+    state: "coming", the relay receives it now, and can be read from as far as ``upto`` says; "ready", all of it can be read from the
+    relay's tensors, which are kept for it; "stands", nothing had changed in them when the `RelayRead` came; "over", it is not there, or
+    not any more.
+    upto: how many tensors of each pair are there, from the first on; they are kept for the target, too.
     """
 
     batch_id: str
@@ -294,6 +296,7 @@ class RelayAnswer(BaseCommand):
     target: str
     question: int
     state: Literal["coming", "ready", "stands", "over"]
+    upto: dict[str, int] = {}
 
 
 class RelayRead(BaseCommand):

@@ -81,7 +81,8 @@ def bytes_out(part: Part) -> dict[int, int]:
 class Inflow:
     """A move, and what it fills: of the batch's tensor at ``place``, ``tensor``, the box from ``start`` on. ``sources``: remote indices.
 
-    ``relay`` is the local index that passes the box on, and ``relayed`` the move from there; None where it is read from the sources.
+    ``position`` is that of the tensor in its pair. ``relay`` is the local index that passes the box on, and ``relayed`` the move from
+    there; None where it is read from the sources.
     """
 
     place: int
@@ -89,6 +90,7 @@ class Inflow:
     start: tuple[int, ...]
     sources: tuple[int, ...]
     move: Move
+    position: int = 0
     relay: int | None = None
     relayed: Move | None = None
 
@@ -146,7 +148,7 @@ def inflows(part: Part, open_remote: OpenRemote, open_relay: OpenRelay) -> Inflo
             move = Move(views, into) if reduction is None else Move(views, into, reduction.op, reduction.divisor)
             relayed = None if lender is None else Move((_cut(lender, box.target_start, box),), into)
             relay = None if lender is None else route.relay
-            found.moves.append(Inflow(part.places[position], target, box.target_start, route.sources, move, relay, relayed))
+            found.moves.append(Inflow(part.places[position], target, box.target_start, route.sources, move, position, relay, relayed))
     return found
 
 

@@ -74,14 +74,13 @@ class Receiving:
         sends = {registration: self.announced[registration].sequence for registration in sources}
         self._lending.begin(sends)
         self._relaying.begin(sends)
-        if not self._relaying.settled:
+        if not self._relaying.settled or not self._relaying.has(self._feed(transfer), 0):
             return
         transfer.state = TransferState.MOVING
         transfer.moving_since = time.monotonic()
-        transfer.through = set(self._relaying.states)
         if not transfer.command.atomic:
             self._tear(f"version {transfer.version} is being received, or its agent was killed")
-        self._move(transfer, self._feed(transfer).reading(transfer.through))
+        self._next_stage(transfer)
         if not transfer.command.atomic:
             member.bus.received(member, 0)
 
@@ -89,19 +88,35 @@ class Receiving:
         registered = self._member.registered
         return registered.staging.read if transfer.command.atomic else registered.feed
 
+    def _next_stage(self, transfer: UnderWay) -> None:
+        """Go on, if nothing moves and relays have what is read through them next."""
+        feed = self._feed(transfer)
+        if not transfer.moves and self._relaying.has(feed, transfer.stage):
+            through = {relay for relay in self._relaying.states if feed.places(transfer.stage, relay)}
+            transfer.through |= through
+            self._move(transfer, feed.reading(transfer.stage, through))
+
     def _move(self, transfer: UnderWay, reading: Reading) -> None:
+        transfer.moves = True
         self._member.bus.move(reading, partial(self._moved, transfer, reading))
 
     def _moved(self, transfer: UnderWay, reading: Reading, job: Job[int]) -> None:
-        member = self._member
+        member, feed = self._member, self._feed(transfer)
         assert transfer.state is TransferState.MOVING
         transfer.moved = time.monotonic() - transfer.moving_since
         self._spoil_unheard(transfer)
+        transfer.moves = False
         for relay in reading.lost:
             self._relaying.drop(relay)
-        transfer.through -= reading.lost
         if job.error is not None or transfer.spoilt:
             self._fail(transfer, reading, job.error)
+            return
+        if transfer.stage < feed.stages:
+            transfer.stage += 1
+            if not transfer.command.atomic and transfer.through <= self._relaying.states.keys():
+                self._lending.progress(feed.upto(transfer.stage))
+        if transfer.stage < feed.stages:
+            self._next_stage(transfer)
             return
         if self._read_without(transfer, transfer.through - self._relaying.states.keys()):
             return
@@ -126,6 +141,7 @@ class Receiving:
             return False
         transfer.through -= relays
         transfer.state = TransferState.MOVING
+        self._lending.retract()  # some of it may have been passed on
         self._move(transfer, self._feed(transfer).again(relays))
         return True
 
@@ -214,7 +230,8 @@ class Receiving:
                 self._take_if_certain(transfer)
         else:
             self._relaying.states[message.relay] = message.state
-            self.advance(transfer)
+            self._relaying.upto[message.relay] = message.upto
+            self._go_on(transfer)
 
     def on_taker(self, message: RelayWanted | RelayRead) -> None:
         """A receiver that this one passes on to says something."""
@@ -240,10 +257,16 @@ class Receiving:
     def _without(self, transfer: UnderWay, relay: str) -> None:
         """This relay keeps nothing for this receiver, or not any more. While bytes move, `_moved` sees to it."""
         self._relaying.drop(relay, tell=False)
-        if transfer.state is TransferState.WAITING:
-            self.advance(transfer)
-        elif transfer.state is TransferState.ASKING and relay in transfer.through:
+        self._go_on(transfer)
+        if transfer.state is TransferState.ASKING and relay in transfer.through:
             self._read_without(transfer, {relay})
+
+    def _go_on(self, transfer: UnderWay) -> None:
+        """A relay has said something."""
+        if transfer.state is TransferState.MOVING:
+            self._next_stage(transfer)
+        else:
+            self.advance(transfer)
 
     # --------------------------------------------------------------------------------------------------- failing
 
@@ -256,7 +279,7 @@ class Receiving:
         if transfer.state is TransferState.MOVING or (asking and (source in transfer.outstanding or transfer.through)):
             transfer.spoilt[source] = why
             transfer.lost = transfer.lost or error
-        if transfer.state is TransferState.ASKING and transfer.spoilt:
+        if transfer.spoilt and (transfer.state is TransferState.ASKING or (transfer.state is TransferState.MOVING and not transfer.moves)):
             self.announced.pop(source, None)
             self._fail(transfer, None, None)
 
@@ -265,11 +288,8 @@ class Receiving:
 
         What was announced stays so: should they answer after all, receiving again takes it.
         """
-        silent = transfer.outstanding & transfer.through
-        if silent == transfer.outstanding:
-            for relay in silent:
-                self._relaying.drop(relay)
-            self._read_without(transfer, silent)
+        if transfer.outstanding <= transfer.through:  # they live, and may still receive themselves
+            transfer.deadline = time.monotonic() + _ANSWER_TIMEOUT
             return
         names = ", ".join(sorted(self._member.name(source) for source in transfer.outstanding))
         why = f"{names} did not say whether their data still stood when it had been read"
@@ -285,7 +305,9 @@ class Receiving:
                 transfer.spoilt.setdefault("", f"the copy failed midway: {error}")
             unfinished = program.unfinished() if program is not None and error is not None else frozenset[int]()
             if unfinished is not None:  # what relays have not confirmed may be anything
-                unfinished = unfinished.union(*(self._feed(transfer).places(relay) for relay in transfer.through))
+                feed = self._feed(transfer)
+                left = feed.after(transfer.stage if program is not None else transfer.stage - 1)
+                unfinished = unfinished.union(left, *(feed.passed_on(relay) for relay in transfer.through))
             self._fail_torn(transfer, torn_positions(member.registered, transfer.spoilt, unfinished))
         elif error is None and transfer.lost is None:
             transfer.wait_again()

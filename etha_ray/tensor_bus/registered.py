@@ -13,7 +13,7 @@ from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
 from etha_ray.net import Address
 from etha_ray.tensor_bus.agreement import Agreement, Direction
 from etha_ray.tensor_bus.executor import Inflow, Inflows, Part, bytes_out, inflows, prove_in, takers
-from etha_ray.tensor_bus.feeding import Feed
+from etha_ray.tensor_bus.feeding import Fed, Feed
 from etha_ray.tensor_bus.host import no_address, shares_memory
 from etha_ray.tensor_bus.records import BatchRecord, MemberRecord, Standing
 from etha_ray.tensor_bus.staging import Staging
@@ -124,15 +124,17 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
             result.refused.setdefault(direction, error)
     if len(result.refused) == 2:
         raise result.refused["send"]
-    found: list[tuple[Inflow, str | None]] = []
+    found: list[Fed] = []
     try:
         for part in parts:
             for inflow in _connect(transports, part, result):
-                found.append((inflow, None if inflow.relay is None else part.local[inflow.relay].registration))
+                relay = None if inflow.relay is None else part.local[inflow.relay].registration
+                found.append(Fed(inflow, relay, part.part.pair_name, inflow.position))
                 result.feeds.append((inflow.place, frozenset(part.remote[source].registration for source in inflow.sources)))
         result.received = tuple(sorted({place for place, _ in result.feeds}))
         prepared = partial(prepare, mapped=transports.mapped, network=transports.network, bucket_size=bucket_size)
-        result.feed = Feed(found, lambda inflow: inflow.move.target, prepared)
+        divided = bool(result.relays or result.takers)
+        result.feed = Feed(found, lambda inflow: inflow.move.target, prepared, divided=divided)
         for relay in result.feed.warm():
             del result.relays[relay]  # what it would pass on is read from the senders
         result.staging = Staging(found, prepared)

@@ -1,10 +1,11 @@
 """Receivers that pass on to one another what several of them want (`etha_ray.plan.relays`). Owned by the agent's loop.
 
 A receiver that gets something through a *relay* tells it so, when its own senders have announced (`RelayWanted`), and reads from the
-relay's tensors once that has them whole and certain (`RelayAnswer`). The relay's receive is over only when those that read from it
-are done, so that its worker does not write meanwhile; having read, they ask whether what they read stood (`RelayRead`), as they ask
-their senders. All of them hear from the senders, and answer them, as if there were no relays: nothing that was taken back is taken
-for good, whichever way it came, and what a relay does not pass on is read from the senders instead.
+relay's tensors, stage by stage, as it hears that they are there (`RelayAnswer`). The relay's receive is over only when those that read
+from it are done, so that its worker does not write meanwhile; having read, they ask whether what they read stood (`RelayRead`), as they
+ask their senders, and are answered once the relay itself is certain. All of them hear from the senders, and answer them, as if there
+were no relays: nothing that was taken back is taken for good, whichever way it came, and what a relay does not pass on is read from the
+senders instead. What a relay has to read again, its readers read again.
 
 So nobody waits for one that does not come. A receiver gives a relay that is not receiving `_PATIENCE` seconds; and a relay that has all
 keeps its tensors for those that have not asked for as long as its own bytes took to move, within `_LINGER`.
@@ -17,6 +18,7 @@ from typing import Literal, TypeAlias
 
 from etha_ray.tensor_bus.bus import Member
 from etha_ray.tensor_bus.commands import RelayAnswer, RelayRead, RelayWanted
+from etha_ray.tensor_bus.feeding import Feed, Upto
 from etha_ray.tensor_bus.transfer_state import TransferState
 
 _PATIENCE = 1.0
@@ -37,6 +39,7 @@ class Relaying:
         self._sends: Sends | None = None
         self._until = 0.0
         self.states: dict[str, Literal["asked", "coming", "ready"]] = {}
+        self.upto: dict[str, Upto] = {}
 
     def begin(self, sends: Sends) -> None:
         """What is to be received now: ask the relays for it, if they have not been."""
@@ -45,7 +48,7 @@ class Relaying:
         self._sends, self._question = sends, self._question + 1
         self._until = time.monotonic() + _PATIENCE
         member = self._member
-        self.states = dict.fromkeys(member.registered.relays, "asked")
+        self.states, self.upto = dict.fromkeys(member.registered.relays, "asked"), {}
         for relay, peer in member.registered.relays.items():
             wanted = {source: sends[source] for source in member.registered.instead[relay]}
             member.bus.tell(
@@ -55,8 +58,13 @@ class Relaying:
 
     @property
     def settled(self) -> bool:
-        """Whether each relay can be read from, or will be done without."""
-        return all(state == "ready" for state in self.states.values())
+        """Whether each relay has said that it receives what is wanted, or will be done without."""
+        return "asked" not in self.states.values()
+
+    def has(self, feed: Feed, stage: int) -> bool:
+        """Whether relays have all that is read through them in this stage."""
+        coming = (relay for relay, state in self.states.items() if state == "coming")
+        return not any(feed.needs(stage, relay, self.upto.get(relay, {})) for relay in coming)
 
     @property
     def deadline(self) -> float | None:
@@ -99,6 +107,8 @@ class Lending:
         self._member = member
         self._wants: dict[str, RelayWanted] = {}
         self._lent: dict[str, int] = {}
+        self._asked: dict[str, RelayRead] = {}
+        self._upto: Upto = {}
         self._seen: set[str] = set()
         self._sends: Sends = {}
         self._last: Sends = {}
@@ -108,15 +118,28 @@ class Lending:
         """This is received now."""
         if sends == self._sends:
             return
-        self._sends, self._seen = sends, set()
+        self._sends, self._seen, self._upto = sends, set(), {}
         for message in list(self._wants.values()):
             self._consider(message)
+
+    def progress(self, upto: Upto) -> None:
+        """So much is in the worker's tensors now, and can be read."""
+        self._upto = upto
+        for message in list(self._wants.values()):
+            if self._matches(message):
+                self._consider(message)
+
+    def retract(self) -> None:
+        """What others have read here may not have been right, and is read again."""
+        self._finish_all()
 
     def offer(self, moved: float) -> None:
         """All has been received, in ``moved`` seconds, and is certain. Keep it for others until `done`."""
         self._until = time.monotonic() + min(max(moved, _LINGER[0]), _LINGER[1])
         for message in list(self._wants.values()):
             self._consider(message)
+        for asked in list(self._asked.values()):
+            self.on_read(asked)
 
     @property
     def done(self) -> bool:
@@ -131,12 +154,18 @@ class Lending:
     def on_wanted(self, message: RelayWanted) -> None:
         """Another receiver wants what is received here."""
         self._lent.pop(message.target, None)
+        self._asked.pop(message.target, None)
         self._wants[message.target] = message
         self._consider(message)
 
     def on_read(self, message: RelayRead) -> None:
         """Another receiver has read from here, or will not."""
+        transfer = self._member.transfer
         stands = self._lent.get(message.target) == message.question
+        if stands and transfer is not None and transfer.state is not TransferState.LENDING:
+            self._asked[message.target] = message  # it is told when that is certain
+            return
+        self._asked.pop(message.target, None)
         wanted = self._wants.get(message.target)
         if wanted is not None and wanted.question == message.question:
             del self._wants[message.target]
@@ -145,20 +174,24 @@ class Lending:
 
     def lost(self, registration: str) -> None:
         """Another receiver is gone."""
-        self._wants.pop(registration, None)
-        self._lent.pop(registration, None)
+        for table in (self._wants, self._lent, self._asked):
+            table.pop(registration, None)
         self._seen.add(registration)
 
     def end(self, *, received: bool) -> None:
         """The receive is over: from now on the tensors may change."""
         if received:
             self._last = {**self._last, **self._sends}
+        self._finish_all()
+        self._sends = {}
+
+    def _finish_all(self) -> None:
         for message in list(self._wants.values()):
             if self._matches(message):
                 del self._wants[message.target]
                 self._answer(message, "over")
         self._lent.clear()
-        self._sends = {}
+        self._asked.clear()
 
     def _consider(self, message: RelayWanted) -> None:
         transfer = self._member.transfer
@@ -168,7 +201,9 @@ class Lending:
                 self._lent[message.target] = message.question
                 self._answer(message, "ready")
             else:
-                self._answer(message, "coming")
+                if self._upto:
+                    self._lent[message.target] = message.question
+                self._answer(message, "coming", self._upto)
         elif any(self._last.get(source, 0) >= sequence for source, sequence in message.sends.items()):
             del self._wants[message.target]
             self._answer(message, "over")
@@ -176,7 +211,7 @@ class Lending:
     def _matches(self, message: RelayWanted) -> bool:
         return all(self._sends.get(source) == sequence for source, sequence in message.sends.items())
 
-    def _answer(self, message: RelayWanted | RelayRead, state: State) -> None:
+    def _answer(self, message: RelayWanted | RelayRead, state: State, upto: Upto | None = None) -> None:
         member = self._member
         peer = member.registered.others.get(message.target)
         if peer is not None:
@@ -188,5 +223,6 @@ class Lending:
                     target=message.target,
                     question=message.question,
                     state=state,
+                    upto=upto or {},
                 ),
             )

@@ -12,22 +12,22 @@ from collections.abc import Callable, Sequence
 import torch
 
 from etha_ray.tensor_bus.executor import Inflow
-from etha_ray.tensor_bus.feeding import Feed, Prepare
+from etha_ray.tensor_bus.feeding import Fed, Feed, Prepare
 from etha_ray.transport.base import CopyProgram
 from etha_ray.transport.joint import Move
 
 
 class Staging:
-    """``read`` does ``inflows`` into the second memory, ``swap`` copies that into the tensors.
+    """``read`` does what is ``fed`` into the second memory, ``swap`` copies that into the tensors.
 
     ``prepare`` makes programs; it is called when one is run first, on the thread that runs it.
     """
 
-    def __init__(self, inflows: Sequence[tuple[Inflow, str | None]], prepare: Prepare) -> None:
-        self._inflows, self._prepare = [inflow for inflow, _ in inflows], prepare
+    def __init__(self, fed: Sequence[Fed], prepare: Prepare) -> None:
+        self._inflows, self._prepare = [each.inflow for each in fed], prepare
         self._memory: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
-        self.read = Feed(inflows, self._staged, prepare)
+        self.read = Feed(fed, self._staged, prepare)
         self.swap: CopyProgram = _AtFirstRun(self._prepare_swap)
 
     def _staged(self, inflow: Inflow) -> torch.Tensor:

@@ -8,11 +8,11 @@ States::
                (atomic)   └───────────┴─────────┘  └──► SWAPPING
 
 BLOCKED until the batch is READY, and OVER then if the sides cannot send that way; WAITING until every sender has announced, and
-relays have what is read through them; MOVING while a thread copies; ASKING until every sender on another host, and every relay, has
-said that what was read still stood then. What a relay did not keep is read from the senders, MOVING again. An atomic receive waits
-again if what it read did not stand, and is SWAPPING while what it read is copied into the tensors. LENDING, which is passed over where
-nothing is passed on, while other receivers read from the tensors. A transfer that is MOVING or SWAPPING is never cut short: what ends
-it meanwhile only decides its outcome; one that is LENDING has what it wanted, and ends so.
+relays have some of what is read through them; MOVING while a thread copies, or more is to come from a relay; ASKING until every sender
+on another host, and every relay, has said that what was read still stood then. What a relay did not keep is read from the senders,
+MOVING again. An atomic receive waits again if what it read did not stand, and is SWAPPING while what it read is copied into the tensors.
+LENDING, which is passed over where nothing is passed on, while other receivers read from the tensors. A transfer that is MOVING or
+SWAPPING is never cut short: what ends it meanwhile only decides its outcome; one that is LENDING has what it wanted, and ends so.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class UnderWay:
     said that what was read still stood. ``announced``: a send of which some may have taken their part. ``taken`` names the sends
     that it takes. ``version`` is the one it sends or receives, as far as that is settled. ``moved`` are the seconds in which bytes
     moved, ``seconds`` all until its end. ``spoilt`` says, by sender, what happened while bytes moved, and ``lost`` why there is
-    nothing more to wait for. ``through`` are the relays that were read from and have not said that it stood, and ``relayed`` those
+    nothing more to wait for. ``stage`` is the one of its feed that moves, or is next, and ``moves``
+    whether one does. ``through`` are the relays that were read from and have not said that it stood, and ``relayed`` those
     that have.
     """
 
@@ -71,6 +72,8 @@ class UnderWay:
     lost: EthaRayError | None = None
     flows: tuple[Flow, ...] = ()
     taken: tuple[str, ...] = ()
+    stage: int = 0
+    moves: bool = False
     through: set[str] = field(default_factory=set)
     relayed: set[str] = field(default_factory=set)
 
@@ -93,7 +96,7 @@ class UnderWay:
     def wait_again(self) -> None:
         """What was read did not stand, and the tensors were not touched."""
         self.state, self.spoilt, self.outstanding = TransferState.WAITING, {}, set()
-        self.through, self.relayed = set(), set()
+        self.stage, self.through, self.relayed = 0, set(), set()
         self.deadline = self.latest
 
     @property

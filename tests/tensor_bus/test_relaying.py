@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from etha_ray.errors import BatchTornError, PeerLostError, TransferCancelledError
+from etha_ray.tensor_bus import feeding
 from etha_ray.tensor_bus.commands import DataRead, DataRefused, DataTaken, Message, RegistrationClosed, RelayRead, RelayWanted
 from etha_ray.tensor_bus.executor import Inflow
-from etha_ray.tensor_bus.feeding import Feed
+from etha_ray.tensor_bus.feeding import Fed, Feed
 from etha_ray.tensor_bus.transfer_state import TransferState
 from etha_ray.transport import CopyProgram
 from etha_ray.transport.base import NoProgram
@@ -22,7 +23,18 @@ from tests.tensor_bus.test_batch import _End, _peer
 
 def _inflow(place: int = 0) -> Inflow:
     one = torch.ones(1)
-    return Inflow(place, one, (0,), (0,), Move((one,), one), 0, Move((one,), one))
+    return Inflow(place, one, (0,), (0,), Move((one,), one), place, 0, Move((one,), one))
+
+
+def _feed(*relays: str | None) -> Feed:
+    """Of a tensor each, each a stage."""
+    fed = [Fed(_inflow(place), relay, "pair", place) for place, relay in enumerate(relays)]
+    return Feed(fed, lambda inflow: inflow.tensor, lambda _: NoProgram(), divided=True)
+
+
+@pytest.fixture(autouse=True)
+def _small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "STAGE_BYTES", 1)
 
 
 class _Three:
@@ -36,7 +48,7 @@ class _Three:
         reads.others["relay"] = reads.relays["relay"] = _peer("relay", remote=True)
         reads.sources["source"] = _peer("source", remote=True, size=0)
         reads.instead = {"relay": {"source": 8}}
-        reads.feed = Feed([(_inflow(), None), (_inflow(1), "relay"), (_inflow(2), "relay")], lambda i: i.tensor, lambda _: NoProgram())
+        lends.feed, reads.feed = _feed(None, None, None), _feed(None, "relay", "relay")
         self.ends = {"source": self.source, "relay": self.relay, "reader": self.reader}
         for end in self.ends.values():
             end.register()
@@ -65,16 +77,34 @@ class _Three:
         self.relay.start("recv")
         self.source.start("send")
         self.carry()
-        assert self.reader.state is TransferState.WAITING
+        assert self.reader.state is TransferState.MOVING, "what it does not get from the relay"
+        self.reader.bus.copied()
+        assert not self.reader.bus.moves
         assert self.relay.state is TransferState.MOVING
 
     def lend(self) -> None:
-        """The relay has all, and the reader reads from it."""
+        """The relay has all, and the reader reads the last of it from there."""
         self.begin()
-        self.relay.bus.copied()
-        self.carry()
+        for _ in range(3):
+            assert not self.reader.bus.moves
+            self.relay.bus.copied()
+            self.carry()
+            if self.reader.bus.moves and self.relay.bus.moves:
+                self.reader.bus.copied()
         assert self.relay.state is TransferState.LENDING
         assert self.reader.state is TransferState.MOVING
+
+    def run(self) -> None:
+        """All that moves moves, and everything arrives."""
+        while any(end.bus.moves or end.bus.said for end in self.ends.values()):
+            for end in self.ends.values():
+                self.copied(end)
+            self.carry()
+
+    def copied(self, end: _End) -> None:
+        """All that moves there moves."""
+        while end.bus.moves:
+            end.bus.copied()
 
 
 def test_a_reader_waits_for_its_relay_and_the_relay_for_its_reader() -> None:
@@ -82,7 +112,7 @@ def test_a_reader_waits_for_its_relay_and_the_relay_for_its_reader() -> None:
     three.lend()
     assert three.relay.outcome() is None
     assert three.source.outcome() is None
-    three.reader.bus.copied()
+    three.copied(three.reader)
     three.carry()
     assert three.reader.outcome().peers == {"relay[0]": 8}
     assert three.relay.outcome().peers == {"source[0]": 8}
@@ -99,11 +129,11 @@ def test_a_relay_that_does_not_come_is_done_without() -> None:
     assert deadline is not None
     three.reader.batch.expire(deadline)
     assert three.reader.state is TransferState.MOVING
-    three.reader.bus.copied()
+    three.copied(three.reader)
     three.carry()
     assert three.reader.outcome().peers == {"source[0]": 8}
     three.relay.start("recv")  # it comes later, and does not wait for the one that was there before
-    three.relay.bus.copied()
+    three.copied(three.relay)
     three.carry()
     deadline = three.relay.batch.deadline
     assert deadline is not None
@@ -123,13 +153,13 @@ def test_a_reader_that_comes_when_its_relay_is_done_reads_from_the_sender_at_onc
     three.relay.start("recv")
     three.source.start("send")
     three.carry()
-    three.relay.bus.copied()
+    three.copied(three.relay)
     three.carry()
     _eventually_over(three)
     three.reader.start("recv")
     three.carry()
     assert three.reader.state is TransferState.MOVING
-    three.reader.bus.copied()
+    three.copied(three.reader)
     three.carry()
     assert three.reader.outcome().peers == {"source[0]": 8}
 
@@ -140,7 +170,7 @@ def test_a_relay_that_does_not_keep_it_costs_the_reader_no_more_than_reading_aga
     three.lend()
     held: list[Message] = []
     if when == "asking":
-        three.reader.bus.copied()
+        three.copied(three.reader)
         held = three.carry(hold=RelayRead)
         assert three.reader.state is TransferState.ASKING
     three.relay.batch.cancel(TransferCancelledError("its worker does not wait for others"))
@@ -152,7 +182,7 @@ def test_a_relay_that_does_not_keep_it_costs_the_reader_no_more_than_reading_aga
         three.reader.bus.copied()
     assert three.reader.state is TransferState.MOVING, "again, from the sender"
     assert three.reader.batch.holding.torn
-    three.reader.bus.copied()
+    three.copied(three.reader)
     three.carry()
     assert three.reader.outcome().peers == {"source[0]": 8}
     assert three.source.outcome() is not None
@@ -163,14 +193,14 @@ def test_a_relay_that_dies_is_done_without(when: str) -> None:
     three = _Three()
     three.begin() if when == "waiting" else three.lend()
     if when == "asking":
-        three.reader.bus.copied()
+        three.copied(three.reader)
         three.carry(hold=RelayRead)
     dead = RegistrationClosed(batch_id="batch", closed="relay", target="reader", reason="its worker died", lost=True)
     three.reader.hears(dead)
     if when == "moving":
         three.reader.bus.copied()
     assert three.reader.state is TransferState.MOVING
-    three.reader.bus.copied()
+    three.copied(three.reader)
     del three.ends["relay"]
     while said := [message for end in three.ends.values() for message in end.said()]:
         for message in said:
@@ -184,23 +214,22 @@ def test_what_the_sender_takes_back_is_no_success_through_a_relay_either(when: s
     three = _Three()
     three.begin() if when == "waiting" else three.lend()
     if when == "asking":
-        three.reader.bus.copied()
+        three.copied(three.reader)
         three.carry(hold=RelayRead)
     three.source.batch.cancel(TransferCancelledError("its worker gave up"))
     three.source.outcome()
     three.carry()
     if when == "waiting":
-        assert three.reader.state is TransferState.WAITING, "for the next send"
-        three.relay.bus.copied()
+        three.copied(three.relay)
         assert isinstance(three.relay.outcome(), BatchTornError)
-        return
     if when == "moving":
-        three.reader.bus.copied()
+        three.copied(three.reader)
     three.carry()
     error = three.reader.outcome()
     assert isinstance(error, BatchTornError)
     assert three.reader.batch.holding.torn == (0, 1, 2)
-    assert three.relay.outcome().bytes == 8, "its own had been confirmed"
+    if when != "waiting":
+        assert three.relay.outcome().bytes == 8, "its own had been confirmed"
 
 
 def test_a_relay_whose_receive_fails_says_so() -> None:
@@ -209,18 +238,90 @@ def test_a_relay_whose_receive_fails_says_so() -> None:
     three.source.hears(DataRefused(batch_id="batch", source="source", target="relay", sequence=1, kind="PeerLostError", message="lost"))
     three.carry()
     assert isinstance(three.source.outcome(), PeerLostError)
-    three.relay.bus.copied()
+    three.copied(three.relay)
     three.carry()
     assert isinstance(three.relay.outcome(), BatchTornError)
-    assert three.reader.state is TransferState.WAITING
+    assert isinstance(three.reader.outcome(), BatchTornError)
+    three.reader.start("recv")
     three.relay.start("recv")
     three.source.start("send")
-    three.carry()
-    three.relay.bus.copied()
-    three.carry()
+    three.run()
+    assert three.reader.outcome().peers == {"relay[0]": 8}
+
+
+def test_a_reader_follows_its_relay_stage_by_stage() -> None:
+    three = _Three()
+    three.begin()
+    for stage in (1, 2):
+        three.relay.bus.copied()
+        three.carry()
+        assert bool(three.reader.bus.moves) == (stage == 2), "what the relay has is read while it receives the next"
     three.reader.bus.copied()
+    assert three.relay.state is TransferState.MOVING
+    three.run()
+    assert three.reader.outcome().peers == {"relay[0]": 8}
+    assert three.relay.outcome().bytes == 8
+    assert three.source.outcome() is not None
+
+
+def test_a_reader_that_has_all_waits_until_that_is_certain() -> None:
+    three = _Three()
+    three.relay.registered.feed = _feed(None, None, None)
+    three.begin()
+    three.relay.bus.copied()
+    three.relay.bus.copied()
+    three.relay.bus.copied()
+    held = three.carry(hold=DataRead)
+    three.copied(three.reader)
+    held += three.carry(hold=DataRead)
+    assert three.reader.state is TransferState.ASKING
+    assert three.relay.state is TransferState.ASKING
+    for message in held:
+        assert isinstance(message, DataRead)
+        if message.target == "reader":
+            three.arrives(message)
+    three.carry()
+    assert three.reader.state is TransferState.ASKING, "the relay is not certain yet"
+    three.reader.batch.expire(time.monotonic() + 1000)
+    assert three.reader.state is TransferState.ASKING, "it lives: it is waited for"
+    for message in held:
+        if isinstance(message, DataRead) and message.target == "relay":
+            three.arrives(message)
     three.carry()
     assert three.reader.outcome().peers == {"relay[0]": 8}
+
+
+def test_what_a_relay_reads_again_its_readers_do_too() -> None:
+    """Relay's own relay stops lending once it has passed on what it got from there."""
+    three = _Three()
+    first = three.ends["first"] = _End("first", sources={"source": True})
+    first.register()
+    lends = three.relay.registered
+    lends.feed = _feed("first", "first", "first")
+    lends.others["first"] = lends.relays["first"] = _peer("first", remote=True)
+    lends.instead = {"first": {"source": 8}}
+    first.registered.feed, first.registered.takers = _feed(None, None, None), {"relay"}
+    first.registered.others["relay"] = _peer("relay", remote=True)
+    three.source.registered.targets["first"] = three.source.registered.others["first"] = _peer("first", remote=True)
+    for end in (three.reader, three.relay, first):
+        end.start("recv")
+    three.source.start("send")
+    three.carry()
+    for end in (first, first, first):
+        end.bus.copied()
+        three.carry()
+    while three.relay.bus.moves:
+        three.relay.bus.copied()
+    held = three.carry(hold=RelayRead)
+    while three.reader.bus.moves:
+        three.reader.bus.copied()
+    held += three.carry(hold=RelayRead)
+    assert (three.relay.state, three.reader.state) == (TransferState.ASKING, TransferState.ASKING)
+    first.batch.cancel(TransferCancelledError("its worker does not wait"))
+    three.carry()
+    assert (three.relay.state, three.reader.state) == (TransferState.MOVING, TransferState.MOVING), "both again, from the sender"
+    three.run()
+    assert three.relay.outcome().peers.keys() == three.reader.outcome().peers.keys() == {"source[0]"}
 
 
 def test_a_reader_that_is_lost_keeps_no_relay_waiting() -> None:
@@ -252,15 +353,15 @@ def test_a_relay_that_fails_midway_is_done_without_in_the_same_run(fails: set[in
     """Programs: 0 is what is always read from the sender, 1 is read from the relay, 2 the same from the sender."""
     sender, relay = torch.zeros(1), torch.zeros(1)
     direct = Inflow(0, torch.ones(1), (0,), (0,), Move((sender,), torch.ones(1)))
-    through = Inflow(1, torch.ones(1), (0,), (0,), Move((sender,), torch.ones(1)), 0, Move((relay,), torch.ones(1)))
+    through = Inflow(1, torch.ones(1), (0,), (0,), Move((sender,), torch.ones(1)), 1, 0, Move((relay,), torch.ones(1)))
     ran: list[int] = []
 
     def prepare(moves: Sequence[Move]) -> CopyProgram:
         number = 1 if moves[0].sources[0] is relay else 0 if moves[0].target is direct.tensor else 2
         return _Failing(number in fails, ran, number)
 
-    feed = Feed([(direct, None), (through, "relay")], lambda inflow: inflow.tensor, prepare)
-    reading = feed.reading({"relay"})
+    feed = Feed([Fed(direct), Fed(through, "relay")], lambda inflow: inflow.tensor, prepare)
+    reading = feed.reading(0, {"relay"})
     if unfinished:
         with pytest.raises(PeerLostError):
             reading.run()
