@@ -18,6 +18,9 @@ FAILURE_TIMEOUT = 5.0
 SUCCESSION_TIMEOUT = 30.0
 """Seconds that clients and other agents wait for the next agent at the place of one that died."""
 
+INTEGRITY = ("auto", "on", "off")
+"""Which transports compare what arrived with what was sent: those between hosts, all, none."""
+
 DEFAULT_NAMESPACE = "default"
 MAX_TIMEOUT = 7 * 24 * 3600.0
 """Longest timeout accepted, in seconds: more is nearly always milliseconds given by mistake."""
@@ -47,6 +50,13 @@ def check_timeout(timeout: float | None) -> float | None:
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= MAX_TIMEOUT:
         raise ConfigError(f"timeout {timeout!r} is out of range: give seconds from 0 to {MAX_TIMEOUT:.0f} (7 days), or None for no limit")
     return float(timeout)
+
+
+def check_integrity(setting: str) -> str:
+    """Return ``setting`` if it is one of `INTEGRITY`; raise `ConfigError` otherwise."""
+    if setting not in INTEGRITY:
+        raise ConfigError(f"integrity {setting!r} is unknown: give one of {', '.join(map(repr, INTEGRITY))}")
+    return setting
 
 
 def agent_paths(agent_rank: int, namespace: str = DEFAULT_NAMESPACE) -> AgentPaths:

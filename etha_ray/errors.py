@@ -35,6 +35,7 @@ Each class also inherits the builtin a caller would catch without knowing etha_r
     │   ├── TransferInProgressError RuntimeError      this batch is already being transferred
     │   ├── TransferTimeoutError    TimeoutError      the other side did not arrive in time
     │   ├── TransferCancelledError  RuntimeError      closed or shut down while under way
+    │   ├── IntegrityError          RuntimeError      what arrived is not what was sent
     │   └── PeerLostError           ConnectionError   a process on the other side died
     ├── AgentError                  RuntimeError
     │   ├── AgentNotFoundError      ConnectionError   no agent answers at this path
@@ -178,6 +179,13 @@ class TransferTimeoutError(TransferError, TimeoutError):
 
 class TransferCancelledError(TransferError):
     """The batch was closed or the agent shut down while the transfer was under way."""
+
+
+class IntegrityError(TransferError):
+    """What arrived is not what was sent; the message names the tensors and both ends.
+
+    In place the tensors are torn then, as after `BatchTornError`; an atomic receive has left them alone.
+    """
 
 
 class PeerLostError(TransferError, ConnectionError):

@@ -18,7 +18,7 @@ import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from etha_ray.config import DEFAULT_NAMESPACE, AgentPaths, agent_paths, check_name
+from etha_ray.config import DEFAULT_NAMESPACE, AgentPaths, agent_paths, check_integrity, check_name
 from etha_ray.errors import AgentBusyError, AgentFailedError, AgentNotFoundError, ConfigError, error_class
 from etha_ray.kvstore import create_store
 from etha_ray.metrics import RayMetrics
@@ -48,10 +48,19 @@ class AgentActor:
         neighbours: ranks of the agents on this node, who share its cores.
         pool_size: agents in the pool.
         memory_budget: bytes of staging memory for transfers between hosts.
+        integrity: what is checked on arrival; see `TensorBusAgent`.
     """
 
     def __init__(
-        self, rank: int, namespace: str, device: str, store: str, neighbours: Sequence[int], pool_size: int, memory_budget: int
+        self,
+        rank: int,
+        namespace: str,
+        device: str,
+        store: str,
+        neighbours: Sequence[int],
+        pool_size: int,
+        memory_budget: int,
+        integrity: str = "auto",
     ) -> None:
         if device.startswith("cuda:"):
             os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
@@ -70,6 +79,7 @@ class AgentActor:
             threads=max(1, cores // len(neighbours)),
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             memory_budget=memory_budget,
+            integrity=integrity,
             observer=RayMetrics(namespace, rank),
             restarts=True,
         )
@@ -165,6 +175,7 @@ def launch_agents(
     namespace: str = DEFAULT_NAMESPACE,
     store: str = "gcs",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    integrity: str = "auto",
     detached: bool = False,
 ) -> AgentPool:
     """Start agents on the Ray cluster (on a Ray of this process's own if it has none yet) and wait until they serve.
@@ -179,6 +190,8 @@ def launch_agents(
             ETHA_RAY_NAMESPACE.
         store: where agents meet: "gcs" (Ray's own) or a URL that `etha_ray.create_store` takes.
         memory_budget: bytes of staging memory that transfers between hosts may have on each agent, over all under way.
+        integrity: "auto" compares the checksums of what comes from other hosts with those of what was sent, "on" also looks at what is
+            copied within a host, "off" does neither. It is each agent's choice for what it receives.
         detached: they outlive this driver, and end with `AgentPool.shutdown` (`find_pool` finds them), or with the cluster.
 
     Returns:
@@ -190,6 +203,7 @@ def launch_agents(
         AgentFailedError: an agent did not start; the message has its error.
     """
     check_name("namespace", namespace)
+    check_integrity(integrity)
     url = "gcs://" if store == "gcs" else store
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
@@ -213,7 +227,7 @@ def launch_agents(
             max_concurrency=4,
             lifetime="detached" if detached else None,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        ).remote(rank, namespace, device, url, neighbours[node_id], len(places), memory_budget)
+        ).remote(rank, namespace, device, url, neighbours[node_id], len(places), memory_budget, integrity)
         for rank, (node_id, device) in enumerate(places)
     ]
     entries = [_entry(rank, node_id, device, namespace) for rank, (node_id, device) in enumerate(places)]

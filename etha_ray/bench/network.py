@@ -1,4 +1,4 @@
-"""``bench network``: a model's weights from one process to another over TCP, against gloo and what one socket can do.
+"""``bench network``: a model's weights from one process to another over TCP, with checksums and without, against gloo and one socket.
 
 Both ends are on this host, so the bytes take the way that they take between hosts, but for the wire and the network card. The
 regions are those that the first target rank of ``bench sync`` gets, from all source ranks.
@@ -59,19 +59,21 @@ def run_network(shape: str = "qwen3-0.6b", src: int = 2, dst: int = 2, dtype: st
     with _open_giver(workload) as giver:
         progress(f"{nbytes / 1e9:.2f} GB to move in {len(_pieces(workload))} regions")
         with _Taker(workload, giver) as taker:
-            measures = {"tcp": taker.tcp, "gloo": taker.gloo, "raw": taker.raw}
-            for name in ("tcp", "gloo"):
+            measures = {"tcp": taker.tcp, "unchecked": taker.unchecked, "gloo": taker.gloo, "raw": taker.raw}
+            for name in ("tcp", "unchecked", "gloo"):
                 taker.verified(name, measures[name])
             taker.raw()  # once unmeasured, as the others
             samples = interleaved(steps, {name: _timed(measure) for name, measure in measures.items()})
-            staging = taker.transport.staging_peak
+            staging = taker.staging_peak
     seconds = {name: median(values) for name, values in samples.items()}
     gigabytes = nbytes / 1e9
     return BenchResult(
         bench="network",
         figures=[
-            Figure("tcp_gb_per_s", gigabytes / seconds["tcp"], "our network transport over loopback, median"),
+            Figure("tcp_gb_per_s", gigabytes / seconds["tcp"], "our network transport over loopback, with checksums, median"),
             Figure("tcp_max_gb_per_s", gigabytes / min(samples["tcp"]), "the fastest"),
+            Figure("unchecked_gb_per_s", gigabytes / seconds["unchecked"], "the same without checksums, median"),
+            Figure("unchecked_max_gb_per_s", gigabytes / min(samples["unchecked"]), "the fastest"),
             Figure("gloo_gb_per_s", gigabytes / seconds["gloo"], "the same regions by gloo's send and receive, median"),
             Figure("gloo_max_gb_per_s", gigabytes / min(samples["gloo"]), "the fastest"),
             Figure("raw_gb_per_s", gigabytes / seconds["raw"], "as many bytes of one buffer by sendall and recv_into of one socket"),
@@ -83,6 +85,7 @@ def run_network(shape: str = "qwen3-0.6b", src: int = 2, dst: int = 2, dtype: st
         ],
         ratios=[
             Ratio("gloo", seconds["gloo"] / seconds["tcp"], "gloo over our transport", reach=1.0),
+            Ratio("unchecked", seconds["unchecked"] / seconds["tcp"], "our transport without checksums over it with them"),
             Ratio("raw", seconds["raw"] / seconds["tcp"], "one socket over our transport"),
         ],
     )
@@ -139,15 +142,17 @@ class _Taker:
             secret = os.urandom(32)
             self._giver.send_bytes(secret)
             address = Address(_HOST, int(_answer(self._giver)))
-            self.transport = NetworkTransport(secret)
-            self._stack.callback(self.transport.close)
+            transports = [NetworkTransport(secret, checksums=checksums) for checksums in (True, False)]
+            self._transports = transports
+            for transport in transports:
+                self._stack.callback(transport.close)
             reads = [
                 Read(
                     RemoteRegion(address, _EXPORT.format(piece.source), piece.tensor, piece.source_start, piece.size, target.dtype), target
                 )
                 for piece, target in zip(self._pieces, self._targets, strict=True)
             ]
-            self._program = self.transport.prepare(reads)
+            self._checked, self._unchecked = (transport.prepare(reads) for transport in transports)
             store = TCPStore(_HOST, 0, 2, True, timedelta(seconds=_TIMEOUT), wait_for_workers=False)
             listener = self._stack.enter_context(socket.create_server((_HOST, 0)))
             self._ask(f"connect {store.port} {listener.getsockname()[1]}")
@@ -170,7 +175,16 @@ class _Taker:
 
     def tcp(self) -> None:
         """Read all regions with our transport: the giver is not asked, its transport's threads answer."""
-        self._program.run()
+        self._checked.run()
+
+    def unchecked(self) -> None:
+        """The same, and nothing is compared with checksums."""
+        self._unchecked.run()
+
+    @property
+    def staging_peak(self) -> int:
+        """Most bytes of staging memory that a transport had."""
+        return max(transport.staging_peak for transport in self._transports)
 
     def gloo(self) -> None:
         """Receive all regions by gloo."""

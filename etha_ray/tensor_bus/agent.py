@@ -19,7 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from etha_ray.config import DEFAULT_NAMESPACE, FAILURE_TIMEOUT, HEARTBEAT_INTERVAL, AgentPaths, agent_paths, worker_environment
+from etha_ray.config import (
+    DEFAULT_NAMESPACE,
+    FAILURE_TIMEOUT,
+    HEARTBEAT_INTERVAL,
+    INTEGRITY,
+    AgentPaths,
+    agent_paths,
+    check_integrity,
+    worker_environment,
+)
 from etha_ray.errors import AgentBusyError, ConfigError
 from etha_ray.kvstore import KVStore, create_store
 from etha_ray.kvstore.lease import Lease
@@ -36,6 +45,7 @@ from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.service import BusService
 from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.transport.base import OneSidedTransport
+from etha_ray.transport.checked import CheckedTransport
 from etha_ray.transport.mapped import MappedTransport
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
@@ -57,6 +67,8 @@ class TensorBusAgent:
         transport: what moves bytes on this host, instead of a `MappedTransport` of ``threads``. Closed with the agent.
         host: the address of this host that agents of other hosts connect to; without one, only this host's agents are reached.
         memory_budget: bytes of staging memory that transfers between hosts may have, over all that are under way.
+        integrity: "auto" compares the checksums of what comes from other hosts with those of what was sent, "on" also looks at what is
+            copied within this host, "off" does neither. It is this agent's choice for what it receives.
         restarts: somebody starts this agent again if it dies: who waits for it then goes on waiting, for a while.
         observer: told twice a second what ended, on a thread of its own; what it takes delays no transfer.
 
@@ -77,10 +89,12 @@ class TensorBusAgent:
         transport: OneSidedTransport | None = None,
         host: str | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        integrity: str = "auto",
         observer: Observer | None = None,
         restarts: bool = False,
     ) -> None:
         self.rank = rank
+        check_integrity(integrity)
         self.paths = paths or agent_paths(rank)
         self._store = store
         self._stopping = threading.Event()
@@ -94,7 +108,7 @@ class TensorBusAgent:
         with contextlib.ExitStack() as undo:
             self._nonce = HostNonce()
             undo.callback(self._nonce.close)
-            self._network = None if host is None else AgentNetwork(store, host, incarnation, memory_budget)
+            self._network = None if host is None else AgentNetwork(store, host, incarnation, memory_budget, checksums=integrity != "off")
             if self._network is not None:
                 undo.callback(self._network.close)
             self.record = AgentRecord(
@@ -118,7 +132,8 @@ class TensorBusAgent:
             self._queue = CommandQueue(self.paths.command_queue)
             undo.callback(self._queue.close, destroy=True)
             self._jobs = Jobs(self._queue.wake)
-            self._transport = transport or MappedTransport(threads or len(os.sched_getaffinity(0)))
+            mapped = transport or MappedTransport(threads or len(os.sched_getaffinity(0)))
+            self._transport = CheckedTransport(mapped) if integrity == "on" else mapped
             self._service = BusService(self.record, store, self._state, self._jobs, self._transport, self._network, self._history)
             self._queue.on_corrupt = self._service.handle_corrupt
             if self._network is not None:
@@ -319,6 +334,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--memory-budget", type=int, default=DEFAULT_MEMORY_BUDGET, help="bytes of staging between hosts (default: %(default)s)"
     )
+    parser.add_argument(
+        "--integrity", choices=INTEGRITY, default="auto", help="check what arrives: from other hosts, all, none (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, help="threads that copy (default: all cores)")
     parser.add_argument("--restarts", action="store_true", help="whatever started this agent starts it again if it dies")
     options = parser.parse_args(arguments)
@@ -339,6 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
         threads=options.threads,
         host=options.host or address_towards(url),
         memory_budget=options.memory_budget,
+        integrity=options.integrity,
         restarts=options.restarts,
     )
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -17,6 +17,7 @@ from etha_ray.errors import LayoutError
 from etha_ray.plan import Box, Route, paired_route, passed_on, prove_target, routes_into, routes_out_of, turns
 from etha_ray.tensor_bus.agreement import AgreedTensor, Held
 from etha_ray.tensor_bus.pair import Match
+from etha_ray.tensor_bus.records import MemberRecord
 from etha_ray.transport.joint import Move, Source
 from etha_ray.transport.network import RemoteRegion
 
@@ -142,11 +143,15 @@ def inflows(part: Part, open_remote: OpenRemote, open_relay: OpenRelay) -> Inflo
                 found.instead[route.relay][source] += size
         if lender is not None and route.relay is not None:
             found.relayed[route.relay] += route.numel * tensor.local.dtype.itemsize
+        name = _name(part, position, [part.match.remote[source] for source in route.sources])
         for box in route.boxes:
             views = tuple(_cut(source, box.source_start, box) for source in sources)
             into = target if tuple(target.shape) == box.size else target[_slices(box.target_start, box.size)]
-            move = Move(views, into) if reduction is None else Move(views, into, reduction.op, reduction.divisor)
-            relayed = None if lender is None else Move((_cut(lender, box.target_start, box),), into)
+            move = Move(views, into, name=name) if reduction is None else Move(views, into, reduction.op, reduction.divisor, name)
+            relayed = None
+            if lender is not None and route.relay is not None:
+                name = _name(part, position, [part.match.local[route.relay]])
+                relayed = Move((_cut(lender, box.target_start, box),), into, name=name)
             relay = None if lender is None else route.relay
             found.moves.append(Inflow(part.places[position], target, box.target_start, route.sources, move, position, relay, relayed))
     return found
@@ -193,6 +198,14 @@ def prove_in(part: Part) -> None:
 def _itemsize(source: Held, target: Held, route: Route) -> int:
     """Bytes that an element takes on its way: the narrower dtype's, or the source's where contributions must be combined first."""
     return source.dtype.itemsize if route.others else min(source.dtype.itemsize, target.dtype.itemsize)
+
+
+def _name(part: Part, position: int, sources: Sequence[MemberRecord]) -> str:
+    """What an error calls something of the tensor at ``position``: with everybody whom it comes from, and this rank."""
+    known = {member.agent.incarnation: member for member in sources}.values()
+    own = part.match.local[part.match.index]
+    givers = ", ".join(f"{member.peer!r} at agent {member.agent.rank}" for member in known)
+    return f"tensor {part.places[position]} of batch {part.batch_id!r}, from {givers} to {own.peer!r} at agent {own.agent.rank}"
 
 
 def _cut(source: Source, start: tuple[int, ...], box: Box) -> Source:

@@ -168,7 +168,8 @@ class Reading(CopyProgram):
                 try:
                     self._run_one(stage, relay, True)
                     return
-                except EthaRayError:
+                except EthaRayError as error:
+                    logger.warning("what another receiver should have passed on is read from its senders: %s", error)
                     self.lost.add(relay)
             self._run_one(stage, relay, False)
         except BaseException as error:  # raised again on the thread that waits

@@ -57,13 +57,16 @@ class AgentNetwork:
         host: the address of this host to listen on; other agents connect to it.
         incarnation: this agent's; others learn it when it connects.
         memory_budget: bytes of staging memory over all transfers under way.
+        checksums: what this agent reads from others is compared with the checksums of what was sent.
 
     Raises:
         ConfigError: ``host`` is no address of this host, or none that others could connect to; or the budget is too small.
         StoreError: the secret cannot be had.
     """
 
-    def __init__(self, store: KVStore, host: str, incarnation: str, memory_budget: int = DEFAULT_MEMORY_BUDGET) -> None:
+    def __init__(
+        self, store: KVStore, host: str, incarnation: str, memory_budget: int = DEFAULT_MEMORY_BUDGET, *, checksums: bool = True
+    ) -> None:
         _check_host(host)
         self._hello = incarnation.encode()
         self._receive: Callable[[Message], None] | None = None
@@ -71,7 +74,7 @@ class AgentNetwork:
         self._lock = threading.Lock()
         self._callers: dict[bytes, Channel] = {}
         self._secret = _pool_secret(store)
-        self.transport = NetworkTransport(self._secret, memory_budget=memory_budget)
+        self.transport = NetworkTransport(self._secret, memory_budget=memory_budget, checksums=checksums)
         services = {**self.transport.services, _MESSAGES: accept_channels(self._take, self._ended, opened=self._opened)}
         self._server = Server(self._secret, services, host)
 

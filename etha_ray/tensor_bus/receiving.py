@@ -13,7 +13,15 @@ import time
 from functools import partial
 
 from etha_ray.config import FAILURE_TIMEOUT
-from etha_ray.errors import AgentFailedError, BatchTornError, EthaRayError, PeerLostError, TransferTimeoutError, VersionMismatchError
+from etha_ray.errors import (
+    AgentFailedError,
+    BatchTornError,
+    EthaRayError,
+    IntegrityError,
+    PeerLostError,
+    TransferTimeoutError,
+    VersionMismatchError,
+)
 from etha_ray.tensor_bus.bus import Member, tell
 from etha_ray.tensor_bus.commands import (
     DataRead,
@@ -186,7 +194,8 @@ class Receiving:
             self._lend(transfer)
         else:
             transfer.spoilt[""] = f"swapping in failed midway: {job.error}"
-            self._fail_torn(transfer, self._member.registered.received)
+            kind = IntegrityError if isinstance(job.error, IntegrityError) else BatchTornError
+            self._fail_torn(transfer, self._member.registered.received, kind)
 
     def _lend(self, transfer: UnderWay) -> None:
         """All is there; let others that this one passes on to read it."""
@@ -308,7 +317,8 @@ class Receiving:
                 feed = self._feed(transfer)
                 left = feed.after(transfer.stage if program is not None else transfer.stage - 1)
                 unfinished = unfinished.union(left, *(feed.passed_on(relay) for relay in transfer.through))
-            self._fail_torn(transfer, torn_positions(member.registered, transfer.spoilt, unfinished))
+            torn = torn_positions(member.registered, transfer.spoilt, unfinished)
+            self._fail_torn(transfer, torn, IntegrityError if isinstance(error, IntegrityError) else BatchTornError)
         elif error is None and transfer.lost is None:
             transfer.wait_again()
             self._relaying.end()
@@ -319,15 +329,13 @@ class Receiving:
             held = f"its tensors still hold version {member.holding.version}" if member.holding.version else "nothing of it was written"
             member.finish(kind(f"{cause} (batch {member.batch_id!r}, received atomically: {held})"))
 
-    def _fail_torn(self, transfer: UnderWay, torn: tuple[int, ...]) -> None:
+    def _fail_torn(self, transfer: UnderWay, torn: tuple[int, ...], kind: type[EthaRayError]) -> None:
         member = self._member
         why = "; ".join(dict.fromkeys(transfer.spoilt.values()))
         self._tear(why, torn)
         whole = [position for position in member.registered.received if position not in set(torn)]
         shown = f"torn: {shown_positions(torn)}" + (f"; whole, at version {transfer.version}: {shown_positions(whole)}" if whole else "")
-        member.finish(
-            BatchTornError(f"batch {member.batch_id!r}: {why}, so tensors may hold bytes of two versions ({shown}): receive again")
-        )
+        member.finish(kind(f"batch {member.batch_id!r}: {why}, so tensors may hold bytes of two versions ({shown}): receive again"))
 
     def _tear(self, why: str, torn: tuple[int, ...] | None = None) -> None:
         member = self._member

@@ -32,6 +32,8 @@ class Copy:
     """What several sources are combined by; None with one source."""
     divisor: int = 1
     """What the combined values are divided by: the number of sources makes an average of a sum."""
+    name: str = ""
+    """What `IntegrityError` calls it."""
 
     @property
     def is_plain(self) -> bool:

@@ -81,7 +81,7 @@ def cut_into_buckets(regions: Sequence[Region], bucket_size: int = DEFAULT_BUCKE
     filled = 0
     for index in sorted(range(len(regions)), key=lambda index: -regions[index].itemsize):
         region = regions[index]
-        for start, size in _boxes(region.size, max(1, bucket_size // region.itemsize)):
+        for start, size in boxes(region.size, max(1, bucket_size // region.itemsize)):
             nbytes = math.prod(size) * region.itemsize
             if nbytes > bucket_size // 2:
                 buckets.append(Bucket((Member(index, start, size, 0, nbytes),)))
@@ -96,7 +96,7 @@ def cut_into_buckets(regions: Sequence[Region], bucket_size: int = DEFAULT_BUCKE
     return tuple(buckets)
 
 
-def _boxes(size: tuple[int, ...], limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def boxes(size: tuple[int, ...], limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Boxes (start, size) of at most ``limit`` elements, in row-major order, each of consecutive elements."""
     count = math.prod(size)
     if not count:
@@ -111,5 +111,5 @@ def _boxes(size: tuple[int, ...], limit: int) -> Iterator[tuple[tuple[int, ...],
             yield (first, *(0,) * (len(size) - 1)), (min(rows, size[0] - first), *size[1:])
         return
     for first in range(size[0]):
-        for start, rest in _boxes(size[1:], limit):
+        for start, rest in boxes(size[1:], limit):
             yield (first, *start), (1, *rest)

@@ -20,7 +20,7 @@ _WIDER = (torch.complex128, torch.int64, torch.int32, torch.int16)
 
 def plain_pieces(target: torch.Tensor, source: torch.Tensor, limit: int) -> list[Views]:
     """The copy as pieces of equal bits, of at most ``limit`` bytes, in elements as wide as they can be."""
-    views: Views = _as_bits(target), _as_bits(source)
+    views: Views = as_bits(target), as_bits(source)
     if all(view.is_contiguous() for view in views):
         views = views[0].view(-1), views[1].view(-1)
     else:
@@ -81,7 +81,7 @@ def _split(views: Views, size: int, dim: int) -> Iterator[Views]:
     return zip(*(torch.split(view, size, dim) for view in views), strict=True)
 
 
-def _as_bits(tensor: torch.Tensor) -> torch.Tensor:
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a type that both torch and NumPy copy bit for bit (NumPy has no bfloat16 nor float8)."""
     return tensor.detach().view(_BITS[tensor.dtype.itemsize])
 

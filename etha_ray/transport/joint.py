@@ -36,6 +36,7 @@ class Move:
     target: torch.Tensor
     op: CombineOp | None = None
     divisor: int = 1
+    name: str = ""
 
 
 def prepare(
@@ -57,7 +58,7 @@ def prepare(
             copies.append(_copy(move, {}))
             places[0].append(place)
         elif move.op is None and isinstance(move.sources[0], RemoteRegion):
-            reads.append(Read(move.sources[0], move.target))
+            reads.append(Read(move.sources[0], move.target, move.name))
             places[1].append(place)
         else:
             mixed.append(move)
@@ -147,7 +148,7 @@ def _rounds(moves: Sequence[Move], scratch_bytes: int) -> Iterator[tuple[list[Re
             if isinstance(source, RemoteRegion):
                 size = piece.target.numel() * source.dtype.itemsize
                 fetched[number] = scratch[used : used + size].view(source.dtype).view(piece.target.shape)
-                reads.append(Read(source, fetched[number]))
+                reads.append(Read(source, fetched[number], piece.name))
                 used += _aligned(size)
         copies.append(_copy(piece, fetched))
     if copies:
@@ -190,4 +191,4 @@ def _aligned(size: int) -> int:
 
 def _copy(move: Move, fetched: dict[int, torch.Tensor]) -> Copy:
     sources = (fetched.get(number, source) for number, source in enumerate(move.sources))
-    return Copy(tuple(source for source in sources if isinstance(source, torch.Tensor)), move.target, move.op, move.divisor)
+    return Copy(tuple(source for source in sources if isinstance(source, torch.Tensor)), move.target, move.op, move.divisor, move.name)

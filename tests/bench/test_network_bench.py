@@ -21,8 +21,9 @@ def test_figures_and_ratios() -> None:
     assert data["bench"] == "network"
     assert figures["steps_count"] == 2
     assert figures["regions_count"] == 37
-    assert all(figures[f"{name}_gb_per_s"] > 0 for name in ("tcp", "gloo", "raw"))
+    assert all(figures[f"{name}_gb_per_s"] > 0 for name in ("tcp", "unchecked", "gloo", "raw"))
     assert ratios["gloo"] == pytest.approx(figures["tcp_gb_per_s"] / figures["gloo_gb_per_s"], rel=1e-3)
+    assert ratios["unchecked"] == pytest.approx(figures["tcp_gb_per_s"] / figures["unchecked_gb_per_s"], rel=1e-3)
     assert ratios["raw"] == pytest.approx(figures["tcp_gb_per_s"] / figures["raw_gb_per_s"], rel=1e-3)
     assert not multiprocessing.active_children()
     assert {thread for thread in threading.enumerate() if thread.is_alive()} <= before

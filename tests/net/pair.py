@@ -38,7 +38,10 @@ class Pair:
 
 
 class Relay:
-    """Passes connections on to an owner, and can be told to hold back what the owner says: a slow network."""
+    """Passes connections on to an owner, and can be told to hold back what the owner says: a slow network.
+
+    Or to turn one bit of the next large piece that it passes on: a faulty one.
+    """
 
     def __init__(self, to: Address) -> None:
         self._to = to
@@ -47,6 +50,7 @@ class Relay:
         self.open = threading.Event()
         self.open.set()
         self.held_back = threading.Event()
+        self.flip = threading.Event()
         self._sockets: list[socket.socket] = [self._listener]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
@@ -67,6 +71,9 @@ class Relay:
                 if slow and len(data) > 4096 and not self.open.is_set():  # heartbeats pass
                     self.held_back.set()
                     self.open.wait(PATIENCE)
+                if slow and len(data) > 4096 and self.flip.is_set():
+                    self.flip.clear()
+                    data = data[:-1] + bytes([data[-1] ^ 1])  # headers come first
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
 

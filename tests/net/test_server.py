@@ -166,7 +166,7 @@ def test_the_server_must_prove_itself_too() -> None:
 
         def pretend() -> None:
             with listener.accept()[0] as sock:
-                sock.sendall(frame(Challenge(1, bytes(32))))
+                sock.sendall(frame(Challenge(2, bytes(32))))
                 proof = msgspec.msgpack.decode(sock.recv(10_000)[6:], type=Proof)
                 # The client's own proof is the one thing that it has from who knows the secret.
                 sock.sendall(frame(Welcome(proof.mac)))
@@ -186,12 +186,12 @@ def test_another_version_is_told() -> None:
 
         def pretend() -> None:
             with listener.accept()[0] as sock:
-                sock.sendall(frame(Challenge(2, bytes(32))))
+                sock.sendall(frame(Challenge(3, bytes(32))))
                 everything(sock)
 
         thread = threading.Thread(target=pretend)
         thread.start()
-        with pytest.raises(NoTransportError, match="version 2 of the protocol, this side 1"):
+        with pytest.raises(NoTransportError, match="version 3 of the protocol, this side 2"):
             dial(address, SECRET, "greet")
         thread.join()
 

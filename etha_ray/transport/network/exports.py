@@ -185,7 +185,7 @@ class Exports:
         views = [_view(tensors[region.export], region) for region in request.regions]
         dtypes = [DTYPES[region.wire] for region in request.regions]
         regions = [Region(region.size, dtype.itemsize) for region, dtype in zip(request.regions, dtypes, strict=True)]
-        buckets = [lay_out(bucket, views, dtypes) for bucket in cut_into_buckets(regions, request.bucket_size)]
+        buckets = [lay_out(bucket, views, dtypes, checked=request.checked) for bucket in cut_into_buckets(regions, request.bucket_size)]
         return _Program(tuple(exports.values()), buckets)
 
     # ----------------------------------------------------------------------------------------------- the streams'
@@ -210,12 +210,12 @@ class Exports:
                 reason = "what it reads was closed by its owner; register it again on both sides"
                 stream.send(wire.Failed(HandleExpiredError.__name__, reason))
             elif not bucket.staged:
-                stream.send(wire.Data(bucket.nbytes))
+                stream.send(wire.Data(bucket.nbytes, bucket.checksum(None)))
                 send_runs(stream, bucket.placed(None))
             else:
                 with self._staging.borrow(bucket.staging_nbytes) as staging:
                     bucket.pack(self._copier, staging)
-                    stream.send(wire.Data(bucket.nbytes))
+                    stream.send(wire.Data(bucket.nbytes, bucket.checksum(staging)))
                     send_runs(stream, bucket.placed(staging))
 
     @contextlib.contextmanager

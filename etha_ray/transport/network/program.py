@@ -11,15 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
+from etha_ray.dtypes import DTYPES
 from etha_ray.errors import EthaRayError, TransferCancelledError, WrongDeviceError
 from etha_ray.net import Address
 from etha_ray.transport.base import Copy, CopyProgram, check_copy
-from etha_ray.transport.buckets import Region, cut_into_buckets
+from etha_ray.transport.buckets import Member, Region, cut_into_buckets
 from etha_ray.transport.network import wire
 from etha_ray.transport.network.runs import BucketMemory, lay_out
 from etha_ray.transport.network.session import Fetching, Session
 
 _numbers = itertools.count(1)
+_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Read:
     source: RemoteRegion
     target: torch.Tensor
     """On the CPU, of the region's size, of any strides."""
+    name: str = ""
+    """What errors call it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,22 @@ class _Part:
     request: wire.Prepare
     buckets: list[BucketMemory]
     reads: list[int]
+    names: list[str]
+
+    def describe(self, number: int) -> str:
+        """What the bucket of this number has of which tensors."""
+        regions = self.request.regions
+        cut = cut_into_buckets([Region(each.size, DTYPES[each.wire].itemsize) for each in regions], self.request.bucket_size)
+        shown = [self._show(member) for member in cut[number].members]
+        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        return "; ".join(shown[:_SHOWN]) + more
+
+    def _show(self, member: Member) -> str:
+        region, name = self.request.regions[member.region], self.names[member.region]
+        start = [first + within for first, within in zip(region.start, member.start, strict=True)]
+        return (
+            f"{name or f'tensor {region.index} of export {region.export!r}'}, {list(member.size)} elements from {start} on of the sender's"
+        )
 
 
 class NetworkProgram(CopyProgram):
@@ -64,6 +84,7 @@ class NetworkProgram(CopyProgram):
         self,
         reads: Sequence[Read],
         bucket_size: int,
+        checked: bool,
         session: Callable[[Address], Session],
         forget: Callable[[Address, int], None],
     ) -> None:
@@ -75,7 +96,7 @@ class NetworkProgram(CopyProgram):
             if read.target.numel():
                 grouped.setdefault(read.source.address, []).append(index)
         owners = sorted(grouped.items(), key=lambda item: str(item[0]))
-        self._parts = [_part(address, [reads[index] for index in group], group, bucket_size) for address, group in owners]
+        self._parts = [_part(address, [reads[index] for index in group], group, bucket_size, checked) for address, group in owners]
         self._unfinished: frozenset[int] = frozenset()
         self._targets = [read.target for read in reads]  # the parts hold addresses in them
         self._turn = threading.Lock()
@@ -116,6 +137,7 @@ class NetworkProgram(CopyProgram):
             PeerLostError: an owner died, was stopped or cut off, or cannot be reached; the message has its address.
             HandleExpiredError: an owner does not export a tensor any more, or not again after a restart.
             NoTransportError: an owner has another secret, or another version.
+            IntegrityError: bytes arrived with another checksum than they were sent with; the message says of which tensors.
             TransferCancelledError: `cancel` was called, or the transport was closed.
             TransferError: the transport was closed before.
         """
@@ -152,7 +174,7 @@ class NetworkProgram(CopyProgram):
     def _fetch(self, sessions: Sequence[Session]) -> None:
         finished: queue.SimpleQueue[Fetching] = queue.SimpleQueue()
         running = [
-            (session, Fetching(part.request.program, part.buckets, finished.put))
+            (session, Fetching(part.request.program, part.buckets, finished.put, part.describe))
             for session, part in zip(sessions, self._parts, strict=True)
         ]
         with self._lock:
@@ -186,7 +208,7 @@ def _check(read: Read, name: str) -> None:
     check_copy(Copy((torch.empty(source.size, dtype=source.dtype, device="meta"),), target), name)
 
 
-def _part(address: Address, reads: Sequence[Read], places: list[int], bucket_size: int) -> _Part:
+def _part(address: Address, reads: Sequence[Read], places: list[int], bucket_size: int, checked: bool) -> _Part:
     dtypes = [wire.wire_dtype(read.source.dtype, read.target.dtype) for read in reads]
     regions = [
         wire.WireRegion(s.export, s.index, s.start, s.size, wire.dtype_name(s.dtype), wire.dtype_name(dtype))
@@ -194,5 +216,5 @@ def _part(address: Address, reads: Sequence[Read], places: list[int], bucket_siz
     ]
     views = [read.target.detach() for read in reads]
     cut = cut_into_buckets([Region(tuple(view.shape), dtype.itemsize) for view, dtype in zip(views, dtypes, strict=True)], bucket_size)
-    buckets = [lay_out(bucket, views, dtypes) for bucket in cut]
-    return _Part(address, wire.Prepare(next(_numbers), bucket_size, regions), buckets, places)
+    buckets = [lay_out(bucket, views, dtypes, checked=checked) for bucket in cut]
+    return _Part(address, wire.Prepare(next(_numbers), bucket_size, regions, checked), buckets, places, [read.name for read in reads])

@@ -5,6 +5,10 @@ they lie, a thousand in one call, so they are copied once on each side and not b
 through staging memory: packed before sending, unpacked after receiving.
 
 Python's own `socket.sendmsg` would need an object for each run, for as long as the program lives; here it is 16 bytes.
+
+A checksum is of a bucket's bytes in the order in which they travel. XXH3 was chosen by measurement: from memory it takes 0.3 ms for
+8 MiB, a third of what XXH64 takes and a seventh of CRC-32. Python pays 1 us for each piece of memory, so short runs are
+gathered first.
 """
 
 from __future__ import annotations
@@ -14,20 +18,25 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
+import xxhash
 
 from etha_ray.net import Connection
 from etha_ray.transport.base import Copy
-from etha_ray.transport.buckets import Bucket, Member
+from etha_ray.transport.buckets import Bucket, Member, boxes
+from etha_ray.transport.cutting import as_bits
 from etha_ray.transport.mapped import MappedTransport
 
 Runs: TypeAlias = "np.ndarray[Any, np.dtype[np.uintp]]"
 """(n, 2): address and bytes, as C's ``struct iovec``."""
 
+Memory: TypeAlias = "np.ndarray[Any, Any]"
+
 _MIN_RUN = 512
+_GATHERED_BYTES = 256 << 10  # stays in the cache until it is summed
 _MAX_IOV = 1024
 _MSG_WAITALL = 0x100
 _MSG_NOSIGNAL = 0x4000
@@ -82,6 +91,8 @@ class BucketMemory:
     staged: tuple[Staged, ...]
     slots: tuple[tuple[int, int], ...]
     """Which runs are staging memory, and where in it they begin."""
+    summed: tuple[Memory | slice, ...] | None
+    """What its checksum is made of, in this order: memory of tensors, and parts of the staging memory. None where it is not checked."""
 
     @property
     def staging_nbytes(self) -> int:
@@ -97,6 +108,19 @@ class BucketMemory:
                 runs[slot, 0] = start + offset
         return runs
 
+    def checksum(self, staging: torch.Tensor | None) -> int | None:
+        """XXH3 of its bytes, of which those that are staged lie in ``staging``; None where it is not checked."""
+        if self.summed is None:
+            return None
+        total = xxhash.xxh3_64()
+        for part in self.summed:
+            if isinstance(part, slice):
+                assert staging is not None
+                total.update(cast(Any, staging[part].numpy()))
+            else:
+                total.update(cast(Any, np.ascontiguousarray(part)))
+        return total.intdigest()
+
     def pack(self, copier: MappedTransport, staging: torch.Tensor) -> None:
         """Fill the staging memory from the tensors."""
         copier.prepare([Copy((staged.view,), staged.within(staging)) for staged in self.staged]).run()
@@ -106,8 +130,9 @@ class BucketMemory:
         copier.prepare([Copy((staged.within(staging),), staged.view) for staged in self.staged]).run()
 
 
-def lay_out(bucket: Bucket, views: Sequence[torch.Tensor], wire: Sequence[torch.dtype]) -> BucketMemory:
+def lay_out(bucket: Bucket, views: Sequence[torch.Tensor], wire: Sequence[torch.dtype], *, checked: bool) -> BucketMemory:
     """``bucket`` in the memory of ``views``, which are the regions it was cut from, where ``wire`` are the dtypes that travel."""
+    summed: list[Memory | slice] = []
     parts: list[Runs] = []
     staged: list[Staged] = []
     slots: list[tuple[int, int]] = []
@@ -120,6 +145,8 @@ def lay_out(bucket: Bucket, views: Sequence[torch.Tensor], wire: Sequence[torch.
             after_staged = False
             parts.append(runs)
             count += len(runs)
+            if checked:
+                summed += _pieces(view)
             continue
         # Members come widest first, so one after the other each is aligned to its itemsize. Neighbours are one run.
         staged.append(Staged(filled, view, wire[member.region]))
@@ -129,9 +156,10 @@ def lay_out(bucket: Bucket, views: Sequence[torch.Tensor], wire: Sequence[torch.
             slots.append((count, filled))
             parts.append(np.array([(0, member.nbytes)], dtype=np.uintp))
             count += 1
+        summed.append(slice(filled, filled + member.nbytes))
         filled += member.nbytes
         after_staged = True
-    return BucketMemory(bucket.nbytes, np.concatenate(parts), tuple(staged), tuple(slots))
+    return BucketMemory(bucket.nbytes, np.concatenate(parts), tuple(staged), tuple(slots), tuple(summed) if checked else None)
 
 
 def send_runs(connection: Connection, runs: Runs) -> None:
@@ -166,9 +194,19 @@ def _move(call: Callable[..., int], flags: int, connection: Connection, runs: Ru
 
 
 def _narrowed(view: torch.Tensor, member: Member) -> torch.Tensor:
-    if tuple(view.shape) == member.size:
-        return view
-    return view[tuple(slice(first, first + size) for first, size in zip(member.start, member.size, strict=True))]
+    return view if tuple(view.shape) == member.size else _box(view, member.start, member.size)
+
+
+def _box(view: torch.Tensor, start: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+    return view[tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))]
+
+
+def _pieces(view: torch.Tensor) -> list[Memory]:
+    """The view in pieces of consecutive elements, in row-major order."""
+    if view.is_contiguous():
+        return [as_bits(view).reshape(-1).numpy()]
+    cut = boxes(tuple(view.shape), _GATHERED_BYTES // view.itemsize)
+    return [as_bits(_box(view, start, size)).numpy() for start, size in cut]
 
 
 def _runs(view: torch.Tensor) -> Runs | None:

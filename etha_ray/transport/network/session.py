@@ -19,7 +19,7 @@ from concurrent.futures import Future
 
 import msgspec
 
-from etha_ray.errors import EthaRayError, PeerLostError, TransferCancelledError, TransferError, error_class
+from etha_ray.errors import EthaRayError, IntegrityError, PeerLostError, TransferCancelledError, TransferError, error_class
 from etha_ray.net import Address, Channel, Connection, connect, dial
 from etha_ray.transport.mapped import MappedTransport
 from etha_ray.transport.network import wire
@@ -37,12 +37,20 @@ class Fetching:
 
     Args:
         finished: called once, when no byte of it is written any more: all buckets are here, or ``error`` says why not.
+        describe: what a bucket, by its number, has of which tensors.
     """
 
-    def __init__(self, program: int, buckets: Sequence[BucketMemory], finished: Callable[[Fetching], None]) -> None:
+    def __init__(
+        self,
+        program: int,
+        buckets: Sequence[BucketMemory],
+        finished: Callable[[Fetching], None],
+        describe: Callable[[int], str],
+    ) -> None:
         self.program = program
         self.buckets = buckets
         self.finished = finished
+        self.describe = describe
         self.next = 0
         self.outstanding = 0
         self.error: EthaRayError | None = None
@@ -201,7 +209,7 @@ class Session:
             _watch(stream, self._failure_timeout)
             while self._ask(stream, asked):
                 fetching, bucket = asked[0]
-                error = self._take(stream, fetching, fetching.buckets[bucket])
+                error = self._take(stream, fetching, bucket)
                 asked.popleft()
                 self._done(fetching, error)
         except Exception as error:
@@ -248,7 +256,8 @@ class Session:
             stream.send(wire.Fetch(fetching.program, bucket))
         return True
 
-    def _take(self, stream: Connection, fetching: Fetching, bucket: BucketMemory) -> EthaRayError | None:
+    def _take(self, stream: Connection, fetching: Fetching, number: int) -> EthaRayError | None:
+        bucket = fetching.buckets[number]
         answer, _ = stream.receive(wire.answers)
         if isinstance(answer, wire.Failed):
             self.forget(fetching.program, tell=True)
@@ -257,12 +266,22 @@ class Session:
             raise stream.lost(f"it sent {answer.nbytes} bytes where {bucket.nbytes} were asked for; run the same etha_ray on both sides")
         if not bucket.staged:
             receive_runs(stream, bucket.placed(None))
-            return None
+            return self._compare(fetching, number, answer.checksum, bucket.checksum(None))
         # Borrowed only now that bytes are there: a reader that has a buffer never waits for an owner that waits for one.
         with self._staging.borrow(bucket.staging_nbytes) as staging:
             receive_runs(stream, bucket.placed(staging))
-            bucket.unpack(self._copier, staging)
-        return None
+            error = self._compare(fetching, number, answer.checksum, bucket.checksum(staging))
+            if error is None:
+                bucket.unpack(self._copier, staging)
+        return error
+
+    def _compare(self, fetching: Fetching, number: int, sent: int | None, arrived: int | None) -> IntegrityError | None:
+        if arrived is None or arrived == sent:
+            return None
+        return IntegrityError(
+            f"{fetching.describe(number)}: what arrived from the agent at {self.address} has not the checksum that it was sent with"
+            " (bytes changed on the way, or their sender wrote to them meanwhile)"
+        )
 
     def _done(self, fetching: Fetching, error: EthaRayError | None) -> None:
         with self._changed:

@@ -37,6 +37,7 @@ class NetworkTransport:
             sending and half for receiving: with one for both, two agents could each fill theirs with what waits for the other.
         streams: TCP connections to each owner.
         failure_timeout: seconds after which a silent agent counts as lost; the same on all agents.
+        checksums: what this end reads is compared with the checksums of what was sent. Owners make them for who asks.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -49,6 +50,7 @@ class NetworkTransport:
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         streams: int = STREAMS,
         failure_timeout: float = FAILURE_TIMEOUT,
+        checksums: bool = True,
     ) -> None:
         if memory_budget < 2 * MIN_BUCKET_SIZE or streams < 1:
             raise ConfigError(
@@ -58,6 +60,7 @@ class NetworkTransport:
         self.memory_budget = memory_budget
         self._streams = streams
         self._failure_timeout = failure_timeout
+        self.checksums = checksums
         self._sending, self._receiving = Staging(memory_budget // 2), Staging(memory_budget // 2)
         self._copier = MappedTransport(threads=1)
         self._exports = Exports(self._sending, failure_timeout)
@@ -103,7 +106,7 @@ class NetworkTransport:
             HandleExpiredError, PeerLostError, NoTransportError, TransferError: as `NetworkProgram.run`.
         """
         check_bucket_size(bucket_size, self._receiving.limit, "this side's")
-        program = NetworkProgram(reads, bucket_size, self._session, self._forget)
+        program = NetworkProgram(reads, bucket_size, self.checksums, self._session, self._forget)
         program.introduce()
         return program
 

@@ -33,6 +33,8 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     program: int
     bucket_size: int
     regions: list[WireRegion]
+    checked: bool
+    """Every bucket is to come with a checksum."""
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
@@ -67,9 +69,10 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Data(msgspec.Struct, frozen=True, tag="d", array_like=True):
-    """The bucket's bytes follow."""
+    """The bucket's bytes follow; ``checksum`` is theirs, where the program is checked."""
 
     nbytes: int
+    checksum: int | None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="f", array_like=True):
