@@ -288,7 +288,7 @@ class RelayAnswer(BaseCommand):
     state: "coming", the relay receives it now, and can be read from as far as ``upto`` says; "ready", all of it can be read from the
     relay's tensors, which are kept for it; "stands", nothing had changed in them when the `RelayRead` came; "over", it is not there, or
     not any more.
-    upto: how many tensors of each pair are there, from the first on; they are kept for the target, too.
+    upto: the position in each pair (`Inflow.key`) up to which all is there; that is kept for the target, too.
     """
 
     batch_id: str

@@ -7,7 +7,7 @@ that program.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from etha_ray.plan import Box, Route, paired_route, passed_on, prove_target, rou
 from etha_ray.tensor_bus.agreement import AgreedTensor, Held
 from etha_ray.tensor_bus.pair import Match
 from etha_ray.tensor_bus.records import MemberRecord
-from etha_ray.transport.joint import Move, Source
+from etha_ray.transport.joint import Move, Source, narrowed
 from etha_ray.transport.network import RemoteRegion
 
 _PROVED_BOXES = 4
@@ -99,6 +99,28 @@ class Inflow:
         """The same box of another tensor of that shape."""
         size = tuple(self.move.target.shape)
         return tensor if tuple(tensor.shape) == size else tensor[_slices(self.start, size)]
+
+    @property
+    def key(self) -> int:
+        """Where in the pair it begins, the same for all who receive this box: by tensors, and in a tensor by elements."""
+        offset = 0
+        for at, extent in zip(self.start, self.tensor.shape, strict=True):
+            offset = offset * extent + at
+        return self.position << 40 | offset
+
+    def cut(self, nbytes: int) -> Iterator[Inflow]:
+        """It in parts of consecutive rows, of about ``nbytes`` bytes of the target each."""
+        size = tuple(self.move.target.shape)
+        dim = next((dim for dim, extent in enumerate(size) if extent > 1), None)
+        if dim is None or self.move.target.nbytes <= nbytes:
+            yield self
+            return
+        rows = max(1, size[dim] * nbytes // self.move.target.nbytes)
+        for first in range(0, size[dim], rows):
+            count = min(rows, size[dim] - first)
+            start = (*self.start[:dim], self.start[dim] + first, *self.start[dim + 1 :])
+            relayed = None if self.relayed is None else narrowed(self.relayed, dim, first, count)
+            yield replace(self, start=start, move=narrowed(self.move, dim, first, count), relayed=relayed)
 
 
 @dataclass

@@ -29,7 +29,7 @@ Prepare: TypeAlias = Callable[[Sequence[Move]], CopyProgram]
 
 @dataclass(frozen=True)
 class Fed:
-    """An inflow of the tensor at ``position`` of ``pair``, and the registration of the relay it may be read from, if there is one."""
+    """An inflow at ``position`` in ``pair`` (`Inflow.key`), and the registration of the relay it may be read from, if there is one."""
 
     inflow: Inflow
     relay: str | None = None
@@ -38,13 +38,13 @@ class Fed:
 
 
 Upto: TypeAlias = dict[str, int]
-"""How many tensors of each pair are there, from the first on."""
+"""The position in each pair up to which all is there."""
 
 
 class Feed:
     """The programs that fill one set of targets: a worker's tensors, or the second memory of an atomic receive.
 
-    Where ``divided`` they are run in `stages`, a few tensors each, so that what one member has received another can read already.
+    Where ``divided`` they are run in `stages`, of ascending positions, so that what one member has received another can read already.
     ``target`` gives where an inflow goes. ``prepare`` makes programs: it is called when one is run first, on the thread that runs it,
     or by `warm`.
     """

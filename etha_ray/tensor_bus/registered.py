@@ -13,7 +13,7 @@ from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
 from etha_ray.net import Address
 from etha_ray.tensor_bus.agreement import Agreement, Direction
 from etha_ray.tensor_bus.executor import Inflow, Inflows, Part, bytes_out, inflows, prove_in, takers
-from etha_ray.tensor_bus.feeding import Fed, Feed
+from etha_ray.tensor_bus.feeding import STAGE_BYTES, Fed, Feed
 from etha_ray.tensor_bus.host import no_address, shares_memory
 from etha_ray.tensor_bus.records import BatchRecord, MemberRecord, Standing
 from etha_ray.tensor_bus.staging import Staging
@@ -127,9 +127,12 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
     found: list[Fed] = []
     try:
         for part in parts:
-            for inflow in _connect(transports, part, result):
+            moves = _connect(transports, part, result)
+            if result.relays or result.takers:  # in an order, and in parts, that all who pass them on agree on
+                moves = sorted((piece for inflow in moves for piece in inflow.cut(STAGE_BYTES)), key=lambda inflow: inflow.key)
+            for inflow in moves:
                 relay = None if inflow.relay is None else part.local[inflow.relay].registration
-                found.append(Fed(inflow, relay, part.part.pair_name, inflow.position))
+                found.append(Fed(inflow, relay, part.part.pair_name, inflow.key))
                 result.feeds.append((inflow.place, frozenset(part.remote[source].registration for source in inflow.sources)))
         result.received = tuple(sorted({place for place, _ in result.feeds}))
         prepared = partial(prepare, mapped=transports.mapped, network=transports.network, bucket_size=bucket_size)

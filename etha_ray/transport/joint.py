@@ -166,10 +166,12 @@ def _pieces(move: Move, scratch_bytes: int) -> Iterator[Move]:
     size = move.target.shape[dim]
     rows = max(1, min(size - 1, size * scratch_bytes // _scratch_of(move)))
     for start in range(0, size, rows):
-        yield from _pieces(_narrow(move, dim, start, min(rows, size - start)), scratch_bytes)
+        yield from _pieces(narrowed(move, dim, start, min(rows, size - start)), scratch_bytes)
 
 
-def _narrow(move: Move, dim: int, start: int, size: int) -> Move:
+def narrowed(move: Move, dim: int, start: int, size: int) -> Move:
+    """The part of ``move`` that lies in ``size`` rows of dimension ``dim``, from ``start`` on."""
+
     def cut(source: Source) -> Source:
         if isinstance(source, torch.Tensor):
             return source.narrow(dim, start, size)

@@ -99,19 +99,19 @@ def test_contributions_are_combined_once_and_the_result_is_passed_on(hosts: Many
 
 
 def test_it_is_passed_on_while_more_of_it_comes(hosts: ManyHosts) -> None:
-    wholes = [number + WHOLE for number in range(1, 4)]
+    wholes = [1 + WHOLE.repeat(3).reshape(-1, 1024), 1 + torch.arange(5.0)]  # three stages of one tensor
     source, target = _Side(hosts, "a", "b", [4], [Replicate()]), _Side(hosts, "b", "a", [0, 1], [Replicate()])
     source.register("batch", wholes)
-    target.register("batch", [torch.zeros_like(WHOLE)] * 3)
+    target.register("batch", [torch.zeros_like(whole) for whole in wholes])
     assert source.outcomes() + target.outcomes() == [None] * 3
     hosts.cables[2].slow_down(megabits=80)  # five seconds from the source to the relay
     relay, reader = target.workers
     for worker, direction in ((relay, "recv"), (reader, "recv"), (source.workers[0], "send")):
         worker.call(acts.start_transfer, "batch", direction)
     acts.eventually(lambda: reader.call(_has_begun))
-    assert not relay.call(acts.read, "batch")[-1].all()
-    assert reader.call(_end).peers == {"b[0]": 3 * WHOLE.nbytes}
-    assert relay.call(_end).peers == {"a[0]": 3 * WHOLE.nbytes}
+    assert not relay.call(acts.read, "batch")[0].all()
+    assert reader.call(_end).peers == {"b[0]": sum(whole.nbytes for whole in wholes)}
+    assert relay.call(_end).peers == {"a[0]": sum(whole.nbytes for whole in wholes)}
     for worker in target.workers:
         assert all(torch.equal(*pair) for pair in zip(worker.call(acts.read, "batch"), wholes, strict=True))
     assert source.workers[0].call(_end).version == 1

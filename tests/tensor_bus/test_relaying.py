@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -370,3 +371,26 @@ def test_a_relay_that_fails_midway_is_done_without_in_the_same_run(fails: set[in
         assert sorted(ran) == [0, 2]
     assert reading.lost == lost
     assert reading.unfinished() == unfinished
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 3), (1, 4, 3), (3, 0)])
+@pytest.mark.parametrize("nbytes", [4, 20, 1000])
+def test_a_box_is_cut_into_ascending_parts(shape: tuple[int, ...], nbytes: int) -> None:
+    source, lent = torch.arange(float(math.prod(shape))).reshape(shape), 1 + torch.arange(float(math.prod(shape))).flip(0).reshape(shape)
+    whole = torch.zeros(tuple(size + 2 for size in shape))
+    into = whole[tuple(slice(1, 1 + size) for size in shape)]
+    inflow = Inflow(0, whole, (1,) * len(shape), (0,), Move((source,), into), 3, 0, Move((lent,), into))
+    pieces = list(inflow.cut(nbytes))
+    keys = [piece.key for piece in pieces]
+    assert keys == sorted(set(keys))
+    assert all(3 << 40 <= key < 4 << 40 for key in keys)
+    for piece in pieces:
+        assert piece.relayed is not None
+        assert piece.within(whole).data_ptr() == piece.move.target.data_ptr()
+        assert piece.within(whole).shape == piece.move.target.shape == piece.relayed.target.shape
+        for move in (piece.move, piece.relayed):
+            assert isinstance(move.sources[0], torch.Tensor)
+            move.target.copy_(move.sources[0])
+            assert torch.equal(move.target, move.sources[0])
+    assert torch.equal(into, lent)
+    assert whole.sum() == lent.sum()
