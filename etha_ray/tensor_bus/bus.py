@@ -52,6 +52,7 @@ class Member(Protocol):
     registered: Registered
     transfer: UnderWay | None
     holding: Holding
+    used: int
 
     def name(self, registration: str) -> str:
         """Another member, for messages."""

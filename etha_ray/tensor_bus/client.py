@@ -270,7 +270,8 @@ class TensorBusClient:
                 other side as long as it takes; `OutcomeSemaphore.result` takes a timeout of its own.
             version: what this "send" is called, above all before it; the training step, say. All ranks of the side say the same, or
                 none says any: then it is counted on, with a gap after a send that failed. One that failed under a version that was
-                said here may be tried again under it.
+                said here may be tried again under it. Ranks that only count and gave up different sends get one
+                VersionMismatchError, and are together again with the next.
             atomic: for a "recv": read into memory of the agent first, and copy it from there once all of it is certain. Until then, and if
                 the receive fails, the tensors hold what they held; who reads them during that copy may see some of each version. Takes
                 as much memory again as the tensors do, until the batch is closed.

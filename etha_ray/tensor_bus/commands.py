@@ -225,7 +225,7 @@ class DataTaken(BaseCommand):
 class DataRefused(BaseCommand):
     """Agent to agent: the target will not read what the `DataReady` with the same fields announced, and why.
 
-    kind, message: the error that the source's worker is to get, as in `Failed`.
+    kind, message: the error that the source's worker is to get, as in `Failed`. count: where it counts on, if it only counts.
     """
 
     batch_id: str
@@ -234,6 +234,7 @@ class DataRefused(BaseCommand):
     sequence: int
     kind: str
     message: str
+    count: int = 0
 
 
 class DataRead(BaseCommand):

@@ -40,7 +40,7 @@ from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.registered import torn_positions
 from etha_ray.tensor_bus.relaying import Lending, Relaying
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay
-from etha_ray.tensor_bus.versions import Announced, agreed_version, shown_positions
+from etha_ray.tensor_bus.versions import Announced, agreed_version, behind, shown_positions
 from etha_ray.transport.base import CopyProgram
 
 _ANSWER_TIMEOUT = 3 * FAILURE_TIMEOUT
@@ -69,15 +69,16 @@ class Receiving:
         if transfer.state is not TransferState.WAITING or not self.all_announced:
             return
         sources = member.registered.sources
+        by_name = {peer.name: self.announced[registration] for registration, peer in sources.items()}
+        late, error = behind(member.batch_id, by_name)
+        if late:
+            self._refuse(late, error, max(each.version for each in by_name.values()))
+            return
         try:
-            by_name = {peer.name: self.announced[registration] for registration, peer in sources.items()}
             transfer.version = agreed_version(member.batch_id, by_name, member.holding.last)
-        except VersionMismatchError as error:
-            for registration, peer in sources.items():
-                sequence = self.announced.pop(registration).sequence
-                more = {"kind": type(error).__name__, "message": str(error)}
-                tell(member, peer, DataRefused, registration, member.registration, sequence, **more)
-            member.finish(error)
+        except VersionMismatchError as mismatch:
+            self._refuse(set(by_name), mismatch)
+            member.finish(mismatch)
             return
         sends = {registration: self.announced[registration].sequence for registration in sources}
         self._lending.begin(sends)
@@ -91,6 +92,14 @@ class Receiving:
         self._next_stage(transfer)
         if not transfer.command.atomic:
             member.bus.received(member, 0)
+
+    def _refuse(self, names: set[str], error: VersionMismatchError, count: int = 0) -> None:
+        member = self._member
+        for registration, peer in member.registered.sources.items():
+            if peer.name in names:
+                sequence = self.announced.pop(registration).sequence
+                more = {"kind": type(error).__name__, "message": str(error), "count": count}
+                tell(member, peer, DataRefused, registration, member.registration, sequence, **more)
 
     def _feed(self, transfer: UnderWay) -> Feed:
         registered = self._member.registered

@@ -72,6 +72,7 @@ class Sending:
             return
         transfer.outstanding.discard(message.target)
         self.revoke(transfer)
+        self._member.used = max(self._member.used, message.count - 1)
         self._member.finish(error_class(message.kind)(message.message))
 
     def _announced(self, sequence: int) -> UnderWay | None:

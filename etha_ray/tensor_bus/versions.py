@@ -1,9 +1,10 @@
 """Which version of a batch one worker's tensors hold, and who waits for one.
 
 Versions count the transfers of a batch, or are the sender's own numbers; they only grow. A receiver takes the version that its
-senders announce. Where they chose their numbers themselves, all must be the same. Numbers that were only counted on are reconciled:
-ranks that gave up an earlier transfer, or took part in one that others gave up, have counted apart, and meet again at the highest.
-Members that meet anew count on from the highest number that any of them knows, and a number that was counted once is not used again.
+senders announce, which must be the same, as it tells which of their sends belong together: some receivers may have taken a send that
+was given up, and others not. Numbers that were chosen and differ are refused. Numbers that were only counted on differ where a rank
+gave up a send: then the one behind is refused, told where the others are, and counts on from there. Members that meet anew count on
+from the highest number that any of them knows, and a number that was counted once is not used again.
 """
 
 from __future__ import annotations
@@ -119,12 +120,25 @@ def agreed_version(batch_id: str, announced: Mapping[str, Announced], last: int)
         return min(max(counted, last + 1), HIGHEST_VERSION)
     version = max(chosen)
     if len(chosen) > 1 or counted > version:
-        said = ", ".join(f"{name} says {each.version}" for name, each in sorted(announced.items()))
         raise VersionMismatchError(
-            f"batch {batch_id!r}: its senders do not send the same version: {said}. Nothing was received; send again, with the same"
-            " version on every rank of that side"
+            f"batch {batch_id!r}: its senders do not send the same version: {_said(announced)}. Nothing was received; send again, with the"
+            " same version on every rank of that side"
         )
     return version
+
+
+def behind(batch_id: str, announced: Mapping[str, Announced]) -> tuple[set[str], VersionMismatchError]:
+    """Which of these senders, that only count, are not where the others are, and what they are told."""
+    counts = {name: each.version for name, each in announced.items() if not each.chosen}
+    late = {name for name, count in counts.items() if len(counts) == len(announced) and count < max(counts.values())}
+    return late, VersionMismatchError(
+        f"batch {batch_id!r}: its senders are not at the same version: {_said(announced)}. Those ahead gave up a send, of which others may"
+        " have taken their part: send again, to go on with them"
+    )
+
+
+def _said(announced: Mapping[str, Announced]) -> str:
+    return ", ".join(f"{name} says {each.version}" for name, each in sorted(announced.items()))
 
 
 class VersionWaits(Waits[WaitVersion]):

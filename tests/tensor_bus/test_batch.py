@@ -39,7 +39,7 @@ from etha_ray.tensor_bus.commands import (
 )
 from etha_ray.tensor_bus.history import PastTransfer
 from etha_ray.tensor_bus.jobs import Job
-from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
+from etha_ray.tensor_bus.records import AgentRecord, MemberRecord, Standing
 from etha_ray.tensor_bus.registered import Peer, Registered
 from etha_ray.tensor_bus.transfer_state import TransferState
 from etha_ray.tensor_bus.versions import Announced, Holding, agreed_version
@@ -273,7 +273,7 @@ def test_no_sender_is_done_before_all_have_said_that_their_data_stood() -> None:
     target.register()
     target.start("recv")
     for source in ("near", "far", "farther"):
-        target.hears(DataReady(batch_id="batch", source=source, target="target", sequence=1, version=1))
+        target.hears(DataReady(batch_id="batch", source=source, target="target", sequence=1, version=5, chosen=True))
     target.bus.copied()
     assert {message.source for message in target.said() if isinstance(message, DataRead)} == {"far", "farther"}
     target.hears(DataStands(batch_id="batch", source="far", target="target", sequence=1, question=1))
@@ -282,7 +282,7 @@ def test_no_sender_is_done_before_all_have_said_that_their_data_stood() -> None:
     assert isinstance(target.outcome(), BatchTornError)
     assert target.said() == []
     target.start("recv")
-    target.hears(DataReady(batch_id="batch", source="farther", target="target", sequence=2, version=2))
+    target.hears(DataReady(batch_id="batch", source="farther", target="target", sequence=2, version=5, chosen=True))
     target.bus.copied()
     for source, sequence in (("farther", 2), ("far", 1)):
         target.hears(DataStands(batch_id="batch", source=source, target="target", sequence=sequence, question=2))
@@ -393,18 +393,84 @@ class TestVersions:
         carry(one, two, target)
         assert [end.outcome().version for end in (one, two, target)] == [6, 6, 6]
 
-    def test_ranks_that_counted_apart_meet_again(self) -> None:
+    def test_a_round_of_which_one_sender_gave_up_its_part_is_not_finished_with_the_next_one(self) -> None:
+        """One receiver has taken it and the other has not: with the next sends both must receive the same again."""
+        one, two = (_End(name, targets={"near": False, "far": False}) for name in ("one", "two"))
+        near, far = (_End(name, sources={"one": False, "two": False}) for name in ("near", "far"))
+        everybody = one, two, near, far
+        for end in everybody:
+            end.register()
+        for end in (one, two, near):
+            end.start("send" if end is not near else "recv")
+        carry(*everybody)
+        near.bus.copied()
+        carry(*everybody)
+        assert near.outcome().version == 1
+        one.batch.cancel(TransferTimeoutError("time is up"))
+        assert isinstance(one.outcome(), TransferTimeoutError)
+        one.start("send")
+        carry(*everybody)
+        far.start("recv")
+        carry(*everybody)
+        error = two.outcome()
+        assert isinstance(error, VersionMismatchError)
+        assert "one[0] says 2, two[0] says 1" in str(error)
+        assert not far.bus.moves
+        for end in (two, near):
+            end.start("send" if end is two else "recv")
+        carry(*everybody)
+        for end in (near, far):
+            end.bus.copied()
+        carry(*everybody)
+        assert [end.outcome().version for end in everybody] == [2] * 4
+
+    def test_one_that_is_far_behind_is_told_once(self) -> None:
         one, two, target = two_senders()
-        one.batch.holding = Holding(version=3, last=3)  # the last one was not completed by the other
-        target.batch.holding = Holding(version=3, last=3)
-        for expected in (4, 5):
-            for end in (one, two):
-                end.start("send")
-            target.start("recv")
-            carry(one, two, target)
-            target.bus.copied()
-            carry(one, two, target)
-            assert [end.outcome().version for end in (one, two, target)] == [expected] * 3
+        one.batch.used = target.batch.used = 7
+        for end in (one, two):
+            end.start("send")
+        target.start("recv")
+        carry(one, two, target)
+        assert isinstance(two.outcome(), VersionMismatchError)
+        two.start("send")
+        carry(one, two, target)
+        target.bus.copied()
+        carry(one, two, target)
+        assert [end.outcome().version for end in (one, two, target)] == [8] * 3
+
+    def test_members_that_meet_anew_count_on_from_the_highest(self) -> None:
+        one, two, target = two_senders()
+        for end, standing in ((one, Standing(last=3)), (two, Standing(last=2, used=9)), (target, Standing(last=4))):
+            end.batch.registered.standings[end.batch.registration] = standing
+        standings = {name: standing for end in (one, two, target) for name, standing in end.batch.registered.standings.items()}
+        for end in (one, two, target):
+            end.batch.registered.standings.update(standings)
+            end.register()
+            end.start("recv" if end is target else "send")
+        carry(one, two, target)
+        target.bus.copied()
+        carry(one, two, target)
+        assert [end.outcome().version for end in (one, two, target)] == [10] * 3
+
+    @pytest.mark.parametrize(("standing", "goes_on"), [(Standing(pending=1), True), (Standing(last=1), True), (None, False)])
+    def test_a_send_is_announced_again_only_if_no_other_sender_has_lost_its_part(self, standing: Standing | None, goes_on: bool) -> None:
+        one = _End("one", targets={"near": False, "far": False})
+        one.register()
+        one.start("send")
+        one.said()
+        one.batch.lose(RegistrationClosed("batch", "far", "one", "its agent died", lost=True, returns="soon"))
+        assert one.batch.standing().pending == 1
+        one.batch.registered.side.add("two")
+        one.batch.registered.others["two"] = _peer("two", remote=False)
+        one.batch.registered.standings["two"] = standing or Standing()
+        one.register()
+        if goes_on:
+            assert one.outcome() is None
+            assert [type(message) for message in one.said()] == [DataReady, DataReady]
+        else:
+            error = one.outcome()
+            assert isinstance(error, PeerLostError)
+            assert "two[0] lost its part of version 1" in str(error)
 
     @pytest.mark.parametrize(("counted", "fits"), [(4, True), (5, False)])
     def test_who_only_counts_follows_who_says(self, counted: int, fits: bool) -> None:
