@@ -75,6 +75,7 @@ class Monkey:
         if self.random.random() < 0.8:
             done.recovery = self._recovered(done.end, PATIENCE)
             if done.recovery is None:
+                self.stage.dump()
                 self.hangs.append(f"not recovered {PATIENCE:g} s after {done}: {self._state()}")
         self._watch(self.random.uniform(0.0, 0.5))
         return done
@@ -199,7 +200,7 @@ class Monkey:
         alive = part.lives == entry.life and part.process.is_alive()
         if alive and now - entry.begin - stood > LIMIT and key not in self._told:
             self._told.add(key)
-            self.stage.signal(part, signal.SIGUSR1)  # its threads' stacks go to its log
+            self.stage.dump()
             self.hangs.append(f"{entry.who} has been in {entry.call} for {now - entry.begin:.1f} s, after {self.strikes[-1:]}")
 
     def _state(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import secrets
 import signal
@@ -30,6 +31,7 @@ def _run_agent(host: int | None, log: str, arguments: list[str]) -> None:
         enter(host)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)
     from etha_ray.tensor_bus.agent import main
 
     main(arguments)
@@ -122,6 +124,11 @@ class Stage:
         """Send it to the present life."""
         with self._lock, contextlib.suppress(ProcessLookupError):
             os.kill(part.pid, number)
+
+    def dump(self) -> None:
+        """Have all write their threads' stacks into their logs."""
+        for part in self.parts:
+            self.signal(part, signal.SIGUSR1)
 
     def kill(self, part: Part) -> None:
         """SIGKILL; the supervisor starts it again."""
