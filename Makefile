@@ -4,6 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# Files in their order, in which those with long tests come first.
+IN_PARALLEL = --dist loadfile --no-loadscope-reorder --tx '$(shell nproc)*popen//python=.ci/isolated $(BIN)/python'
+
 .PHONY: help demo test test-slow test-layouts chaos lint types bench wheel-check clean
 .DEFAULT_GOAL := help
 
@@ -19,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Run the main job: train, send the weights across, check them, write reports/weight_sync.html
 	$(BIN)/python -m actors.weight_sync --report reports/weight_sync.html
 
-test: $(STAMP)  ## Pass the tests, on as many cores as there are
-	$(BIN)/python -m pytest -q -m 'not slow' $$(.ci/workers $(BIN)/python)
+test: $(STAMP)  ## Pass the tests, on all cores where isolated hosts can be made for them
+	$(BIN)/python -m pytest -q -m 'not slow' $(if $(shell .ci/isolated echo yes 2> /dev/null),$(IN_PARALLEL))
 
 test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800

@@ -425,8 +425,7 @@ class Batch:
         error: EthaRayError = PeerLostError(text) if message.lost else BatchClosedError(text)
         if self.state is BatchState.REGISTERING:
             self.early.setdefault(registration, message)
-            if message.ready:
-                self.work.confirm(registration)
+            self.work.confirm(message.agreed)
         if self.state is BatchState.READY:
             self.state = BatchState.LOST
         if self.state is not BatchState.LOST:
@@ -481,7 +480,8 @@ class Batch:
         for registration, peer in others.items():
             if registration not in self.losses.members:
                 message = self._closed_message(self.registration, registration, reason, lost=lost)
-                message.returns, message.completed, message.ready = returns, self.completed, ready
+                message.returns, message.completed = returns, self.completed
+                message.agreed = self.work.agreed if ready else ()
                 self.bus.tell(peer.member.agent, message)
 
     def _closed_message(self, closed: str, target: str, reason: str, *, lost: bool) -> RegistrationClosed:

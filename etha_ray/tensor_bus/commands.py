@@ -313,7 +313,7 @@ class RegistrationClosed(BaseCommand):
     """Agent to agent: the registration ``closed``, which ``target`` exchanges data with, is gone, and why.
 
     lost: its worker or agent died, rather than closed it. completed: how many transfers it had completed. returns: whether it comes
-    back by itself, see `losses`. ready: it saw that all had agreed, ``target`` included; without, ``target`` may have seen that.
+    back by itself, see `losses`. agreed: the sets of registrations, by their digests, of which it saw all members agree.
     """
 
     batch_id: str
@@ -323,7 +323,7 @@ class RegistrationClosed(BaseCommand):
     lost: bool = False
     completed: int = 0
     returns: Literal["no", "perhaps", "soon"] = "no"
-    ready: bool = True
+    agreed: tuple[str, ...] = ()
 
 
 RelayMessage: TypeAlias = RelayWanted | RelayAnswer | RelayRead

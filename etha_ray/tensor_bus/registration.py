@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -142,9 +142,14 @@ class Registration:
         """Whether others may take this member for ready by now. From any thread."""
         return any(record.agreed for record in list(self._mine.values()))
 
-    def confirm(self, registration: str) -> None:
-        """The member with this registration saw that all agreed, this one included. From any thread."""
-        self._confirmed.add(registration)
+    @property
+    def agreed(self) -> tuple[str, ...]:
+        """What this member agreed to, by pair; once it is ready, what all have agreed to."""
+        return tuple(record.agreed for record in self._mine.values())
+
+    def confirm(self, agreed: Iterable[str]) -> None:
+        """Another member saw that all agreed to these sets. From any thread."""
+        self._confirmed.update(agreed)
 
     def close(self) -> None:
         """Withdraw what was published. May be called more than once."""
@@ -256,7 +261,7 @@ class Registration:
             digests = {name: set_digest(self._request.batch_id, name, matches[name], *sets[name]) for name in sets}
             if prepared and digests != prepared:
                 self._settle(cancellation)
-            if prepared and not self._confirmed.isdisjoint(result.others):
+            if prepared and all(self._is_agreed(name, prepared[name], sets, plans) for name in prepared):
                 return
             if digests != prepared:
                 prepared, problem = {}, None
@@ -277,8 +282,6 @@ class Registration:
                     backoff.reset()
                     continue
             elif digests and _all_agree(sets, digests):
-                if _all_agree(sets, digests, plans):
-                    return
                 misfit = self._compare_plans(sets, plans)
                 if misfit is not None:
                     self._refuse_all(misfit, known)
@@ -286,6 +289,12 @@ class Registration:
             cancellation.waits_for = _absent(matches, found)
             if not backoff.wait():
                 raise problem or BatchUnmatchedError(self._missing(matches, found))
+
+    def _is_agreed(self, pair_name: str, digest: str, sets: dict[str, _Set], plans: dict[str, str]) -> bool:
+        """Whether all members of a pair have agreed to this set: their records say so, or one that is gone again said so."""
+        if digest in self._confirmed:
+            return True
+        return pair_name in sets and _all_agree({pair_name: sets[pair_name]}, {pair_name: digest}, plans)
 
     def _refuse_all(self, error: EthaRayError, known: set[str]) -> None:
         mine = self._request.registration

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -99,8 +99,10 @@ class _Bus:
 
 class _Work:
     has_agreed = True
+    agreed = ("set",)
+    agreed_with: ClassVar[dict[str, Peer]] = {}
 
-    def confirm(self, registration: str) -> None:
+    def confirm(self, agreed: Iterable[str]) -> None:
         pass
 
 
