@@ -86,6 +86,7 @@ class Receiving:
         if not self._relaying.settled or not self._relaying.has(self._feed(transfer), 0):
             return
         transfer.state = TransferState.MOVING
+        transfer.reading = {registration: self.announced[registration] for registration in member.registered.sources}
         transfer.moving_since = time.monotonic()
         if not transfer.command.atomic:
             self._tear(f"version {transfer.version} is being received, or its agent was killed")
@@ -145,7 +146,7 @@ class Receiving:
         transfer.outstanding = asked | transfer.through
         self._questions += 1
         for registration in sorted(asked):
-            sequence = self.announced[registration].sequence
+            sequence = transfer.reading[registration].sequence
             peer = member.registered.sources[registration]
             tell(member, peer, DataRead, registration, member.registration, sequence, question=self._questions)
         for relay in sorted(transfer.through):
@@ -181,14 +182,16 @@ class Receiving:
         sources = member.registered.sources
         givers = transfer.givers(member.registered)
         transfer.flows = tuple(
-            Flow(flow_key(registration, member.registration, self.announced[registration].sequence), *givers[registration])
+            Flow(flow_key(registration, member.registration, transfer.reading[registration].sequence), *givers[registration])
             for registration in sources
             if registration in givers
         )
-        transfer.taken = tuple(self.announced[registration].send for registration in sources)
+        transfer.taken = tuple(transfer.reading[registration].send for registration in sources)
         for registration, peer in sources.items():
-            sequence, more = self.announced.pop(registration).sequence, {"version": transfer.version, "seconds": transfer.moved}
-            tell(member, peer, DataTaken, registration, member.registration, sequence, **more)
+            taken, more = transfer.reading[registration], {"version": transfer.version, "seconds": transfer.moved}
+            if self.announced.get(registration) is taken:  # else it has given that up since, and perhaps announced the next
+                del self.announced[registration]
+            tell(member, peer, DataTaken, registration, member.registration, taken.sequence, **more)
         if not transfer.command.atomic:
             self._lend(transfer)
             return

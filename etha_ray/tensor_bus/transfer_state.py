@@ -27,6 +27,7 @@ from etha_ray.report import Span, TransferReport
 from etha_ray.tensor_bus.commands import Transfer
 from etha_ray.tensor_bus.history import Flow, PastTransfer
 from etha_ray.tensor_bus.registered import Registered
+from etha_ray.tensor_bus.versions import Announced
 
 
 class TransferState(enum.Enum):
@@ -47,12 +48,12 @@ class UnderWay:
     """A transfer that is under way.
 
     ``outstanding`` are the registrations it waits for: receivers that have not taken what was announced, or senders that have not
-    said that what was read still stood. ``announced``: a send of which some may have taken their part. ``taken`` names the sends
-    that it takes. ``version`` is the one it sends or receives, as far as that is settled. ``moved`` are the seconds in which bytes
-    moved, ``seconds`` all until its end. ``spoilt`` says, by sender, what happened while bytes moved, and ``lost`` why there is
-    nothing more to wait for. ``stage`` is the one of its feed that moves, or is next, and ``moves``
-    whether one does. ``through`` are the relays that were read from and have not said that it stood, and ``relayed`` those
-    that have.
+    said that what was read still stood. ``announced``: a send of which some may have taken their part. ``reading`` is what a receive
+    reads, by sender, and ``taken`` names those sends once it has. ``version`` is the one it sends or receives, as far as that is
+    settled. ``moved`` are the seconds in which bytes moved, ``seconds`` all until its end. ``spoilt`` says, by sender, what happened
+    while bytes moved, and ``lost`` why there is nothing more to wait for. ``stage`` is the one of its feed that moves, or is next,
+    and ``moves`` whether one does. ``through`` are the relays that were read from and have not said that it stood, and ``relayed``
+    those that have.
     """
 
     command: Transfer
@@ -61,6 +62,7 @@ class UnderWay:
     state: TransferState = TransferState.BLOCKED
     outstanding: set[str] = field(default_factory=set)
     announced: bool = False
+    reading: dict[str, Announced] = field(default_factory=dict)
     version: int = 0
     began: float = field(default_factory=time.time)
     moving_since: float = 0.0

@@ -293,6 +293,26 @@ def test_no_sender_is_done_before_all_have_said_that_their_data_stood() -> None:
     assert target.outcome().bytes == 24
 
 
+@pytest.mark.parametrize("sends_again", [False, True])
+def test_a_sender_that_gives_up_after_its_data_was_read_spoils_nothing(sends_again: bool) -> None:
+    target = _End("target", sources={"near": False, "far": True})
+    target.register()
+    target.start("recv")
+    for source in ("near", "far"):
+        target.hears(DataReady(batch_id="batch", source=source, target="target", sequence=1, version=1, send=f"{source} 1"))
+    target.bus.copied()
+    target.hears(DataRevoked(batch_id="batch", source="near", target="target", sequence=1))
+    if sends_again:
+        target.hears(DataReady(batch_id="batch", source="near", target="target", sequence=2, version=2, send="next"))
+    target.hears(DataStands(batch_id="batch", source="far", target="target", sequence=1, question=1))
+    assert target.outcome().version == 1
+    taken = [message for message in target.said() if isinstance(message, DataTaken)]
+    assert {(message.source, message.sequence) for message in taken} == {("near", 1), ("far", 1)}
+    target.start("recv")
+    target.hears(DataReady(batch_id="batch", source="far", target="target", sequence=2, version=2, send="next"))
+    assert bool(target.bus.moves) == sends_again
+
+
 def test_a_second_loss_ends_the_transfer_that_the_first_one_did_not_concern() -> None:
     source = _End("source", targets={"target": True})
     source.register()
