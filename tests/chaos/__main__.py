@@ -33,7 +33,7 @@ def play(kills: int, seed: int, folder: Path, progress: bool = False) -> dict[st
         still = monkey.settled()
     made.reader.poll()
     entries = made.reader.entries.values()
-    bad = violations(entries) + monkey.hangs + made.odd_ends + [f"left behind: {name}" for name in made.left()]
+    bad = violations(entries) + monkey.hangs + made.odd_ends + made.faults() + [f"left behind: {name}" for name in made.left()]
     return {
         "kills": sum(strike.kills for strike in monkey.strikes),
         "seed": seed,

@@ -155,6 +155,11 @@ class Stage:
             self.far.wait()
             self.etcd.stop()
 
+    def faults(self) -> list[str]:
+        """What agents wrote into their logs that is nobody's doing but theirs."""
+        logs = (self.folder / f"agent{rank}.log" for rank in range(4))
+        return [f"{log} has a traceback" for log in logs if log.exists() and "Traceback (most recent call last)" in log.read_text()]
+
     def left(self) -> list[str]:
         """What is still there after `end`: files, shared memory, semaphores."""
         left = left_in_shm(self.every_pid, self.paths)
