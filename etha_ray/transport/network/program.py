@@ -86,7 +86,7 @@ class NetworkProgram(CopyProgram):
         bucket_size: int,
         checked: bool,
         session: Callable[[Address], Session],
-        forget: Callable[[Address, int], None],
+        forget: Callable[[tuple[Address, int]], None],
     ) -> None:
         self._session = session
         self._nbytes = sum(read.target.numel() * read.source.dtype.itemsize for read in reads)
@@ -105,7 +105,7 @@ class NetworkProgram(CopyProgram):
         self._cancelled: TransferCancelledError | None = None
         self._under_way = False
         for part in self._parts:
-            weakref.finalize(self, forget, part.address, part.request.program).atexit = False
+            weakref.finalize(self, forget, (part.address, part.request.program)).atexit = False
 
     @property
     def nbytes(self) -> int:

@@ -157,12 +157,12 @@ class Session:
     def _answer(self, program: int, error: EthaRayError | None) -> None:
         with self._changed:
             future = self._answers.get(program) if error is None else self._answers.pop(program, None)
-        if future is None or future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
+            if future is None or future.done():
+                return
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
 
     def _lost(self, channel: Channel, reason: EthaRayError) -> None:
         self._fail(reason)
@@ -172,7 +172,9 @@ class Session:
             if self.error is not None:
                 return
             self.error = error
-            answers = [future for future in self._answers.values() if not future.done()]
+            for future in self._answers.values():
+                if not future.done():
+                    future.set_exception(error)
             quiet = []
             for fetching in self._running:
                 fetching.error = fetching.error or error
@@ -183,8 +185,6 @@ class Session:
             self._changed.notify_all()
         for stream in streams:
             stream.shutdown()
-        for future in answers:
-            future.set_exception(error)
         for fetching in quiet:
             fetching.finished(fetching)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -64,8 +66,9 @@ class NetworkTransport:
         self._sending, self._receiving = Staging(memory_budget // 2), Staging(memory_budget // 2)
         self._copier = MappedTransport(threads=1)
         self._exports = Exports(self._sending, failure_timeout)
-        self._lock = threading.RLock()  # a program that is collected while it is held calls `_forget`
+        self._lock = threading.Lock()
         self._sessions: dict[Address, Session] = {}
+        self._dropped: deque[tuple[Address, int]] = deque()
         self._closed = False
 
     @property
@@ -106,7 +109,9 @@ class NetworkTransport:
             HandleExpiredError, PeerLostError, NoTransportError, TransferError: as `NetworkProgram.run`.
         """
         check_bucket_size(bucket_size, self._receiving.limit, "this side's")
-        program = NetworkProgram(reads, bucket_size, self.checksums, self._session, self._forget)
+        self._forget_dropped()
+        # A program may be collected anywhere, under any lock: that it is gone is only noted then.
+        program = NetworkProgram(reads, bucket_size, self.checksums, self._session, self._dropped.append)
         program.introduce()
         return program
 
@@ -136,11 +141,15 @@ class NetworkTransport:
             session.close()
         return fresh
 
-    def _forget(self, address: Address, program: int) -> None:
-        with self._lock:
-            session = self._sessions.get(address)
-        if session is not None:
-            session.forget(program, tell=True)
+    def _forget_dropped(self) -> None:
+        """Have owners forget the programs that are gone."""
+        with contextlib.suppress(IndexError):  # there are no more
+            while True:
+                address, program = self._dropped.popleft()
+                with self._lock:
+                    session = self._sessions.get(address)
+                if session is not None:
+                    session.forget(program, tell=True)
 
     def __repr__(self) -> str:
         return f"NetworkTransport({len(self._sessions)} connections{', closed' if self._closed else ''})"
