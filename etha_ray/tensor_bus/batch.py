@@ -25,6 +25,7 @@ from etha_ray.config import FAILURE_TIMEOUT, SUCCESSION_TIMEOUT
 from etha_ray.errors import (
     AgentFailedError,
     BatchClosedError,
+    BatchUnmatchedError,
     EthaRayError,
     PeerLostError,
     TransferTimeoutError,
@@ -40,12 +41,15 @@ from etha_ray.tensor_bus.commands import (
     DataRevoked,
     DataStands,
     DataTaken,
+    DigestPart,
+    MakeDigest,
     RegistrationClosed,
     RelayAnswer,
     Transfer,
     WaitReady,
     WaitVersion,
 )
+from etha_ray.tensor_bus.digesting import Digesting
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.losses import Loss, Losses, Returns
 from etha_ray.tensor_bus.receiving import Receiving
@@ -97,7 +101,7 @@ class Batch:
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.sending, self.receiving = Sending(self), Receiving(self)
+        self.sending, self.receiving, self.digesting = Sending(self), Receiving(self), Digesting(self)
         self.waits = VersionWaits(self.bus.answer, self.bus.refuse)
         self.ready_waits = ReadyWaits(self.bus.answer, self.bus.refuse)
 
@@ -165,6 +169,12 @@ class Batch:
             self.ready_waits.add(command, time.monotonic())
             self.want()
 
+    def make_digest(self, command: MakeDigest) -> None:
+        """Answer with the tensors' digests; the batch must be ready. Raises as `Digesting.ask`."""
+        if self.state is not BatchState.READY:
+            raise self.closed or self.loss or BatchUnmatchedError(self._not_ready())
+        self.digesting.ask(command)
+
     def signal(self) -> bool:
         """Whether the sender's data is ready, or sent, and not yet received."""
         transfer = self.transfer
@@ -199,8 +209,8 @@ class Batch:
         self.cancel(error)
         self.state, self.closed, self.closed_as = BatchState.CLOSED, error, (lost, returns)
         self._say_closed(self.registered.others, str(error), lost, returns)
-        self.waits.fail(error)
-        self.ready_waits.fail(error)
+        for waits in (self.waits, self.ready_waits, self.digesting):
+            waits.fail(error)
         self._release_if_idle()
 
     def registration_over(self, job: Job[Registered], now: float) -> BaseException | None:
@@ -251,7 +261,7 @@ class Batch:
         self.registered = Registered(memberships=self.registered.memberships)  # it may be listed as a replica
         self.state, self.is_renewal, self.renew_at = BatchState.REGISTERING, True, None
         self.completed = 0
-        self.sending, self.receiving = Sending(self), Receiving(self)
+        self.sending, self.receiving, self.digesting = Sending(self), Receiving(self), Digesting(self)
         self.early.clear()
         self.early_agents.clear()
 
@@ -267,7 +277,7 @@ class Batch:
             self.cancel(refusal)
         self.receiving.pass_over_taken()
         if self.state is BatchState.READY:
-            self.ready_waits.done()
+            self.ready_waits.done(None)
         if self.is_renewal and self.holding.version and self.holding.taken:  # its agent may be another one now
             self.bus.received(self, self.holding.version)
         self.advance()
@@ -291,12 +301,12 @@ class Batch:
     @property
     def waiting(self) -> bool:
         """Whether anything waits that may have a `deadline`."""
-        return self.transfer is not None or bool(self.waits.waiting or self.ready_waits.waiting)
+        return self.transfer is not None or bool(self.waits.waiting or self.ready_waits.waiting or self.digesting.waits.waiting)
 
     @property
     def deadline(self) -> float | None:
         """When `expire` has something to do, by the monotonic clock."""
-        deadlines = self._transfer_deadline, self.waits.deadline, self.ready_waits.deadline
+        deadlines = self._transfer_deadline, self.waits.deadline, self.ready_waits.deadline, self.digesting.waits.deadline
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     @property
@@ -313,6 +323,7 @@ class Batch:
             self.waits.expire(now, self._version_state())
         if self.ready_waits.waiting:
             self.ready_waits.expire(now, self._not_ready())
+        self.digesting.expire(now)
         transfer, deadline = self.transfer, self._transfer_deadline
         if transfer is None or deadline is None or now < deadline:
             return
@@ -409,6 +420,8 @@ class Batch:
             self.receiving.on_revoked(message)
         elif isinstance(message, RelayAnswer):
             self.receiving.on_relay(message)
+        elif isinstance(message, DigestPart):
+            self.digesting.on_part(message)
         else:
             self.receiving.on_taker(message)
 
@@ -439,6 +452,7 @@ class Batch:
         if transfer is None or transfer.state is not TransferState.ASKING:
             self.receiving.announced.pop(registration, None)
         self._end_waits()
+        self.digesting.fail(error)
         if transfer is not None and (registration in self.registered.sources or registration in self.registered.targets):
             self._lose_needed(transfer, registration, f"{name} went away ({message.reason}) while its data was being read", error)
         self.receiving.lost(registration)

@@ -89,6 +89,23 @@ class BatchHandler:
         """
         return self.client._wait_version(self.batch_id, check_version(version), timeout)
 
+    def digest(self, timeout: float | None = 60.0) -> list[str]:
+        """A digest of each tensor of the batch, in the order of `register_tensors`: of the global tensor, however ranks hold it.
+
+        All ranks of this side call it, as they do a transfer, and get the same; the other side need not. Both sides can compare theirs
+        after a transfer: digests are equal where dtype, shape and all bits are, so not where the transfer casts. Nobody may
+        write the tensors meanwhile. No cryptographic hash; see `etha_ray.digests`.
+        Where a side has no mesh, each rank's digests are of its own tensors. ``timeout``: seconds; None for as long as it takes.
+
+        Raises:
+            TransferTimeoutError: (a TimeoutError) a rank of this side did not call it in time; says which.
+            LayoutError: (a ValueError) a tensor is Partial on this side, or its explicit pieces do not cover it.
+            TransferInProgressError: tensors are being received, or a digest is being made.
+            BatchUnmatchedError, PeerLostError, BatchClosedError: not all members are there (any more).
+            AgentDiedError: (a ConnectionError) the agent died meanwhile.
+        """
+        return self.client._digest(self.batch_id, timeout)
+
     def query_transfer_signal(self, blocking: bool = True, timeout: float = 30.0) -> bool:
         """Whether the sender's data is ready or sent and not yet received; see `TensorBusClient.query_transfer_signal`."""
         return self.client.query_transfer_signal(self.batch_id, blocking=blocking, timeout=timeout)

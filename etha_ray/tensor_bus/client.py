@@ -34,6 +34,7 @@ from etha_ray.tensor_bus.commands import (
     CleanupBatch,
     Goodbye,
     InitPair,
+    MakeDigest,
     Ping,
     QueryStatus,
     ReadyReplicas,
@@ -386,6 +387,12 @@ class TensorBusClient:
         self._known(batch_id)
         data = self._connection.state.get(holding_key(self.client_id, batch_id))
         return Holding() if data is None else Holding.decode(data)
+
+    def _digest(self, batch_id: str, timeout: float | None) -> list[str]:
+        check_timeout(timeout)
+        self._known(batch_id)
+        reply = self._connection.start(MakeDigest(batch_id=batch_id), "make_digest", batch_id, timeout)
+        return list(self._connection.finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id)))
 
     def _wait_version(self, batch_id: str, version: int, timeout: float | None) -> int:
         check_timeout(timeout)

@@ -153,6 +153,12 @@ class ReadyReplicas(BaseCommand):
     batch_id: str | None = None
 
 
+class MakeDigest(BaseCommand):
+    """Answer with the digests of a batch's tensors, in order, once all ranks of the side have asked; see `digesting`."""
+
+    batch_id: str
+
+
 class WaitReady(BaseCommand):
     """Answer once all members of a batch are there."""
 
@@ -309,6 +315,19 @@ class RelayRead(BaseCommand):
     question: int
 
 
+class DigestPart(BaseCommand):
+    """Rank to rank of one side: what ``source`` added up for the digests of this round, by pair; empty if it takes that back.
+
+    number: of the round, within the registrations. parts: see `digests.Sums`, for each tensor of the pair in order.
+    """
+
+    batch_id: str
+    source: str
+    target: str
+    number: int
+    parts: dict[str, bytes]
+
+
 class RegistrationClosed(BaseCommand):
     """Agent to agent: the registration ``closed``, which ``target`` exchanges data with, is gone, and why.
 
@@ -328,8 +347,8 @@ class RegistrationClosed(BaseCommand):
 
 RelayMessage: TypeAlias = RelayWanted | RelayAnswer | RelayRead
 SenderMessage: TypeAlias = DataReady | DataRead | DataStands | DataTaken | DataRefused | DataRevoked
-DataMessage: TypeAlias = SenderMessage | RelayMessage
-"""What agents say to one another in a transfer."""
+DataMessage: TypeAlias = SenderMessage | RelayMessage | DigestPart
+"""What agents say to one another of a registered batch."""
 
 Message: TypeAlias = (
     Transfer
@@ -342,6 +361,7 @@ Message: TypeAlias = (
     | QueryStatus
     | WaitVersion
     | ReadyReplicas
+    | MakeDigest
     | WaitReady
     | CleanupBatch
     | CancelTransfer
@@ -357,6 +377,7 @@ Message: TypeAlias = (
     | RelayWanted
     | RelayAnswer
     | RelayRead
+    | DigestPart
     | RegistrationClosed
 )
 

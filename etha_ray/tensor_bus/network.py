@@ -29,6 +29,7 @@ from etha_ray.tensor_bus.commands import (
     DataRevoked,
     DataStands,
     DataTaken,
+    DigestPart,
     Message,
     RegistrationClosed,
     RelayAnswer,
@@ -45,7 +46,7 @@ _ANY_PORT = 9
 _MESSAGES = "messages"
 _FROM_AGENTS = (
     *(DataReady, DataRead, DataStands, DataTaken, DataRefused, DataRevoked),
-    *(RelayWanted, RelayAnswer, RelayRead, RegistrationClosed),
+    *(RelayWanted, RelayAnswer, RelayRead, DigestPart, RegistrationClosed),
 )
 
 

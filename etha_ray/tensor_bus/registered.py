@@ -12,6 +12,7 @@ from etha_ray.errors import EthaRayError, HandleExpiredError, NoTransportError
 from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
 from etha_ray.net import Address
 from etha_ray.tensor_bus.agreement import Agreement, Direction
+from etha_ray.tensor_bus.digested import Digested
 from etha_ray.tensor_bus.executor import Inflow, Inflows, Part, bytes_out, inflows, prove_in, takers
 from etha_ray.tensor_bus.feeding import STAGE_BYTES, Fed, Feed
 from etha_ray.tensor_bus.host import no_address, shares_memory
@@ -54,7 +55,7 @@ class Registered:
     a transfer fails with it, and nobody waits for it. ``received`` are the positions, among the worker's tensors, of those that a
     receive writes; ``feeds`` says of each copy of ``feed`` which of them it writes, and from whom. ``relays`` are members of this side
     that pass something on to this rank, and ``instead`` what the senders would have to give if one of them did not; ``takers`` are
-    those to whom this rank passes something on.
+    those to whom this rank passes something on. ``digested`` are the worker's tensors, for their digests.
     """
 
     targets: dict[str, Peer] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Registered:
     instead: dict[str, dict[str, int]] = field(default_factory=dict)
     takers: set[str] = field(default_factory=set)
     feed: Feed = field(default_factory=lambda: _no_feed())
+    digested: tuple[Digested, ...] = ()
     staging: Staging = field(default_factory=lambda: Staging((), lambda _: NoProgram()))
     opened: list[OpenedTensors] = field(default_factory=list)
 
@@ -83,7 +85,7 @@ class Registered:
 
     def close(self) -> None:
         """Let go of all memory; no program runs any more."""
-        self.feed, self.staging = _no_feed(), Staging((), lambda _: NoProgram())
+        self.feed, self.staging, self.digested = _no_feed(), Staging((), lambda _: NoProgram()), ()
         for opened in self.opened:
             opened.close()
         self.opened.clear()
@@ -117,6 +119,7 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
         ConfigError: the network does not take buckets of this size.
     """
     result = Registered()
+    result.digested = tuple(_digested(part) for part in parts)
     matches = [(part.part.pair_name, part.part.match) for part in parts]
     result.memberships = tuple(Membership(name, match.local[match.index], match.index, len(match.local)) for name, match in matches)
     for part in parts:
@@ -145,6 +148,11 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
         result.close()
         raise
     return result
+
+
+def _digested(agreed: AgreedPart) -> Digested:
+    part, members = agreed.part, [record.registration for record in agreed.local]
+    return Digested(part.pair_name, part.places, part.tensors, [tensor.local for tensor in part.agreed], part.match.index, members)
 
 
 def _no_feed() -> Feed:

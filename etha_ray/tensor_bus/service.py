@@ -37,10 +37,12 @@ from etha_ray.tensor_bus.commands import (
     DataRevoked,
     DataStands,
     DataTaken,
+    DigestPart,
     Failed,
     Goodbye,
     Hello,
     InitPair,
+    MakeDigest,
     Message,
     Ping,
     QueryStatus,
@@ -137,6 +139,7 @@ class BusService:
             QueryStatus: self._on_query,
             WaitVersion: self._on_wait_version,
             ReadyReplicas: self._replicas.answer,
+            MakeDigest: self._on_digest,
             WaitReady: self._on_wait_ready,
             CleanupBatch: self._on_cleanup,
             DataReady: self._on_data,
@@ -148,6 +151,7 @@ class BusService:
             RelayWanted: self._on_data,
             RelayAnswer: self._on_data,
             RelayRead: self._on_data,
+            DigestPart: self._on_data,
             RegistrationClosed: self._on_registration_closed,
         }
 
@@ -366,6 +370,7 @@ class BusService:
         batch = self._batch(command, command.batch_id)
         batch.waits.drop(command.command_id)
         batch.ready_waits.drop(command.command_id)
+        batch.digesting.give_up(command.command_id)
         if batch.transfer is not None and batch.transfer.command.command_id == command.command_id:
             batch.cancel(TransferCancelledError(f"batch {batch.batch_id!r}: its worker gave up waiting"))
 
@@ -383,6 +388,11 @@ class BusService:
     def _on_wait_ready(self, command: WaitReady) -> None:
         batch = self._batch(command, command.batch_id)
         batch.wait_ready(command)
+        self._timed[id(batch)] = batch
+
+    def _on_digest(self, command: MakeDigest) -> None:
+        batch = self._batch(command, command.batch_id)
+        batch.make_digest(command)
         self._timed[id(batch)] = batch
 
     def _on_cleanup(self, command: CleanupBatch) -> None:

@@ -32,6 +32,11 @@ class Waits(Generic[C]):
         """When the next one expires."""
         return min((deadline for _, deadline in self.waiting if deadline is not None), default=None)
 
+    def done(self, value: object) -> None:
+        """It is there."""
+        for command in self._take(lambda *_: True):
+            self.answer(command, value)
+
     def fail(self, error: BaseException) -> None:
         """It will not come any more."""
         for command in self._take(lambda *_: True):
@@ -53,11 +58,6 @@ class Waits(Generic[C]):
 
 class ReadyWaits(Waits[WaitReady]):
     """Commands that are answered once a batch is ready."""
-
-    def done(self) -> None:
-        """It is."""
-        for command in self._take(lambda *_: True):
-            self.answer(command, None)
 
     def expire(self, now: float, state: str) -> None:
         """Answer those whose time is up; ``state`` says who is missing."""

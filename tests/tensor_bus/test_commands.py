@@ -15,10 +15,12 @@ from etha_ray.tensor_bus.commands import (
     DataRevoked,
     DataStands,
     DataTaken,
+    DigestPart,
     Failed,
     Goodbye,
     Hello,
     InitPair,
+    MakeDigest,
     Message,
     Ok,
     Outcome,
@@ -50,6 +52,7 @@ COMMANDS: list[Message] = [
     WaitVersion("b", 1),
     ReadyReplicas("p", 3),
     ReadyReplicas("p", 3, "b"),
+    MakeDigest("b"),
     WaitReady("b"),
     RegisterTensors(batch_id="b", tensors=[("actor", b"\x00\xff"), ("critic", b"")], bucket_size=1 << 40),
     InitPair("p", "trainer", 8, "generator", b"mesh", b"placements", b"coordinate"),
@@ -73,6 +76,7 @@ COMMANDS: list[Message] = [
     RelayWanted("b", "relay", "target", {"source": 9}, 2),
     RelayAnswer("b", "relay", "target", 2, "ready"),
     RelayRead("b", "relay", "target", 2),
+    DigestPart("b", "source", "target", 3, {"p": b"\x00\xff"}),
     RegistrationClosed("b", "closed", "target", "its worker died", lost=True),
 ]
 
