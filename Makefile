@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Files in their order, in which those with long tests come first.
 IN_PARALLEL = --dist loadfile --no-loadscope-reorder --tx '$(shell nproc)*popen//python=.ci/isolated $(BIN)/python'
 
-.PHONY: help demo test test-slow test-layouts chaos lint types bench wheel-check clean
+.PHONY: help demo test test-slow test-layouts chaos soak lint types bench wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -34,6 +34,9 @@ test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor
 
 chaos: $(STAMP)  ## Kill, stop and cut off 500 times while weights cross; half an hour
 	$(BIN)/python -m tests.chaos --kills 500
+
+soak: $(STAMP)  ## 10,000 syncs between two processes and two agents: memory and open files must not grow
+	$(BIN)/python -m tests.soak --syncs 10000
 
 lint: $(STAMP)  ## ruff: style and format
 	$(BIN)/ruff check .
