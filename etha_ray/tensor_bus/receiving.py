@@ -329,7 +329,10 @@ class Receiving:
                 feed = self._feed(transfer)
                 left = feed.after(transfer.stage if program is not None else transfer.stage - 1)
                 unfinished = unfinished.union(left, *(feed.passed_on(relay) for relay in transfer.through))
-            torn = torn_positions(member.registered, transfer.spoilt, unfinished)
+            # Nor do those on other hosts that have not said whether what was read of them stood then.
+            remote = {registration for registration, peer in member.registered.sources.items() if peer.remote}
+            unsure = transfer.outstanding if transfer.state is TransferState.ASKING else remote
+            torn = torn_positions(member.registered, transfer.spoilt.keys() | unsure, unfinished)
             self._fail_torn(transfer, torn, IntegrityError if isinstance(error, IntegrityError) else BatchTornError)
         elif error is None and transfer.lost is None:
             transfer.wait_again()

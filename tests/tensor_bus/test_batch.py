@@ -590,6 +590,23 @@ class TestTorn:
         assert f"({shown}): receive again" in str(error)
         assert target.batch.holding.torn == target.bus.held[-1].torn == torn
 
+    @pytest.mark.parametrize(("answered", "torn"), [(False, (0, 1, 2)), (True, (1, 2))])
+    def test_what_is_not_known_to_have_stood_is_not_called_whole(self, answered: bool, torn: tuple[int, ...]) -> None:
+        one, two, target = two_senders(remote=True)
+        for end, way in ((one, "send"), (two, "send"), (target, "recv")):
+            end.start(way)
+        carry(one, two, target)
+        if answered:
+            target.bus.copied()
+            one.hears(next(message for message in target.said() if isinstance(message, DataRead) and message.source == "one"))
+            target.hears(*one.said())
+            target.batch.lose_agent("agent of two", "it died")
+        else:
+            target.batch.lose_agent("agent of two", "it died")
+            target.bus.copied()
+        assert isinstance(target.outcome(), BatchTornError)
+        assert target.batch.holding.torn == torn
+
     def test_an_agent_that_was_killed_during_the_copy_and_is_not_known_to_be(self) -> None:
         source, target = _ends(remote=False)
         source.start("send")
