@@ -464,7 +464,10 @@ class TensorBusClient:
             else:
                 reply.abandon()
         except AgentDiedError as error:
-            logger.debug("batch %r went with its agent: %s", batch_id, error)
+            # The agent had taken that, and may have died before it was done: the next one would take the batch up again.
+            logger.debug("batch %r is closed by the next agent, if there is one: %s", batch_id, error)
+            with contextlib.suppress(EthaRayError):
+                self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, _AT_ONCE).abandon()
         finally:
             batch.exported.close()
 

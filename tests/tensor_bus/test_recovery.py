@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch.distributed.tensor import Shard
 
 from etha_ray.errors import AgentDiedError, BatchClosedError, PeerLostError
+from etha_ray.tensor_bus.commands import CleanupBatch
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, ProcessCluster, Side, Worker, eventually, local_cluster, process_cluster, succeed
 from tests.tensor_bus.test_failures import settled, works
@@ -139,6 +142,41 @@ class TestAgents:
             cluster.start_agent(0)
             two.call(acts.wait_ready, "x")
             works(one, two)
+
+
+def _die_at_the_first_close(arguments: list[str]) -> None:
+    """An agent that takes the first command to close a batch, and dies of it; the next one does not."""
+    from etha_ray.tensor_bus import agent
+    from etha_ray.tensor_bus.service import BusService
+
+    died = Path(tempfile.gettempdir()) / f"{arguments[arguments.index('--namespace') + 1]}.died"
+    close = BusService._on_cleanup
+
+    def die(service: BusService, command: CleanupBatch) -> None:
+        if died.exists():
+            close(service, command)
+        else:
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    BusService._on_cleanup = die  # type: ignore[method-assign]
+    agent.main(arguments)
+
+
+def test_a_batch_whose_agent_dies_as_it_closes_is_closed() -> None:
+    with process_cluster(2, restarts=True, run=_die_at_the_first_close) as cluster:
+        one, two = cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        one.start(acts.close_batch, "x")
+        cluster.wait(cluster.pids[0])
+        cluster.start_agent(0)
+        one.result()
+        two.call(acts.close_batch, "x")
+        one.start(acts.register, "x", [(torch.arange(6.0), "p")])
+        two.call(acts.register, "x", [(torch.zeros(6), "p")])
+        one.result()
+        works(one, two)
+        (Path(tempfile.gettempdir()) / f"{cluster.namespace}.died").unlink()
 
 
 def is_done(state: dict[str, Any]) -> bool:
