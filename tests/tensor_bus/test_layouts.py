@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from etha_ray.errors import LayoutError, TensorMismatchError
+from tests.plan.test_mesh_pairs import PAIRS
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, Worker, free_port, process_cluster
 from tests.tensor_bus.groups import Group, Groups, contributions, finish
@@ -62,6 +63,18 @@ def test_every_placement_to_every_other(groups: Groups, source: str, target: str
 def test_agents_of_both_sides(groups: Groups, mine: list[int], theirs: list[int]) -> None:
     groups.check(Group(mine, (len(mine),), [Shard(0)]), Group(theirs, (len(theirs),), [Shard(1)]), WHOLES)
     groups.check(Group(mine, (len(mine),), [Replicate()]), Group(theirs, (len(theirs),), [Replicate()]), WHOLES)
+
+
+@pytest.mark.parametrize(("source_mesh", "target_mesh"), PAIRS, ids=str)
+def test_pairs_of_four_dimensional_meshes(groups: Groups, source_mesh: tuple[int, ...], target_mesh: tuple[int, ...]) -> None:
+    """As in tests/plan/test_mesh_pairs.py: 8 workers on each side."""
+    strided = _StridedShard(0, split_factor=target_mesh[3])
+    target = Group([index % 4 for index in range(8)], target_mesh, [Replicate(), Replicate(), strided, Shard(0)])
+    for second in (Shard(0), Replicate()):
+        source = Group([3 - index % 4 for index in range(8)], source_mesh, [Replicate(), second, Replicate(), Shard(1)])
+        groups.check(source, target, [WHOLES[0], numbers(64, 16)])
+    partial = Group(source.agents, source_mesh, [Replicate(), Partial("sum"), Replicate(), Shard(1)])
+    check_partial(groups, partial, target, "sum", torch.float32)
 
 
 # --- Partial
