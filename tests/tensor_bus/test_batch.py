@@ -12,7 +12,9 @@ import msgspec
 import pytest
 
 from etha_ray.errors import (
+    BatchClosedError,
     BatchTornError,
+    BatchUnmatchedError,
     ConfigError,
     PeerLostError,
     TransferTimeoutError,
@@ -102,8 +104,11 @@ class _Work:
     agreed = ("set",)
     agreed_with: ClassVar[dict[str, Peer]] = {}
 
+    def __init__(self) -> None:
+        self.confirmed: list[str] = []
+
     def confirm(self, agreed: Iterable[str]) -> None:
-        pass
+        self.confirmed += agreed
 
 
 def _peer(registration: str, *, remote: bool, size: int = 8) -> Peer:
@@ -555,6 +560,27 @@ def carry_on(source: _End, target: _End) -> None:
     target.bus.outcomes[:] = [outcome for outcome in target.bus.outcomes if outcome not in reports]
     carry(source, target)
     assert source.outcome().version == reports[0].version
+
+
+def test_who_goes_away_says_what_it_saw_all_agree_to() -> None:
+    """One that is ready tells the set; one that never was, and only may be taken for ready, tells none."""
+    first, _ = _ends(remote=False)
+    first.batch.close(BatchClosedError("closed"), lost=False, then=lambda: None)
+    (told,) = first.said()
+    assert isinstance(told, RegistrationClosed)
+    assert told.agreed == ("set",)
+    again = _End("target", sources={"source": False})
+    again.hears(told)
+    assert again.batch.work.confirmed == ["set"]
+    unready = _End("source", targets={"target": False})
+    unready.batch.work.agreed_with = unready.batch.registered.others | {"target": _peer("target", remote=False)}
+    job: Job[Registered] = Job()
+    job.error = BatchUnmatchedError("its time is up")
+    unready.batch.registration_over(job, time.monotonic())
+    (told,) = unready.said()
+    assert isinstance(told, RegistrationClosed)
+    assert told.agreed == ()
+    assert told.lost
 
 
 class TestTorn:

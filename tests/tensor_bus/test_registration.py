@@ -264,3 +264,13 @@ def test_many_tensors_and_batches() -> None:
             semaphore.result(LONG)  # type: ignore[attr-defined]
         assert torch.equal(base[:20], room[:20])
         assert not torch.equal(base[20:], room[20:])
+
+
+def test_what_others_agreed_to_counts_for_that_set_only() -> None:
+    nothing: Any = None
+    registration = Registration(nothing, nothing, nothing, nothing, nothing)
+    assert not registration._is_agreed("pair", "this set", {}, {})
+    registration.confirm(["an earlier set"])
+    assert not registration._is_agreed("pair", "this set", {}, {})
+    registration.confirm(["this set"])
+    assert registration._is_agreed("pair", "this set", {}, {})
