@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Files in their order, in which those with long tests come first.
 IN_PARALLEL = --dist loadfile --no-loadscope-reorder --tx '$(shell nproc)*popen//python=.ci/isolated $(BIN)/python'
 
-.PHONY: help demo test test-slow test-layouts chaos soak lint types bench wheel-check clean
+.PHONY: help demo test test-slow test-layouts chaos soak fuzz lint types bench wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -37,6 +37,9 @@ chaos: $(STAMP)  ## Kill, stop and cut off 500 times while weights cross; half a
 
 soak: $(STAMP)  ## 10,000 syncs between two processes and two agents: memory and open files must not grow
 	$(BIN)/python -m tests.soak --syncs 10000
+
+fuzz: $(STAMP)  ## 100,000 commands and many store values that are nearly right
+	ETHA_RAY_FUZZ=100000 $(BIN)/python -m pytest -q tests/security --timeout 3600
 
 lint: $(STAMP)  ## ruff: style and format
 	$(BIN)/ruff check .

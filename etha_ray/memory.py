@@ -30,6 +30,7 @@ from typing import cast
 import msgspec
 import torch
 
+from etha_ray.decoding import Decoder
 from etha_ray.errors import HandleExpiredError, MemoryHandleError, NotShareableError, WrongDeviceError
 from etha_ray.processes import process_start_time
 from etha_ray.shared_files import (
@@ -87,7 +88,7 @@ class TensorHandle(msgspec.Struct, frozen=True, array_like=True, tag_field="kind
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(TensorHandle)
+_decoder = Decoder(TensorHandle)
 
 
 def encode_handle(handle: TensorHandle) -> bytes:

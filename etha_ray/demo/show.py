@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from etha_ray.config import agent_paths
+from etha_ray.decoding import Decoder
 from etha_ray.demo.roles import GENERATORS, TRAINERS, agent, worker
 from etha_ray.errors import AgentFailedError
 from etha_ray.explanation import Explanation, explain
@@ -25,7 +24,7 @@ from etha_ray.tensor_bus.leftovers import remove_files
 _ANSWER_TIMEOUT = 90.0
 _LEAVE_TIMEOUT = 10.0
 
-_reports = msgspec.msgpack.Decoder(TransferReport)
+_reports = Decoder(TransferReport)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.errors import LeaseExpiredError
 from etha_ray.kvstore.base import Change, KVStore
 from etha_ray.kvstore.lease import Grant
@@ -50,7 +51,7 @@ class _Record(msgspec.Struct, frozen=True, array_like=True):
     """By the owner's wall clock."""
 
 
-_records = msgspec.msgpack.Decoder(_Record)  # made at import: threads that do so at once crash in msgspec
+_records = Decoder(_Record)  # made at import: threads that do so at once crash in msgspec
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import msgspec
 
 from etha_ray.config import FAILURE_TIMEOUT
+from etha_ray.decoding import Decoder
 from etha_ray.errors import EthaRayError, PeerLostError
 from etha_ray.net.address import Address
 from etha_ray.net.connection import Connection
@@ -50,7 +51,7 @@ class _Goodbye(msgspec.Struct, frozen=True, tag="g", array_like=True):
     """The sender sends nothing more: it closed the channel."""
 
 
-_decoder = msgspec.msgpack.Decoder(_Message | _Heartbeat | _Goodbye)
+_decoder: Decoder[_Message | _Heartbeat | _Goodbye] = Decoder(_Message | _Heartbeat | _Goodbye)
 
 
 class Channel:

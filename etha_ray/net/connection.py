@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.errors import PeerLostError
 
 MAX_HEADER = 4096
@@ -101,7 +102,7 @@ class Connection:
         except OSError as error:
             raise self.lost(str(error)) from error
 
-    def receive(self, decoder: msgspec.msgpack.Decoder[_T], max_payload: int = 0) -> tuple[_T, bytearray]:
+    def receive(self, decoder: Decoder[_T], max_payload: int = 0) -> tuple[_T, bytearray]:
         """The next frame's header and payload.
 
         Raises:

@@ -19,6 +19,7 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.errors import ConfigError, NoTransportError
 from etha_ray.net.connection import Connection
 
@@ -63,9 +64,9 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-_challenges = msgspec.msgpack.Decoder(Challenge)
-_proofs = msgspec.msgpack.Decoder(Proof)
-_answers = msgspec.msgpack.Decoder(Welcome | Refused)
+_challenges = Decoder(Challenge)
+_proofs = Decoder(Proof)
+_answers: Decoder[Welcome | Refused] = Decoder(Welcome | Refused)
 
 
 def check_secret(secret: bytes) -> bytes:

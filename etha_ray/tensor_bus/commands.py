@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
+from etha_ray.decoding import Decoder
+
 HIGHEST_VERSION = (1 << 63) - 1
 """The highest version that a batch can have; 1 is the first."""
 
@@ -401,9 +403,9 @@ class Failed(msgspec.Struct, tag=True, omit_defaults=True, forbid_unknown_fields
 Outcome: TypeAlias = Ok | Failed
 
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-_registered_decoder: msgspec.msgpack.Decoder[RegisteredTensor] = msgspec.msgpack.Decoder(RegisteredTensor)
-_outcome_decoder: msgspec.msgpack.Decoder[Outcome] = msgspec.msgpack.Decoder(Outcome)
+_command_decoder: Decoder[Message] = Decoder(Message)
+_registered_decoder: Decoder[RegisteredTensor] = Decoder(RegisteredTensor)
+_outcome_decoder: Decoder[Outcome] = Decoder(Outcome)
 
 
 def encode_command(command: Message) -> bytes:

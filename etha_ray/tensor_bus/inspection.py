@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias, TypeVar
 import msgspec
 
 from etha_ray.config import DEFAULT_NAMESPACE, FAILURE_TIMEOUT, AgentPaths, agent_paths, namespace_folders
+from etha_ray.decoding import Decoder
 from etha_ray.tensor_bus.history import PastTransfer
 from etha_ray.tensor_bus.leftovers import lives
 from etha_ray.tensor_bus.records import AgentRecord
@@ -42,9 +43,9 @@ class SeenAgent(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _T = TypeVar("_T")
-_statuses = msgspec.msgpack.Decoder(AgentStatus)
-_transfers = msgspec.msgpack.Decoder(PastTransfer)
-_agents = msgspec.msgpack.Decoder(SeenAgent)
+_statuses = Decoder(AgentStatus)
+_transfers = Decoder(PastTransfer)
+_agents = Decoder(SeenAgent)
 
 
 def inspect_agent(rank: int, paths: AgentPaths) -> SeenAgent | None:
@@ -123,7 +124,7 @@ def _each(values: list[bytes]) -> list[PastTransfer]:
     return [past for past in found if past is not None]
 
 
-def _decoded(data: bytes, decoder: msgspec.msgpack.Decoder[_T]) -> _T | None:
+def _decoded(data: bytes, decoder: Decoder[_T]) -> _T | None:
     try:
         return decoder.decode(data)
     except msgspec.DecodeError:  # an agent of another version: what it has in common is shown

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.tensor_bus.commands import Announce, BaseCommand, Hello, InitPair, RegisterTensors, decode_command, encode_command
 from etha_ray.tensor_bus.records import fingerprint
 from etha_ray.tensor_bus.state_file import JOURNAL, StateFile
@@ -39,7 +40,7 @@ class ServedClient:
     notices: list[Announce] = field(default_factory=list)
 
 
-_pairs = msgspec.msgpack.Decoder(JoinedPair)
+_pairs = Decoder(JoinedPair)
 
 
 class Journal:

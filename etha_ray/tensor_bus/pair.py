@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.errors import EthaRayError, LayoutError, PairMismatchError, PairTimeoutError
 from etha_ray.kvstore import KVStore
 from etha_ray.layout import Layout, MeshSpec
@@ -25,6 +26,9 @@ from etha_ray.tensor_bus.commands import InitPair
 from etha_ray.tensor_bus.jobs import Backoff, Cancellation, Job
 from etha_ray.tensor_bus.members import claim, is_refused, members_and_absent, members_of, raise_if_refused, refuse, release
 from etha_ray.tensor_bus.records import MemberRecord, verdict_key
+
+_numbers: Decoder[tuple[int, ...]] = Decoder(tuple[int, ...])
+_texts: Decoder[tuple[str, ...]] = Decoder(tuple[str, ...])
 
 
 class PairState(enum.Enum):
@@ -79,9 +83,9 @@ def layout_of(command: InitPair) -> tuple[Layout | None, int | None]:
     if command.mesh_shape_payload is None or command.placements_payload is None or command.coordinate_payload is None:
         return None, None
     try:
-        shape = msgspec.msgpack.decode(command.mesh_shape_payload, type=tuple[int, ...])
-        tokens = msgspec.msgpack.decode(command.placements_payload, type=tuple[str, ...])
-        coordinate = msgspec.msgpack.decode(command.coordinate_payload, type=tuple[int, ...])
+        shape = _numbers.decode(command.mesh_shape_payload)
+        tokens = _texts.decode(command.placements_payload)
+        coordinate = _numbers.decode(command.coordinate_payload)
     except msgspec.DecodeError as error:
         raise LayoutError(f"pair {name!r}: the layout in the command cannot be read ({error})") from error
     spec = MeshSpec(shape, coordinate)

@@ -9,6 +9,7 @@ import sys
 
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.kvstore.gcs import GcsStore
 
 COMPONENT = "pool"
@@ -25,7 +26,7 @@ class PoolEntry(msgspec.Struct, frozen=True):
     state_path: str
 
 
-_entries = msgspec.msgpack.Decoder(list[PoolEntry])
+_entries = Decoder(list[PoolEntry])
 
 
 def write_pool(namespace: str, entries: list[PoolEntry]) -> None:

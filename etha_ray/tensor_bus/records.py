@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.errors import StoreError
 
 T = TypeVar("T")
@@ -174,8 +175,8 @@ class Verdict(msgspec.Struct, frozen=True):
 
 # Made here, by the thread that imports: msgspec builds what it knows of a type when it first meets it, and crashes where two
 # threads do that at once.
-_decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {
-    kind: msgspec.msgpack.Decoder(kind)
+_decoders: dict[type[Any], Decoder[Any]] = {
+    kind: Decoder(kind)
     for kind in (AgentRecord, MemberRecord, NoticeRecord, ReplicaRecord, Manifest, Differences, PlanInputs, BatchRecord, Verdict)
 }
 
@@ -190,7 +191,7 @@ def decode(data: bytes, kind: type[T], key: str) -> T:
     try:
         record: T = _decoders[kind].decode(data)
         return record
-    except (msgspec.DecodeError, RecursionError) as error:
+    except msgspec.DecodeError as error:
         raise StoreError(
             f"store key {key!r} does not hold a {kind.__name__} ({error}): another program, or another version of etha_ray,"
             " writes to this namespace; give each its own namespace"

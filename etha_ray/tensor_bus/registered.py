@@ -8,7 +8,8 @@ from functools import partial
 
 import msgspec
 
-from etha_ray.errors import EthaRayError, HandleExpiredError, NoTransportError
+from etha_ray.decoding import Decoder
+from etha_ray.errors import EthaRayError, HandleExpiredError, MemoryHandleError, NoTransportError
 from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
 from etha_ray.net import Address
 from etha_ray.tensor_bus.agreement import Agreement, Direction
@@ -22,6 +23,8 @@ from etha_ray.tensor_bus.state_file import StateFile, handles_key
 from etha_ray.transport.base import NoProgram, OneSidedTransport
 from etha_ray.transport.joint import Source, prepare
 from etha_ray.transport.network import NetworkTransport, RemoteRegion
+
+_tables: Decoder[dict[str, list[bytes]]] = Decoder(dict[str, list[bytes]])
 
 
 @dataclass(frozen=True)
@@ -269,6 +272,13 @@ def _open_remote(member: MemberRecord, registration: str, part: Part, positions:
             f"batch {part.batch_id!r}: agent {member.agent.rank} has no handles of {member.peer!r} (pid {member.worker_pid})"
             " any more: that side has closed the batch; register it again on both sides"
         )
-    table = msgspec.msgpack.decode(data, type=dict[str, list[bytes]])[part.pair_name]
+    try:
+        table = _tables.decode(data)[part.pair_name]
+        handles = [decode_handle(table[position]) for position in positions]
+    except (msgspec.DecodeError, KeyError, IndexError) as error:
+        raise MemoryHandleError(
+            f"batch {part.batch_id!r}: agent {member.agent.rank} does not say where the tensors of {member.peer!r} are ({error!r}):"
+            " another program, or another version of etha_ray, writes to its state file"
+        ) from error
     labels = [f"tensor {position} of batch {part.batch_id!r} from {member.peer!r}" for position in positions]
-    return open_tensors([decode_handle(table[position]) for position in positions], labels=labels)
+    return open_tensors(handles, labels=labels)

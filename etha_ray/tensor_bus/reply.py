@@ -21,6 +21,7 @@ import msgspec
 import posix_ipc
 
 from etha_ray.config import SUCCESSION_TIMEOUT, check_timeout
+from etha_ray.decoding import Decoder
 from etha_ray.errors import AgentDiedError, AgentFailedError, BatchClosedError, QueueClosedError, error_class
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.command_queue import CommandQueue
@@ -36,7 +37,7 @@ _SLICE = 0.1
 """Seconds after which a wait looks whether the agent still lives."""
 
 
-_statuses = msgspec.msgpack.Decoder(AgentStatus)
+_statuses = Decoder(AgentStatus)
 
 
 class Reply:

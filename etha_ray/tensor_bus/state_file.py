@@ -25,6 +25,7 @@ from contextlib import contextmanager
 import lmdb
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.tensor_bus.lmdb_file import open_file
 from etha_ray.tensor_bus.records import AgentRecord, fingerprint
 
@@ -205,9 +206,12 @@ class StateFile:
                 yield txn
 
 
+_records = Decoder(AgentRecord)
+
+
 def _decoded(data: bytes) -> AgentRecord | None:
     try:
-        return msgspec.msgpack.decode(data, type=AgentRecord)
+        return _records.decode(data)
     except msgspec.DecodeError:
         return None
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.errors import BatchTornError, ConfigError, VersionMismatchError, VersionTimeoutError
 from etha_ray.tensor_bus.commands import HIGHEST_VERSION, WaitVersion
 from etha_ray.tensor_bus.waits import Waits
@@ -75,7 +76,7 @@ class Holding(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Holding] = msgspec.msgpack.Decoder(Holding)
+_decoder: Decoder[Holding] = Decoder(Holding)
 
 
 def check_version(version: int) -> int:

@@ -6,7 +6,7 @@ import logging
 import threading
 from dataclasses import dataclass, field
 
-from etha_ray.errors import AgentDiedError
+from etha_ray.errors import AgentDiedError, ConfigError
 from etha_ray.processes import is_alive, pid_namespace
 from etha_ray.tensor_bus.batch import Batch
 from etha_ray.tensor_bus.commands import BaseCommand, Hello
@@ -44,13 +44,18 @@ class Workers:
         self._workers: dict[str, Worker] = {}
 
     def add(self, hello: Hello) -> Worker:
-        """A client introduces itself."""
-        worker = self._workers[hello.client_id] = Worker(
-            client_id=hello.client_id,
-            pid=hello.pid,
-            start_time=hello.start_time,
-            visible=hello.pid_namespace == pid_namespace(),
+        """A client introduces itself; one that is known already stays who it is, with all that it has."""
+        worker = self._workers.setdefault(
+            hello.client_id,
+            Worker(
+                client_id=hello.client_id,
+                pid=hello.pid,
+                start_time=hello.start_time,
+                visible=hello.pid_namespace == pid_namespace(),
+            ),
         )
+        if (worker.pid, worker.start_time) != (hello.pid, hello.start_time):
+            raise ConfigError(f"client id {hello.client_id!r} is that of pid {worker.pid}, and not of pid {hello.pid}: take another")
         return worker
 
     def of(self, command: BaseCommand) -> Worker:

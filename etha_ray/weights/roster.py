@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import msgspec
 import torch
 
+from etha_ray.decoding import Decoder
 from etha_ray.errors import ConfigError
 from etha_ray.layout import Layout, MeshSpec
 from etha_ray.weights.layouts import Seat
@@ -31,7 +32,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Call)
+_decoder = Decoder(Call)
 
 
 class Roster:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from etha_ray.decoding import Decoder
 from etha_ray.errors import StoreError
 from etha_ray.weights.layouts import Layouts
 from etha_ray.weights.names import NamedTensor
@@ -55,8 +56,8 @@ class Notice(msgspec.Struct, frozen=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_table_decoder = msgspec.msgpack.Decoder(Table)
-_notice_decoder = msgspec.msgpack.Decoder(Notice)
+_table_decoder = Decoder(Table)
+_notice_decoder = Decoder(Notice)
 
 
 def make_table(tensors: Sequence[NamedTensor], layouts: Layouts, only: tuple[str, ...], strict: bool) -> Table:

@@ -179,7 +179,8 @@ class LocalCluster:
             left = left_in_shm({os.getpid()}, list(self.paths.values()))
             assert left == [], left
             assert os.listdir(self.folder) == []
-            assert [key for key in self.store.list() if not key.startswith(("manifest/", "verdict/"))] == []
+            left = [key for key in self.store.list() if not key.startswith(("manifest/", "verdict/"))]
+            assert left == [], left
         finally:
             shutil.rmtree(self.folder)
             self.store.close()

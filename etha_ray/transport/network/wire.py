@@ -7,6 +7,8 @@ from typing import TypeAlias
 import msgspec
 import torch
 
+from etha_ray.decoding import Decoder
+
 CONTROL = "tensors"
 """The service whose channel carries `Prepare`, `Release` and their answers, and says by its heartbeats who lives."""
 
@@ -86,10 +88,10 @@ FromReader: TypeAlias = Prepare | Release
 FromOwner: TypeAlias = Ready | Prepared | Rejected
 
 encode = msgspec.msgpack.Encoder().encode
-from_reader = msgspec.msgpack.Decoder(FromReader)
-from_owner = msgspec.msgpack.Decoder(FromOwner)
-fetches = msgspec.msgpack.Decoder(Fetch)
-answers = msgspec.msgpack.Decoder(Data | Failed)
+from_reader: Decoder[FromReader] = Decoder(FromReader)
+from_owner: Decoder[FromOwner] = Decoder(FromOwner)
+fetches = Decoder(Fetch)
+answers: Decoder[Data | Failed] = Decoder(Data | Failed)
 
 MAX_REASON = 3000
 """Characters of a message in `Failed`: a frame's header has a limit."""

@@ -1,0 +1,102 @@
+"""Messages that are nearly right, in an agent's queue and in its store: the agent lives, loses no room, and serves others as before."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import zlib
+
+import pytest
+import torch
+
+from etha_ray.errors import EthaRayError
+from etha_ray.tensor_bus.client import TensorBusClient
+from etha_ray.tensor_bus.command_queue import CommandQueue
+from etha_ray.tensor_bus.commands import BaseCommand, Message, encode_command
+from etha_ray.tensor_bus.queue_entry import _AFTER_CHECKSUM, _CHECKSUM
+from tests.security.mutations import mutated, other_bytes
+from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster, succeed
+from tests.tensor_bus.test_commands import COMMANDS
+
+COUNT = int(os.environ.get("ETHA_RAY_FUZZ", "1500"))
+"""Messages of each kind of test; `make fuzz` sends more."""
+
+_ROUND = 150
+"""Messages to one client's name, after which it leaves and another comes: what waits for ever then ends."""
+
+
+def entry_of(body: bytes) -> bytes:
+    """As it would stand in the queue, its checksums right."""
+    prefix = _AFTER_CHECKSUM.pack(zlib.crc32(body), 0, 0)
+    return _CHECKSUM.pack(zlib.crc32(prefix)) + prefix + body
+
+
+def works(cluster: LocalCluster, name: str) -> None:
+    """New clients of both agents exchange a tensor."""
+    first, second, source, target = cluster.batch(batch_id=name)
+    succeed(lambda: first.transfer("send", blocking=True, timeout=LONG), lambda: second.transfer("recv", blocking=True, timeout=LONG))
+    assert torch.equal(source, target)
+    for handler in (first, second):
+        handler.client.close()
+        cluster.clients.remove(handler.client)
+
+
+def of_client(message: Message, client: TensorBusClient, batch_id: str) -> BaseCommand:
+    """The message as that client would send it, about its own batch."""
+    fields = {name: getattr(message, name) for name in message.__struct_fields__}
+    fields |= {"client_id": client.client_id, "semaphore_name": None, "timeout": 0.2}
+    if "batch_id" in fields:
+        fields["batch_id"] = batch_id
+    return type(message)(**fields)
+
+
+def test_commands(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    rng = random.Random(20261126)
+    with local_cluster(2) as cluster:
+        queue = CommandQueue(cluster.paths[0].command_queue)
+        capacity = queue.capacity
+        for start in range(0, COUNT, _ROUND):
+            name = f"round {start}"
+            first, second, _, _ = cluster.batch(batch_id=name)
+            for _ in range(min(_ROUND, COUNT - start)):
+                body = mutated(encode_command(of_client(rng.choice(COMMANDS), first.client, name)), rng)
+                entry = entry_of(body) if rng.random() < 0.95 else other_bytes(entry_of(body), rng)
+                queue._append(entry, block=False, waited=False)
+            for handler in (first, second):
+                with contextlib.suppress(EthaRayError):  # it was closed by one of the messages
+                    handler.client.close()
+                cluster.clients.remove(handler.client)
+        works(cluster, "at last")
+        assert queue.size() == 0
+        assert queue.capacity == capacity
+        queue.close(destroy=False)
+    assert [record.getMessage() for record in caplog.records if "agent failed on" in record.getMessage()] == []
+
+
+def test_the_store(caplog: pytest.LogCaptureFixture) -> None:
+    """What pairs and registrations read there, changed by a stranger at any moment."""
+    rng = random.Random(42)
+    with local_cluster(2) as cluster:
+        store = cluster.store
+        for _ in range(max(4, COUNT // 100)):
+            one, two = cluster.client(0), cluster.client(1)
+            for client, name, other in ((one, "a", "b"), (two, "b", "a")):
+                client.init_pair("p", name, other, 1, blocking=False)
+            for client in (one, two):
+                client.register_tensors("x", [(torch.ones(8), "p")], blocking=False)
+            for _ in range(25):
+                for key, value in rng.sample(sorted(store.list().items()), 1):
+                    if not key.startswith("agent/") and value:
+                        store.set_bytes(key, mutated(value, rng))
+            for client in (one, two):
+                client.close()
+                cluster.clients.remove(client)
+            store.delete_prefix("pair/")
+            store.delete_prefix("batch/")
+            store.delete_prefix("verdict/")
+            store.delete_prefix("manifest/")
+        works(cluster, "at last")
+    assert [record.getMessage() for record in caplog.records if "agent failed on" in record.getMessage()] == []
