@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from functools import partial
@@ -29,7 +30,7 @@ from etha_ray.config import (
     check_integrity,
     worker_environment,
 )
-from etha_ray.errors import AgentBusyError, ConfigError
+from etha_ray.errors import AgentBusyError, ConfigError, StoreError
 from etha_ray.kvstore import KVStore, create_store
 from etha_ray.kvstore.lease import Lease
 from etha_ray.processes import process_start_time
@@ -347,7 +348,10 @@ def main(arguments: list[str] | None = None) -> None:
     url = options.store
     if url.startswith("tcp://") and rank == 0 and "master=" not in url:
         url += ("&" if "?" in url else "?") + "master=1&wait_for_workers=0"
-    store = create_store(url, namespace=options.namespace)
+    try:
+        store = create_store(url, namespace=options.namespace)
+    except StoreError as error:
+        sys.exit(f"agent {rank} cannot start: {error}")
     paths = agent_paths(rank, options.namespace)
     agent = TensorBusAgent(
         rank,

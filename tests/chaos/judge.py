@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
@@ -39,17 +41,23 @@ def _what_was_taken(sends: dict[tuple[int, int], Entry], receives: list[Entry]) 
 
 def _what_was_sent(sends: dict[tuple[int, int], Entry], receives: list[Entry]) -> Iterable[str]:
     """After a good send each receiver has it, or did not live to say so, or was told of an error."""
-    by_receiver: dict[str, list[Entry]] = defaultdict(list)
-    for entry in receives:
-        by_receiver[entry.who].append(entry)
+    calls = {who: _in_a_row(entry for entry in receives if entry.who == who) for who in {entry.who for entry in receives}}
     for (sender, nonce), sent in sends.items():
         if sent.outcome != "ok" or sent.end is None:
             continue
-        for receiver, own in by_receiver.items():
-            meanwhile = [e for e in own if e.begin < sent.end and (e.end is None or e.end > sent.begin)]
+        for receiver, (own, begins, ends) in calls.items():
+            meanwhile = own[bisect.bisect_right(ends, sent.begin) : bisect.bisect_left(begins, sent.end)]
             good = [e for e in meanwhile if e.outcome == "ok"]
             if not meanwhile or (len(good) == len(meanwhile) and not any(e.taken[sender] == nonce for e in good)):
                 yield f"{_name(sent)} succeeded, and {receiver} has received something else meanwhile: {meanwhile}"
+
+
+def _in_a_row(calls: Iterable[Entry]) -> tuple[list[Entry], list[float], list[float]]:
+    """One player's calls with the times at which they begin and end; one that its process did not live to end, when the next begins."""
+    own = sorted(calls, key=lambda entry: entry.begin)
+    begins = [entry.begin for entry in own]
+    ends = [entry.end if entry.end is not None else after for entry, after in zip(own, [*begins[1:], math.inf], strict=True)]
+    return own, begins, ends
 
 
 def _name(entry: Entry) -> str:

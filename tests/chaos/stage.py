@@ -116,7 +116,9 @@ class Stage:
                 for part in self.parts:
                     if not part.process.is_alive():
                         part.process.join()
-                        if part.process.exitcode != -signal.SIGKILL:
+                        # An agent that finds no store while it starts says so, and ends; what is worse leaves a traceback.
+                        expected = (-signal.SIGKILL, 1) if part in self.agents else (-signal.SIGKILL,)
+                        if part.process.exitcode not in expected:
                             self.odd_ends.append(f"{part.name} (pid {part.pid}) ended by itself with {part.process.exitcode}")
                         self._start(part)
 

@@ -20,7 +20,17 @@ from etha_ray.kvstore.lease import Grant
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.commands import Ping
 from tests.tensor_bus import cluster as acts
-from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, eventually, left_in_shm, local_cluster, process_cluster, together
+from tests.tensor_bus.cluster import (
+    LONG,
+    ProcessCluster,
+    Worker,
+    eventually,
+    free_port,
+    left_in_shm,
+    local_cluster,
+    process_cluster,
+    together,
+)
 
 
 @pytest.fixture
@@ -302,8 +312,13 @@ class TestStore:
             assert "agent failed on Ping" in caplog.text
 
 
-def test_tied_to_its_launcher() -> None:
-    """--rank and RANK; help works without a store."""
+def test_the_command_line() -> None:
+    """Without a store it says so and ends; its help needs none."""
+    without = [sys.executable, "-m", "etha_ray.tensor_bus.agent", "--store", f"etcd://127.0.0.1:{free_port()}", "--rank", "1"]
+    failed = subprocess.run(without, capture_output=True, text=True, timeout=60, check=False)
+    assert failed.returncode == 1
+    assert "agent 1 cannot start: " in failed.stderr
+    assert "Traceback" not in failed.stderr
     done = subprocess.run([sys.executable, "-m", "etha_ray.tensor_bus.agent", "--help"], capture_output=True, text=True, check=True)
     assert "--store" in done.stdout
 
