@@ -348,6 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
     url = options.store
     if url.startswith("tcp://") and rank == 0 and "master=" not in url:
         url += ("&" if "?" in url else "?") + "master=1&wait_for_workers=0"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))  # while it starts: what it has made by then is undone
     try:
         store = create_store(url, namespace=options.namespace)
     except StoreError as error:

@@ -26,12 +26,14 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 from etha_ray.config import AgentPaths, agent_paths
+from etha_ray.errors import AgentNotFoundError
 from etha_ray.kvstore import MemoryStore
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.tensor_bus.leftovers import remove_files
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
+from etha_ray.tensor_bus.watch import find_agent
 from etha_ray.transport import OneSidedTransport
 
 LONG = 30.0
@@ -276,9 +278,10 @@ class ProcessCluster:
     def close(self) -> None:
         for worker in self.workers:
             worker.close()
-        for pid in self.pids:
+        for rank, pid in enumerate(self.pids):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+                self._let_start(rank, pid)
                 os.kill(pid, signal.SIGTERM)
         for pid in self.pids:
             self.wait(pid)
@@ -289,6 +292,15 @@ class ProcessCluster:
         if self._killed:  # an agent that was killed cleans nothing up: that is the next pool's first act
             for paths in self.paths:
                 assert remove_files(paths)
+
+    def _let_start(self, rank: int, pid: int) -> None:
+        """Wait until an agent that has just been started serves: before that it is not there to be told to end."""
+        process = self._processes[pid]
+        alive = process.poll() is None if isinstance(process, subprocess.Popen) else process.is_alive()
+        if alive:
+            with contextlib.suppress(AgentNotFoundError):
+                state, _ = find_agent(rank, self.paths[rank].state, self.paths[rank].command_queue, LONG)
+                state.close()
 
     def check_clean(self) -> None:
         """After `close`: nothing is left."""
