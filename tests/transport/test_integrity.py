@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,19 +14,6 @@ from etha_ray.transport.checked import CheckedTransport
 from etha_ray.transport.network import NetworkTransport, Read, RemoteRegion
 from tests.contracts.transport import bits, random_tensor
 from tests.net.pair import SECRET, Pair, Relay
-
-
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    with contextlib.closing(Pair()) as pair:
-        yield pair
-
-
-@pytest.fixture
-def relay(pair: Pair) -> Iterator[Relay]:
-    with contextlib.closing(Relay(pair.address)) as relay:
-        yield relay
-
 
 SOURCES = {
     "straight into the target": [random_tensor((1 << 20,), torch.float32, 0)],

@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
 
-import pytest
 import torch
 
 from etha_ray.errors import TransferCancelledError, TransferError
 from etha_ray.transport.network import NetworkProgram, NetworkTransport, Read, RemoteRegion
 from tests.net.pair import PATIENCE, SECRET, Pair, Relay
-
-
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    with contextlib.closing(Pair()) as pair:
-        yield pair
-
-
-@pytest.fixture
-def relay(pair: Pair) -> Iterator[Relay]:
-    with contextlib.closing(Relay(pair.address)) as relay:
-        yield relay
 
 
 def running(program: NetworkProgram, outcome: list[object]) -> threading.Thread:

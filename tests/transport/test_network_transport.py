@@ -30,12 +30,6 @@ from tests.contracts.transport import bits, numbers, random_tensor
 from tests.net.pair import PATIENCE, SECRET, Pair
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    with contextlib.closing(Pair()) as pair:
-        yield pair
-
-
 @pytest.fixture(scope="module")
 def lasting() -> Iterator[Pair]:
     with contextlib.closing(Pair()) as pair:
