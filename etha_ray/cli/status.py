@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +22,8 @@ from etha_ray.errors import ConfigError, EthaRayError
 from etha_ray.status import Overview, gather, overview, page, shown, trace_events
 from etha_ray.tensor_bus.inspection import SeenAgent, namespaces_here
 
-_PAUSE = 1.0
-"""Seconds between two looks with --watch."""
+_PAUSE, _SLICE = 1.0, 0.05
+"""Seconds between two looks with --watch; and between two looks for an interrupt."""
 
 Namespace = Annotated[str | None, typer.Option(help='The pool\'s name. Default: ETHA_RAY_NAMESPACE, else "default".')]
 Address = Annotated[
@@ -115,14 +118,34 @@ def _look(namespace: str, address: str | None) -> tuple[list[SeenAgent], Overvie
 
 def _watch(namespace: str, address: str | None) -> Overview:
     found = _look(namespace, address)[1]
-    with Live(shown(found), console=Console(highlight=False), auto_refresh=False, screen=True) as live:
-        try:
-            while True:
-                live.update(shown(found), refresh=True)
-                time.sleep(_PAUSE)
-                found = _look(namespace, address)[1]
-        except KeyboardInterrupt:
-            return found
+    with _interrupts() as interrupted, Live(shown(found), console=Console(highlight=False), auto_refresh=False, screen=True) as live:
+        while not interrupted:
+            live.update(shown(found), refresh=True)
+            until = time.monotonic() + _PAUSE
+            while not interrupted and time.monotonic() < until:
+                time.sleep(_SLICE)
+            found = _look(namespace, address)[1]
+    return found
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """SIGINTs that came within the block; a second one ends it at once.
+
+    As KeyboardInterrupt the first may be lost: Python lets no exception out of a finalizer.
+    """
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _say_where(console: Console, found: Overview) -> None:
