@@ -5,10 +5,13 @@ What a rank holds is what `distribute_tensor(..., src_data_rank=None)` gives it,
 torch 2.13 contradicts itself. FSDP2 makes a `_StridedShard` of a tensor that tensor parallelism has cut before, and reads it
 *by order*: its split factor says that the mesh dimension is applied after others to the right of it, and all of them cut as
 `Shard`; `full_tensor` gathers by order, too. The two readings hold the same elements but where a size does not divide, and
-some ranks then differ in how many: so `Layout.fit` tells from the local shapes which of them it is. Not followed are
+some ranks then differ in how many: so `Layout.fit` tells from the local shapes which of them it is. Where three mesh dimensions
+or more cut one tensor dimension, ranks may hold as many elements either way and yet not the same; then it is the order, in
+which torch makes and gathers such tensors. Not followed are
 
 - `full_tensor` of several `_StridedShard` whose split factors spell no order: it puts elements in the wrong places, or fails
   (``SS0/2,SS0/3`` on a 2x3 mesh, for one);
+- `distribute_tensor` where it cuts by strides what `full_tensor` then gathers by order, and the local shapes do not show it;
 - `distribute_tensor` that scatters: it stops with a bare AssertionError where a `_StridedShard` comes out uneven.
 """
 
@@ -183,14 +186,15 @@ class Layout:
         """This layout in the reading that fits these local shapes, by mesh position; and the tensor's global shape.
 
         Args:
-            local_shapes: of all positions; of any, where ``shape`` is given.
+            local_shapes: of all positions; of any, where ``shape`` is given: both readings may then fit, and it is this one.
             shape: the global shape, where it is known, as that of a DTensor is.
 
         Raises:
             LayoutError: the local shapes fit in neither reading; see `global_shape`.
         """
         try:
-            return self, self._fitting(local_shapes, shape)
+            found = self._fitting(local_shapes, shape)
+            return (_meant(self, found) if len(local_shapes) == self.ranks else self), found
         except LayoutError:
             if self.by_order or not any(token.startswith("SS") for token in self.placements):
                 raise
@@ -255,6 +259,23 @@ def _order(layout: Layout, dims: tuple[int, ...]) -> tuple[int, ...]:
             raise LayoutError(f"the split factors of layout {layout} spell no order: {factor} is none of {pieces}")
         order.insert(pieces.index(factor), dim)
     return tuple(order)
+
+
+@lru_cache(maxsize=4096)
+def _meant(layout: Layout, shape: tuple[int, ...]) -> Layout:
+    """``layout``, whose local shapes were found; by order if that gives every rank as many elements, and not the same."""
+    if layout.by_order or not any(token.startswith("SS") for token in layout.placements):
+        return layout
+    ordered = replace(layout, by_order=True)
+    with contextlib.suppress(LayoutError):  # split factors that spell no order
+        axes = ordered.axes(shape)
+        if all(axis.size % axis.count == 0 for axis in axes):
+            return layout  # the same in both readings, and what nearly every tensor has
+        pairs = [(layout.region(index, shape), ordered.region(index, shape)) for index in range(layout.ranks)]
+        held = [(one, other) for one, other in pairs if not (one.is_empty and other.is_empty)]
+        if all(one.shape == other.shape for one, other in held) and any(one != other for one, other in held):
+            return ordered
+    return layout
 
 
 @lru_cache(maxsize=1024)

@@ -252,8 +252,6 @@ def _fitted(layout: Layout, specs: tuple[TensorSpec, ...]) -> tuple[tuple[int, .
     if whole is None:
         fitted, shape = layout.fit({index: spec.local or () for index, spec in enumerate(specs)})
         return shape, fitted
-    if all(spec.local is None for spec in specs):
-        return whole, layout
     local = {index: layout.region(index, whole).shape if spec.local is None else spec.local for index, spec in enumerate(specs)}
     return whole, layout.fit(local, whole)[0]
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from etha_ray.errors import LayoutError
 from etha_ray.layout import Layout
-from tests.layout.dtensor import cut, playing
+from tests.layout.dtensor import as_torch, combined, cut, playing
 
 
 @pytest.mark.parametrize("rows", [12, 7, 13, 5, 1])
@@ -48,6 +48,44 @@ def test_readings_of_a_strided_shard_that_is_uneven() -> None:
     assert layout.fit(dict.fromkeys(range(6), (2,))) == (layout, (12,))
     with pytest.raises(LayoutError, match=r"position 0 .* holds shape \(3,\)"):
         layout.fit(dict(enumerate([(3,), (0,), (2,), (1,), (0,), (1,)])))
+
+
+@pytest.mark.parametrize(("text", "rows"), [("2x2x3: SS0/6,S0,S0", 9), ("1x3x2x2: SS0/2,SS0/4,S0,S0", 34)])
+def test_where_shapes_do_not_tell_it_is_what_full_tensor_reads(text: str, rows: int) -> None:
+    layout, whole = Layout.decode(text), torch.arange(rows)
+    ordered = Layout.decode(f"{text} by order")
+    strided, by_order = ([one.region(index, (rows,)) for index in range(one.ranks)] for one in (layout, ordered))
+    shapes = {index: region.shape for index, region in enumerate(strided)}
+    assert shapes == {index: region.shape for index, region in enumerate(by_order)}
+    assert strided != by_order
+    assert layout.fit(shapes) == layout.fit(shapes, (rows,)) == (ordered, (rows,))
+    with playing(0, layout.ranks):
+        placements = as_torch(layout)
+        assert torch.equal(combined(layout, placements, (rows,), lambda index: cut(whole, by_order[index])), whole)
+        assert not torch.equal(combined(layout, placements, (rows,), lambda index: cut(whole, strided[index])), whole)
+
+
+@pytest.mark.parametrize("mesh_shape", [(2, 2, 3), (3, 2, 2), (2, 3, 2)])
+@pytest.mark.parametrize("rows", [9, 15, 20, 24, 27, 34])
+def test_what_fsdp2_holds_of_a_parameter_that_two_mesh_dimensions_cut_before(mesh_shape: tuple[int, ...], rows: int) -> None:
+    whole = torch.arange(rows * 2).reshape(rows, 2).float()
+    held, layouts = {}, set()
+    for rank in range(math.prod(mesh_shape)):
+        with playing(rank, math.prod(mesh_shape)):
+            mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("dp", "ep", "tp"))
+            module = torch.nn.Linear(2, rows, bias=False)
+            cut_twice = distribute_tensor(whole, mesh["ep", "tp"], [Shard(0), Shard(0)], src_data_rank=None)
+            module.weight = torch.nn.Parameter(cut_twice)
+            fully_shard(module, mesh=mesh["dp"])
+            held[rank] = module.weight.to_local().detach()  # type: ignore[attr-defined]
+            layouts.add(Layout.of(mesh_shape, module.weight.placements))  # type: ignore[attr-defined]
+    (layout,) = layouts
+    layout, shape = layout.fit({rank: tuple(tensor.shape) for rank, tensor in held.items()})
+    assert shape == (rows, 2)
+    for rank, tensor in held.items():
+        region = layout.region(rank, shape)
+        assert region.numel == tensor.numel()
+        assert region.is_empty or torch.equal(cut(whole, region), tensor)
 
 
 def test_a_global_shape_that_is_known_needs_no_other_ranks() -> None:
