@@ -29,7 +29,7 @@ test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
 
 test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor
-	$(BIN)/python -m pytest -q tests/layout/test_properties.py tests/plan/test_properties.py tests/plan/test_sharing.py tests/plan/test_relays.py \
+	$(BIN)/python -m pytest -q tests/layout/test_properties.py tests/plan/test_properties.py tests/plan/test_dtypes.py tests/plan/test_sharing.py tests/plan/test_relays.py \
 	  --hypothesis-profile=thorough --timeout 20000
 
 chaos: $(STAMP)  ## Kill, stop and cut off 500 times while weights cross; half an hour
