@@ -6,13 +6,14 @@ from functools import partial
 
 from etha_ray.bench.bus import open_bus
 from etha_ray.bench.figures import BenchResult, Figure, Ratio, interleaved, median, percentile, progress
+from etha_ray.bench.processes import call_all
 from etha_ray.bench.ray_baseline import RayObjects, open_ray
-from etha_ray.bench.workload import uniform
+from etha_ray.bench.workload import distinct, uniform
 from etha_ray.errors import ConfigError
 
 _TENSOR_BYTES = 4096
 _ONE_BYTES = 1 << 20
-_MANY, _ONE = "many", "one"
+_MANY, _ONE, _DISTINCT = "many", "one", "distinct"
 
 
 def run_small(tensors: int = 10_000, steps: int = 20, single_count: int = 1000) -> BenchResult:
@@ -28,6 +29,9 @@ def run_small(tensors: int = 10_000, steps: int = 20, single_count: int = 1000) 
         progress(f"registering {tensors} tensors")
         register_s = bus.register(_MANY, many)
         bus.register(_ONE, one)
+        call_all(bus.agents, "proving")
+        distinct_s = bus.register(_DISTINCT, distinct(max(1, tensors // 10), _TENSOR_BYTES))
+        proving_s = max(call_all(bus.agents, "proving"))
         for batch_id, workload in ((_MANY, many), (_ONE, one)):
             bus.verified_sync(batch_id, workload, version=1)
         ray_many, ray_one = RayObjects(many), RayObjects(one)
@@ -50,6 +54,9 @@ def run_small(tensors: int = 10_000, steps: int = 20, single_count: int = 1000) 
             Figure("per_tensor_us", median(each["many"]), f"one of {tensors} tensors of 4 KiB, in one sync", reach=10.0),
             Figure("many_sync_ms", median(samples["many"]) * 1e3, "all of them, first call to last completion"),
             Figure("many_register_s", register_s, "registering them, once"),
+            Figure(
+                "proof_percent", 100 * proving_s / distinct_s, "of registering a tenth as many, all distinct, is proving plans", reach=1.0
+            ),
             Figure("one_mib_p50_us", median(single["one"]), "one tensor of 1 MiB, first call to last completion", reach=1000.0),
             Figure("one_mib_p99_us", percentile(single["one"], 99), "the same, 99th percentile"),
             Figure("ray_per_tensor_us", median(each["ray many"]), "one small tensor through Ray's object store"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -41,6 +42,7 @@ class AgentRole:
     def __init__(self) -> None:
         self._agent: TensorBusAgent | None = None
         self._store: TorchTCPStore | None = None
+        self._proofs = _Proofs()
 
     def start(self, rank: int, port: int, command_queue: str, state: str) -> None:
         """Serve these paths; the store listens on ``port``."""
@@ -48,12 +50,33 @@ class AgentRole:
         self._agent = TensorBusAgent(rank, self._store, paths=AgentPaths(command_queue, state))
         self._agent.start()
 
+    def proving(self) -> float:
+        """Seconds that proving plans has taken since this was last asked."""
+        seconds, self._proofs.seconds = self._proofs.seconds, 0.0
+        return seconds
+
     def close(self) -> None:
         """Shut down."""
         if self._agent is not None:
             self._agent.stop()
         if self._store is not None:
             self._store.close()
+
+
+class _Proofs(logging.Handler):
+    """Adds up what agents in this process say that proofs took."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.seconds = 0.0
+        said = logging.getLogger("etha_ray.tensor_bus.executor")
+        said.setLevel(logging.DEBUG)
+        said.addHandler(self)
+        said.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if isinstance(record.args, tuple) and isinstance(record.args[-1], float):
+            self.seconds += record.args[-1]
 
 
 class ClientRole:

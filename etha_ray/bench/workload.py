@@ -91,6 +91,11 @@ def uniform(count: int, nbytes: int) -> Workload:
     return Workload(tuple(TensorSpec(f"tensor.{number}", (nbytes,), "R", "R") for number in range(count)), 1, 1, "uint8")
 
 
+def distinct(count: int, nbytes: int) -> Workload:
+    """As `uniform`, but each of another size, from ``nbytes`` on: no two share a plan."""
+    return Workload(tuple(TensorSpec(f"tensor.{number}", (nbytes + number,), "R", "R") for number in range(count)), 1, 1, "uint8")
+
+
 class Decoder(msgspec.Struct, frozen=True):
     """The sizes of a decoder-only transformer with grouped-query attention, a gated MLP and tied embeddings."""
 

@@ -80,6 +80,7 @@ def test_small() -> None:
     assert figures["tensors_count"] == 40
     assert figures["many_sync_ms"] == pytest.approx(figures["per_tensor_us"] * 40 / 1e3, rel=1e-3)
     assert figures["one_mib_p50_us"] <= figures["one_mib_p99_us"]
+    assert 0 < figures["proof_percent"] < 100
 
 
 @pytest.mark.parametrize(
