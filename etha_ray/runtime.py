@@ -10,9 +10,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import ray
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 RAY_NAMESPACE = "etha_ray"
 """Ray namespace of the agents' names, ``{pool namespace}/agent{rank}``."""
+
+_T = TypeVar("_T")
 
 _START_TIMEOUT = 120.0
 _STOP_TIMEOUT = 20.0
@@ -155,7 +157,7 @@ class AgentPool:
         killed = [entry for entry, stop in zip(self._entries, stops, strict=True) if stop not in ended or not _succeeded(stop)]
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
-        write_pool(self.namespace, [])
+        _on_cluster(write_pool, self.namespace, [])
         _clean_nodes(killed)
 
     def __enter__(self) -> AgentPool:
@@ -179,6 +181,8 @@ def launch_agents(
     detached: bool = False,
 ) -> AgentPool:
     """Start agents on the Ray cluster (on a Ray of this process's own if it has none yet) and wait until they serve.
+
+    The driver may be on the cluster or reach it as a Ray Client (``ray://``); this node is the head then.
 
     Agents take no CPU and no GPU share from other actors, and Ray restarts those that die. They end with
     `AgentPool.shutdown`, or with this driver unless they are detached.
@@ -209,10 +213,8 @@ def launch_agents(
         ray.init(log_to_driver=False)
     places = _places(devices)
     _refuse_second_pool(namespace, len(places))
-    with_store = create_store(url, namespace=namespace) if url == "gcs://" else None
-    if with_store is not None:
-        with_store.delete_prefix("")  # what a pool that was killed left in a cluster that lives on
-        with_store.close(cleanup=False)
+    if url == "gcs://":
+        _on_cluster(_empty_store, namespace)
     neighbours: dict[str, list[int]] = {}
     for rank, (node_id, _) in enumerate(places):
         neighbours.setdefault(node_id, []).append(rank)
@@ -233,7 +235,7 @@ def launch_agents(
     entries = [_entry(rank, node_id, device, namespace) for rank, (node_id, device) in enumerate(places)]
     pool = AgentPool(namespace, entries, actors)
     _wait_until_started(pool, actors)
-    write_pool(namespace, entries)
+    _on_cluster(write_pool, namespace, entries)
     return pool
 
 
@@ -260,7 +262,7 @@ def find_pool(namespace: str = DEFAULT_NAMESPACE) -> AgentPool:
         AgentNotFoundError: (a ConnectionError) there is none.
     """
     found = []
-    for entry in read_pool(check_name("namespace", namespace)):
+    for entry in _on_cluster(read_pool, check_name("namespace", namespace)):
         try:
             found.append((entry, ray.get_actor(_actor_name(namespace, entry.rank), namespace=RAY_NAMESPACE)))
         except ValueError:  # its driver was killed, or another ends it just now
@@ -274,7 +276,7 @@ def seen_agents(namespace: str, timeout: float = 5.0) -> list[SeenAgent]:
     """What the agents of a pool of this Ray cluster show; those that do not say so within ``timeout`` seconds are unreachable."""
     calls: dict[Any, PoolEntry] = {}
     found = []
-    for entry in read_pool(namespace):
+    for entry in _on_cluster(read_pool, namespace):
         try:
             actor = ray.get_actor(_actor_name(namespace, entry.rank), namespace=RAY_NAMESPACE)
         except ValueError:
@@ -289,6 +291,21 @@ def seen_agents(namespace: str, timeout: float = 5.0) -> list[SeenAgent]:
             logger.warning("agent %d does not show what it does: %s", entry.rank, error)
             found.append(_unreachable(entry))
     return found
+
+
+def _on_cluster(call: Callable[..., _T], *args: Any) -> _T:
+    """The call's result, made where Ray's GCS can be reached: here, or in a task if this driver is a Ray Client (ray://)."""
+    if not ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+        return call(*args)
+    result: _T = ray.get(ray.remote(call).options(num_cpus=0).remote(*args))
+    return result
+
+
+def _empty_store(namespace: str) -> None:
+    """Remove what a pool that was killed left in a cluster that lives on."""
+    store = create_store("gcs://", namespace=namespace)
+    store.delete_prefix("")
+    store.close(cleanup=False)
 
 
 def _unreachable(entry: PoolEntry) -> SeenAgent:
