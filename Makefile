@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Files in their order, in which those with long tests come first.
 IN_PARALLEL = --dist loadfile --no-loadscope-reorder --tx '$(shell nproc)*popen//python=.ci/isolated $(BIN)/python'
 
-.PHONY: help demo test test-slow test-layouts chaos soak fuzz lint types bench wheel-check clean
+.PHONY: help demo test test-slow test-cluster test-layouts chaos soak fuzz lint types bench wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -27,6 +27,9 @@ test: $(STAMP)  ## Pass the tests, on all cores where isolated hosts can be made
 
 test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
+
+test-cluster: $(STAMP)  ## README's cluster section as written: ray up over ssh, the main job, ray down; needs root and sshd
+	$(BIN)/python -m pytest -q -m slow tests/cluster/test_ray_up.py
 
 test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor
 	$(BIN)/python -m pytest -q tests/layout/test_properties.py tests/plan/test_properties.py tests/plan/test_dtypes.py tests/plan/test_sharing.py tests/plan/test_relays.py \
