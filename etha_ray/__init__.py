@@ -5,19 +5,19 @@ Start with `launch_agents`, then `publish` and `pull` for whole models, or `boot
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from etha_ray.explanation import explain
-from etha_ray.kvstore import create_store
-from etha_ray.layout import MeshSpec
-from etha_ray.replica import Replica
-from etha_ray.report import TransferReport
-from etha_ray.tensor_bus.bootstrap import BootstrapInfo, bootstrap_client
-from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
-from etha_ray.tensor_bus.tensors import Piece
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from etha_ray.explanation import explain
+    from etha_ray.kvstore import create_store
+    from etha_ray.layout import MeshSpec
+    from etha_ray.replica import Replica
+    from etha_ray.report import TransferReport
     from etha_ray.runtime import AgentPool, launch_agents
+    from etha_ray.tensor_bus.bootstrap import BootstrapInfo, bootstrap_client
+    from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+    from etha_ray.tensor_bus.tensors import Piece
     from etha_ray.weights import publish, pull
 
 __version__ = "0.1.0"
@@ -40,13 +40,31 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("AgentPool", "launch_agents"):  # these need Ray, which the engine does not
-        from etha_ray import runtime
+_MODULES = {
+    "AgentPool": "runtime",
+    "BatchHandler": "tensor_bus.client",
+    "BootstrapInfo": "tensor_bus.bootstrap",
+    "MeshSpec": "layout",
+    "Piece": "tensor_bus.tensors",
+    "Replica": "replica",
+    "TensorBusClient": "tensor_bus.client",
+    "TransferReport": "report",
+    "bootstrap_client": "tensor_bus.bootstrap",
+    "create_store": "kvstore",
+    "explain": "explanation",
+    "launch_agents": "runtime",
+    "publish": "weights",
+    "pull": "weights",
+}
 
-        return getattr(runtime, name)
-    if name in ("publish", "pull"):
-        from etha_ray import weights
 
-        return getattr(weights, name)
-    raise AttributeError(f"module 'etha_ray' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    """Import what is asked for when it is: pytest loads this package for its plugin, and must not load torch and Ray with it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -113,6 +113,29 @@ def worker_environment() -> WorkerEnvironment:
     )
 
 
+def worker_variables(namespace: str, agent_rank: int | None) -> dict[str, str | None]:
+    """What a worker's environment says if its agent is ``agent_rank`` of ``namespace``; None for what is not to be set.
+
+    Without a rank, what a launcher says of ranks (LOCAL_RANK, AGENT_RANK_OFFSET) is left as it is.
+    """
+    variables: dict[str, str | None] = dict.fromkeys(("AGENT_RANK", "TENSOR_BUS_COMMAND_QUEUE_PATH", "TENSOR_BUS_STATE_PATH"))
+    variables["ETHA_RAY_NAMESPACE"] = check_name("namespace", namespace)
+    if agent_rank is not None:
+        variables["AGENT_RANK"] = str(agent_rank)
+    return variables
+
+
+def etcd_for_tests() -> tuple[str, int] | None:
+    """Host and port of an etcd that tests may use (ETHA_RAY_TEST_ETCD, HOST:PORT), or None. Raises `ConfigError` if it is neither."""
+    text = os.environ.get("ETHA_RAY_TEST_ETCD")
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"environment variable ETHA_RAY_TEST_ETCD={text!r} is not understood: give HOST:PORT")
+    return host, int(port)
+
+
 def _integer(name: str) -> int | None:
     text = os.environ.get(name)
     if text is None or text == "":

@@ -1,6 +1,7 @@
 """Agents as a Ray application: one actor per device, pinned to it.
 
-Ray places agents, restarts them and tells who they are; it is not on the path of a transfer.
+Ray places agents, restarts them and tells who they are; it is not on the path of a transfer. In Ray's local_mode (up to 2.52) an actor is
+an object of this process, called at once on the caller's thread: the agents' loops, which have threads of their own, run there as well.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from etha_ray.config import DEFAULT_NAMESPACE, AgentPaths, agent_paths, check_integrity, check_name
+from etha_ray.config import AgentPaths, agent_paths, check_integrity, check_name, worker_environment
 from etha_ray.errors import AgentBusyError, AgentFailedError, AgentNotFoundError, ConfigError, error_class
 from etha_ray.kvstore import create_store
+from etha_ray.kvstore.gcs import in_local_mode
 from etha_ray.metrics import RayMetrics
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.inspection import SeenAgent, decode_seen, encode_seen, inspect_agent
@@ -64,11 +66,12 @@ class AgentActor:
         memory_budget: int,
         integrity: str = "auto",
     ) -> None:
-        if device.startswith("cuda:"):
-            os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
-        import torch
+        if not in_local_mode():  # there this process is not only the agent's
+            if device.startswith("cuda:"):
+                os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+            import torch
 
-        torch.set_num_threads(1)  # the transport has threads of its own
+            torch.set_num_threads(1)  # the transport has threads of its own
         if rank == min(neighbours):
             remove_dead_agents(namespace, first_rank=pool_size)
         cores = len(os.sched_getaffinity(0))
@@ -174,7 +177,7 @@ class AgentPool:
 def launch_agents(
     devices: str | Sequence[str] = "auto",
     *,
-    namespace: str = DEFAULT_NAMESPACE,
+    namespace: str | None = None,
     store: str = "gcs",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     integrity: str = "auto",
@@ -190,8 +193,8 @@ def launch_agents(
     Args:
         devices: "auto": one agent per GPU of every node, and one CPU agent on a node without. Or a list for this node, such
             as ``["cpu"] * 4`` or ``["cuda:0", "cuda:1"]``.
-        namespace: name of the pool; pools of different names know nothing of one another. Workers find theirs by
-            ETHA_RAY_NAMESPACE.
+        namespace: name of the pool; pools of different names know nothing of one another. By default, and for workers, it is what
+            ETHA_RAY_NAMESPACE says, "default" where that is unset.
         store: where agents meet: "gcs" (Ray's own) or a URL that `etha_ray.create_store` takes.
         memory_budget: bytes of staging memory that transfers between hosts may have on each agent, over all under way.
         integrity: "auto" compares the checksums of what comes from other hosts with those of what was sent, "on" also looks at what is
@@ -206,7 +209,7 @@ def launch_agents(
         AgentBusyError: a pool of this name runs already, in this cluster or on these paths.
         AgentFailedError: an agent did not start; the message has its error.
     """
-    check_name("namespace", namespace)
+    namespace = _pool_name(namespace)
     check_integrity(integrity)
     url = "gcs://" if store == "gcs" else store
     if not ray.is_initialized():
@@ -255,14 +258,15 @@ def connect(address: str) -> None:
         ) from error
 
 
-def find_pool(namespace: str = DEFAULT_NAMESPACE) -> AgentPool:
-    """The pool of this name on the Ray cluster, whoever started it.
+def find_pool(namespace: str | None = None) -> AgentPool:
+    """The pool of this name (by default as in `launch_agents`) on the Ray cluster, whoever started it.
 
     Raises:
         AgentNotFoundError: (a ConnectionError) there is none.
     """
+    namespace = _pool_name(namespace)
     found = []
-    for entry in _on_cluster(read_pool, check_name("namespace", namespace)):
+    for entry in _on_cluster(read_pool, namespace):
         try:
             found.append((entry, ray.get_actor(_actor_name(namespace, entry.rank), namespace=RAY_NAMESPACE)))
         except ValueError:  # its driver was killed, or another ends it just now
@@ -315,6 +319,10 @@ def _unreachable(entry: PoolEntry) -> SeenAgent:
 def _nodes() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node for node in found if node["Alive"]]
+
+
+def _pool_name(namespace: str | None) -> str:
+    return worker_environment().namespace if namespace is None else check_name("namespace", namespace)
 
 
 def _actor_name(namespace: str, rank: int) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,34 +21,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers of pytest-xdist that have a /tmp of their own (.ci/isolated) do not find there the folder that theirs is to be in."""
     if hasattr(config, "workerinput") and config.option.basetemp:
         Path(config.option.basetemp).parent.mkdir(parents=True, exist_ok=True)
-
-
-@pytest.fixture(scope="module")
-def ray_instance() -> Iterator[None]:
-    """A Ray of this test module's own, with logical CPUs to spare for actors."""
-    import ray
-
-    start_ray(num_cpus=8, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
-
-
-def start_ray(**options: Any) -> None:
-    """A Ray of this process's own.
-
-    Ray forks its daemons and runs Python in the fork. Where other threads of the test process hold a lock just then, the daemon
-    never comes up, and Ray gives up after 30 s: that is tried again.
-    """
-    import ray
-
-    for last in (False, True):
-        try:
-            ray.init(address="local", include_dashboard=False, **options)
-            return
-        except Exception as error:
-            if last or "timed out during startup" not in str(error):
-                raise
-            ray.shutdown()
 
 
 @pytest.fixture

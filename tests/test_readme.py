@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from etha_ray.config import agent_paths
-from tests.tensor_bus.cluster import eventually, local_cluster, succeed
+from etha_ray.testing import eventually, succeed
+from tests.tensor_bus.cluster import local_cluster
 
 README = Path(__file__).parent.parent / "README.md"
 ALONE = "<!-- executed by tests/test_readme.py -->\n"

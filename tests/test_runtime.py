@@ -19,10 +19,11 @@ import torch
 import etha_ray
 from etha_ray.config import agent_paths
 from etha_ray.errors import AgentBusyError, ConfigError
+from etha_ray.testing import succeed
 from tests.conftest import left_behind
-from tests.tensor_bus.cluster import LONG, succeed
+from tests.tensor_bus.cluster import LONG
 
-pytestmark = pytest.mark.usefixtures("ray_instance")
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @ray.remote(num_cpus=0)

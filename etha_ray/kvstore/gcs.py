@@ -217,7 +217,7 @@ class GcsStore(RecordLeases):
             from ray.experimental.internal_kv import internal_kv_get_gcs_client
         except ImportError as error:
             raise OptionalDependencyError('GcsStore needs Ray: pip install "ray[default]"') from error
-        client: _Kv | None = _LOCAL if _local_mode() else internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
+        client: _Kv | None = _LOCAL if in_local_mode() else internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
         if client is None:
             raise StoreUnavailableError(
                 "GcsStore cannot reach a GCS: Ray is not initialised in this process. Call ray.init() first (through Ray Client, "
@@ -276,7 +276,7 @@ class _LocalKv:
 _LOCAL = _LocalKv()
 
 
-def _local_mode() -> bool:
+def in_local_mode() -> bool:
     """Whether Ray runs everything in this process, which newer Rays do not do any more (and have no constant for)."""
     from ray._private import worker
 

@@ -10,7 +10,7 @@ import sys
 import msgspec
 
 from etha_ray.decoding import Decoder
-from etha_ray.kvstore.gcs import GcsStore
+from etha_ray.kvstore.gcs import GcsStore, in_local_mode
 
 COMPONENT = "pool"
 _TABLE = "agents"
@@ -67,7 +67,7 @@ def find_agent_on_node(namespace: str) -> PoolEntry | None:
         node_id = ray.get_runtime_context().get_node_id()
         here = [entry for entry in _entries.decode(table) if entry.node_id == node_id]
         gpus = ray.get_gpu_ids()
-        if gpus:
+        if gpus and not in_local_mode():  # where it gives the machine's, whatever an actor asked for
             return next((entry for entry in here if entry.device == f"cuda:{gpus[0]}"), None)
         if not here:
             return None

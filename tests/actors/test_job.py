@@ -20,7 +20,7 @@ from actors.trainer import Training
 
 from .minilm import SENTENCES, MiniLM, model_directory
 
-pytestmark = pytest.mark.usefixtures("ray_instance")
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SMALL = Training(ModelConfig(layers=1, heads=6, head_size=8, mlp=61), steps=4, windows=2)
 

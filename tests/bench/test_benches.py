@@ -16,7 +16,7 @@ from etha_ray.bench.processes import WorkerProcess, Workers
 from etha_ray.cli import app
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 
-pytestmark = pytest.mark.usefixtures("ray_instance")
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture(autouse=True)

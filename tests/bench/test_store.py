@@ -31,7 +31,7 @@ def names(*stores: str) -> set[str]:
     return each | {"puts_count", "wakes_count"}
 
 
-@pytest.mark.usefixtures("ray_instance")
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.skipif(ETCD is None, reason="no etcd is installed")
 def test_all_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from etha_ray.config import agent_paths
+from etha_ray.testing import eventually
+from etha_ray.testing.etcd_server import EtcdServer, free_ports
 from tests.chaos.journal import Reader
 from tests.chaos.player import Seat, run
 from tests.cluster.hosts import enter
-from tests.kvstore.etcd_server import EtcdServer, free_ports
 from tests.net.namespaces import Cable, cable
-from tests.tensor_bus.cluster import LONG, eventually, fresh, left_in_shm
+from tests.tensor_bus.cluster import LONG, fresh, left_in_shm
 
 _OWN_SHM = "mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm && exec sleep infinity"
 

@@ -22,7 +22,8 @@ from etha_ray.cli import app
 from etha_ray.errors import AgentNotFoundError
 from etha_ray.metrics import METRICS
 from etha_ray.runtime import connect, find_pool
-from tests.conftest import left_behind, start_ray
+from etha_ray.testing.rays import start_ray
+from tests.conftest import left_behind
 from tests.tensor_bus.cluster import LONG, free_port
 
 _SCRAPE_TIMEOUT = 90.0

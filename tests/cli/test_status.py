@@ -20,8 +20,9 @@ from typer.testing import CliRunner, Result
 from etha_ray.cli import app
 from etha_ray.errors import TransferTimeoutError
 from etha_ray.tensor_bus.inspection import agents_here
+from etha_ray.testing import eventually, succeed
 from tests.status import trace_format
-from tests.tensor_bus.cluster import LONG, ProcessCluster, eventually, process_cluster, succeed
+from tests.tensor_bus.cluster import LONG, ProcessCluster, process_cluster
 
 
 def run(*arguments: str, width: int = 140) -> Result:

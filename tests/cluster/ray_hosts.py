@@ -24,8 +24,9 @@ import pytest
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from etha_ray.testing import eventually
 from tests.net.namespaces import Cable, cable
-from tests.tensor_bus.cluster import LONG, eventually
+from tests.tensor_bus.cluster import LONG
 
 _ROOT = Path(__file__).parents[2]
 _OWN_PROCESSES = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")

@@ -14,9 +14,10 @@ import torch
 
 import etha_ray
 from etha_ray.errors import AgentDiedError, PeerLostError
+from etha_ray.testing import eventually
 from tests.cluster.ray_hosts import RayHosts, at, call, ray_hosts
 from tests.conftest import left_behind
-from tests.tensor_bus.cluster import LONG, eventually
+from tests.tensor_bus.cluster import LONG
 
 pytestmark = [
     pytest.mark.timeout(300),

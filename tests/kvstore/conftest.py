@@ -9,21 +9,13 @@ from typing import Any
 import pyetcd
 import pytest
 
-from tests.kvstore.etcd_server import EtcdAddress, EtcdServer, address_from_environment
+from etha_ray.testing.etcd_server import EtcdAddress, EtcdServer
 
 
 @pytest.fixture(scope="session")
-def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdAddress]:
+def etcd(etha_ray_etcd: EtcdAddress) -> EtcdAddress:
     """The etcd that all tests share (``host``, ``port``, ``url``): the one CI has started, or one of this session. Nobody kills it."""
-    given = address_from_environment()
-    if given is not None:
-        yield given
-        return
-    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
-    server.start()
-    server.wait_ready()
-    yield EtcdAddress(server.host, server.port)
-    server.stop()
+    return etha_ray_etcd
 
 
 @pytest.fixture(scope="session")

@@ -1,171 +1,12 @@
-"""Real etcd servers for tests: on loopback, each with a folder and ports of its own, to be killed and started again."""
+"""What the tests of etcd have beside its servers (`etha_ray.testing.etcd_server`)."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
-
 from etha_ray.kvstore import EtcdStore
-
-HOST = "127.0.0.1"
-SERVER_VARIABLE = "ETHA_RAY_TEST_ETCD"
-"""HOST:PORT of an etcd that the tests may use. Where it is set, as in CI, a missing etcd fails instead of skipping."""
-INSTALL = "etcd is not installed: apt-get install etcd-server etcd-client"
-READY = b"ready to serve client requests"
-PATIENCE = 60.0
-
-
-@dataclass(frozen=True)
-class EtcdAddress:
-    """Where an etcd listens."""
-
-    host: str
-    port: int
-
-    @property
-    def url(self) -> str:
-        """What `create_store` takes."""
-        return f"etcd://{self.host}:{self.port}"
-
-
-def address_from_environment() -> EtcdAddress | None:
-    """The etcd that was started for the tests, if one was."""
-    host, _, port = os.environ.get(SERVER_VARIABLE, "").rpartition(":")
-    return EtcdAddress(host, int(port)) if host else None
-
-
-def require(program: str = "etcd") -> str:
-    """The path of a program of etcd; skips the test where it is missing, and fails it in CI."""
-    found = shutil.which(program)
-    if found is None:
-        if SERVER_VARIABLE in os.environ:
-            pytest.fail(INSTALL)
-        pytest.skip(INSTALL)
-    return found
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    listening = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [int(each.getsockname()[1]) for each in listening]
-    for each in listening:
-        each.close()
-    return ports
-
-
-@dataclass
-class EtcdServer:
-    """One etcd process. ``arguments`` are further ones of its command line; ``scheme`` is "https" where they say how TLS is done.
-
-    Its data and its log are in ``folder``, and stay when it is killed.
-    """
-
-    folder: Path
-    arguments: Sequence[str] = ()
-    scheme: str = "http"
-    host: str = HOST
-    name: str = "one"
-    port: int = 0
-    peer_port: int = 0
-    cluster: str = ""
-    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
-    _log_start: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.port:
-            self.port, self.peer_port = free_ports(2)
-
-    @property
-    def url(self) -> str:
-        """What `create_store` takes, without user and certificates."""
-        return f"etcd://{self.host}:{self.port}"
-
-    @property
-    def peer(self) -> str:
-        """This server in the list of a cluster's members."""
-        return f"{self.name}=http://{HOST}:{self.peer_port}"
-
-    @property
-    def pid(self) -> int:
-        """The process's id while it runs."""
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def log(self) -> Path:
-        """All that the server has printed, of all its runs."""
-        return self.folder / f"{self.name}.log"
-
-    def start(self) -> None:
-        """Starts the process; `wait_ready` says when it serves."""
-        assert self._process is None
-        client, peer = f"{self.scheme}://{HOST}:{self.port}", f"http://{HOST}:{self.peer_port}"
-        command = [
-            require(),
-            "--name",
-            self.name,
-            "--data-dir",
-            str(self.folder / self.name),
-            "--initial-cluster",
-            self.cluster or self.peer,
-        ]
-        command += ["--listen-client-urls", client, "--advertise-client-urls", client]
-        command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, *self.arguments]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            self._log_start = log.tell()
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-
-    def wait_ready(self) -> None:
-        """Returns when the server answers; in a cluster that takes a majority of its members."""
-        assert self._process is not None
-        deadline = time.monotonic() + PATIENCE
-        while READY not in self.log.read_bytes()[self._log_start :]:
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"etcd {self.name} did not start: {self.log.read_text()[-2000:]}")
-            time.sleep(0.02)
-
-    def restart(self) -> None:
-        """Starts the server again after `kill`, on the same ports and data, and waits until it serves."""
-        self.start()
-        self.wait_ready()
-
-    def kill(self) -> None:
-        """SIGKILL, also to a server that is paused."""
-        self._end(signal.SIGKILL)
-
-    def stop(self) -> None:
-        """Ends the server, if it runs, as an administrator would."""
-        if self._process is not None:
-            self._end(signal.SIGTERM)
-
-    def pause(self) -> None:
-        """SIGSTOP: connections stay open, and nobody answers. Returns when all its threads stand still."""
-        os.kill(self.pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, self.pid, os.WSTOPPED)
-
-    def resume(self) -> None:
-        """SIGCONT."""
-        os.kill(self.pid, signal.SIGCONT)
-
-    def _end(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-        try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+from etha_ray.testing.calls import eventually
+from etha_ray.testing.etcd_server import EtcdAddress, EtcdServer, free_ports
 
 
 def start_cluster(folder: Path, size: int) -> list[EtcdServer]:
@@ -185,14 +26,6 @@ def open_store(address: EtcdAddress, namespace: str) -> EtcdStore:
     return EtcdStore(address.host, address.port, namespace=namespace)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Waits until ``condition`` holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def watching(store: EtcdStore, watches: int = 1) -> None:
     """Waits until etcd has begun so many watches for the waits of the store."""
-    until(lambda: sum(watch.id is not None for watch in tuple(store._watches._watches)) >= watches)
+    eventually(lambda: sum(watch.id is not None for watch in tuple(store._watches._watches)) >= watches)

@@ -10,7 +10,7 @@ import pytest
 
 from etha_ray.errors import ConfigError, StoreUnavailableError
 from etha_ray.kvstore import EtcdStore, MemoryStore, TorchTCPStore, create_store
-from tests.kvstore.etcd_server import EtcdAddress
+from etha_ray.testing.etcd_server import EtcdAddress
 
 
 def test_memory_stores_of_one_namespace_meet() -> None:

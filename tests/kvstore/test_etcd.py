@@ -13,8 +13,9 @@ import pytest
 from etha_ray.errors import ConfigError, StoreError, StoreTimeoutError, StoreUnavailableError
 from etha_ray.kvstore import EtcdStore, KVStore
 from etha_ray.kvstore.etcd import _CHUNK
+from etha_ray.testing.etcd_server import EtcdAddress, EtcdServer
 from tests.contracts.kvstore import KVStoreContract, MakeStore, StoreInAProcess, in_processes
-from tests.kvstore.etcd_server import EtcdAddress, EtcdServer, open_store
+from tests.kvstore.etcd_server import open_store
 
 
 class TestEtcdStore(KVStoreContract):

@@ -18,7 +18,9 @@ from etha_ray.errors import StoreClosedError, StoreUnavailableError
 from etha_ray.kvstore import EtcdStore, create_store
 from etha_ray.kvstore.etcd import _CHUNK
 from etha_ray.kvstore.watch import KeyEvent
-from tests.kvstore.etcd_server import HOST, EtcdServer, free_ports, start_cluster, until, watching
+from etha_ray.testing.calls import eventually
+from etha_ray.testing.etcd_server import HOST, EtcdServer, free_ports
+from tests.kvstore.etcd_server import start_cluster, watching
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_waits_survive_a_restart(own_etcd: EtcdServer, background: ThreadPoolExe
     for _ in range(2):
         watching(store, len(waits))
         own_etcd.kill()
-        until(lambda: all(watch.id is None for watch in tuple(store._watches._watches)))
+        eventually(lambda: all(watch.id is None for watch in tuple(store._watches._watches)))
         own_etcd.restart()
     watching(store, len(waits))
     assert not any(wait.done() for wait in waits)
@@ -164,7 +166,7 @@ def test_no_add_is_lost_or_made_twice_when_the_server_is_killed(own_etcd: EtcdSe
         process.start()
     for _ in range(4):
         now = int(store.get("n") or b"0")
-        until(lambda now=now: int(store.get("n") or b"0") > now + 20)  # type: ignore[misc]
+        eventually(lambda now=now: int(store.get("n") or b"0") > now + 20)  # type: ignore[misc]
         own_etcd.kill()
         own_etcd.restart()
     store.set("stop", "1")

@@ -14,7 +14,8 @@ from etha_ray.errors import StoreError, ValueTooLargeError
 from etha_ray.kvstore import EtcdStore
 from etha_ray.kvstore.etcd import _CHUNK, _MARK
 from etha_ray.kvstore.etcd_txn import Commit, Transactions
-from tests.kvstore.etcd_server import EtcdAddress, open_store
+from etha_ray.testing.etcd_server import EtcdAddress
+from tests.kvstore.etcd_server import open_store
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ from pyetcd.etcdrpc.auth_pb2 import Permission
 
 from etha_ray.errors import ConfigError, StoreError, StoreUnavailableError
 from etha_ray.kvstore import EtcdStore, create_store
+from etha_ray.testing.calls import eventually
+from etha_ray.testing.etcd_server import HOST, EtcdServer
 from tests.kvstore.certificates import Authority, Certificate
-from tests.kvstore.etcd_server import HOST, EtcdServer, until, watching
+from tests.kvstore.etcd_server import watching
 
 PASSWORD = "p@ss:w/rd%2F?&#ü"
 IMPATIENT = 2.0
@@ -211,7 +213,7 @@ def test_a_watch_that_is_refused_polls(guarded: EtcdServer, background: ThreadPo
     """The user may read the key, but not all that begin with it."""
     store, root = as_user(guarded, namespace="theirs"), as_user(guarded, "root", "theirs")
     wait = background.submit(store.wait_for_key, "k", 60)
-    until(lambda: any(watch.refused for watch in tuple(store._watches._watches)))
+    eventually(lambda: any(watch.refused for watch in tuple(store._watches._watches)))
     root.set("k", "v")
     assert wait.result(60) == b"v"
     store.close(cleanup=False)
@@ -251,7 +253,7 @@ def test_tokens_that_run_out(tmp_path: Path, background: ThreadPoolExecutor) -> 
         waits.append(background.submit(store.wait_for_key, f"k{n}", 60))
         watching(store, n + 1)  # the second begins on the first one's stream, which has an old token
         old = store._client._token
-        until(lambda old=old: store.add("n", 1) > 0 and store._client._token != old)  # type: ignore[misc]
+        eventually(lambda old=old: store.add("n", 1) > 0 and store._client._token != old)  # type: ignore[misc]
     for n in range(3):
         store.set(f"k{n}", "v")
     assert [wait.result(60) for wait in waits] == [b"v"] * 3

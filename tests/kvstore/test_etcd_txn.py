@@ -11,7 +11,7 @@ from etha_ray.errors import LeaseExpiredError
 from etha_ray.kvstore import EtcdStore, etcd_client
 from etha_ray.kvstore.etcd import _CHUNK
 from etha_ray.kvstore.etcd_client import TXN, EtcdClient, NoAnswerError
-from tests.kvstore.etcd_server import HOST, EtcdAddress, EtcdServer
+from etha_ray.testing.etcd_server import HOST, EtcdAddress, EtcdServer
 
 
 class Lossy:

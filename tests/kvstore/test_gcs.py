@@ -15,15 +15,8 @@ from ray.experimental import internal_kv
 from etha_ray.errors import StoreUnavailableError
 from etha_ray.kvstore import GcsStore, KVStore
 from etha_ray.kvstore.gcs import _LOCAL, _LocalKv
-from tests.conftest import start_ray
+from etha_ray.testing import RayUnderTest
 from tests.contracts.kvstore import AddInParallel, KVStoreContract, MakeStore, StoreInAProcess, in_processes
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    start_ray(num_cpus=2, namespace=uuid.uuid4().hex)
-    yield
-    ray.shutdown()
 
 
 def open_as_driver(address: str, namespace: str) -> GcsStore:
@@ -51,14 +44,14 @@ class Adder:
 
 
 @pytest.fixture(scope="module")
-def adders(cluster: None) -> Iterator[list[Any]]:
+def adders(ray_cluster: RayUnderTest) -> Iterator[list[Any]]:
     actors = [Adder.remote() for _ in range(8)]  # type: ignore[attr-defined]
     yield actors
     for actor in actors:
         ray.kill(actor)
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_cluster")
 class TestGcsStore(KVStoreContract):
     @pytest.fixture
     def make_store(self) -> Iterator[MakeStore]:
@@ -73,7 +66,7 @@ class TestGcsStore(KVStoreContract):
             store.close()
 
     @pytest.fixture
-    def store_in_a_process(self, cluster: None) -> Iterator[StoreInAProcess]:
+    def store_in_a_process(self, ray_cluster: RayUnderTest) -> Iterator[StoreInAProcess]:
         start, end = in_processes(partial(open_as_driver, ray.get_runtime_context().gcs_address))
         yield start
         end()

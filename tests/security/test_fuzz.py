@@ -16,8 +16,9 @@ from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import BaseCommand, Message, encode_command
 from etha_ray.tensor_bus.queue_entry import _AFTER_CHECKSUM, _CHECKSUM
+from etha_ray.testing import succeed
 from tests.security.mutations import mutated, other_bytes
-from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster, succeed
+from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
 from tests.tensor_bus.test_commands import COMMANDS
 
 COUNT = int(os.environ.get("ETHA_RAY_FUZZ", "1500"))

@@ -10,15 +10,11 @@ import contextlib
 import multiprocessing
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +23,12 @@ from torch.distributed.tensor import Replicate, Shard
 
 from etha_ray.config import AgentPaths, agent_paths
 from etha_ray.errors import AgentNotFoundError
-from etha_ray.kvstore import MemoryStore
 from etha_ray.layout import MeshSpec
-from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.tensor_bus.leftovers import remove_files
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 from etha_ray.tensor_bus.watch import find_agent
-from etha_ray.transport import OneSidedTransport
+from etha_ray.testing import TensorBus, succeed
 
 LONG = 30.0
 """Seconds that are never reached, unless something that must happen does not."""
@@ -43,47 +37,6 @@ SHM = Path("/dev/shm")
 # Loads torch once: its children are there in milliseconds, and inherit no threads.
 fresh = multiprocessing.get_context("forkserver")
 fresh.set_forkserver_preload(["etha_ray.tensor_bus.agent", "etha_ray.tensor_bus.client", "torch.distributed.tensor"])
-
-
-def together(*calls: Callable[[], Any]) -> list[Any]:
-    """Run the calls at the same time; what each returned, or the exception that it raised."""
-    return _run_all(calls)[0]
-
-
-def succeed(*calls: Callable[[], Any]) -> list[Any]:
-    """Like `together`, but an exception is raised: the first one, as those after it often only follow from it."""
-    results, raised = _run_all(calls)
-    if raised:
-        raise raised[0]
-    return results
-
-
-def _run_all(calls: Sequence[Callable[[], Any]]) -> tuple[list[Any], list[BaseException]]:
-    results: list[Any] = [None] * len(calls)
-    raised: list[BaseException] = []
-
-    def run(index: int) -> None:
-        try:
-            results[index] = calls[index]()
-        except BaseException as error:
-            raised.append(error)
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(2 * LONG)
-    assert not any(thread.is_alive() for thread in threads), "a call hangs" + (f", after {raised[0]!r}" if raised else "")
-    return results, raised
-
-
-def eventually(condition: Callable[[], bool], timeout: float = LONG) -> None:
-    """Wait until ``condition`` holds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def left_in_shm(pids: set[int], paths: list[AgentPaths]) -> list[str]:
@@ -122,26 +75,8 @@ def local_part(whole: torch.Tensor, spec: MeshSpec, placements: list[Any]) -> to
     return part.clone()
 
 
-class LocalCluster:
-    """Agents on threads of this process, and clients of them."""
-
-    def __init__(self, count: int, transport: OneSidedTransport | None = None, threads: int = 1, ranks: list[int] | None = None) -> None:
-        self.folder = tempfile.mkdtemp(prefix="etha_ray_test_")
-        self.store = MemoryStore(secrets.token_hex(8))
-        self.ranks = ranks or list(range(count))
-        self.paths = {rank: AgentPaths(f"{self.folder}/c{rank}.lmdb", f"{self.folder}/s{rank}.lmdb") for rank in self.ranks}
-        self.agents = {rank: self.start_agent(rank, transport, threads) for rank in self.ranks}
-        self.clients: list[TensorBusClient] = []
-
-    def start_agent(self, rank: int, transport: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
-        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], threads=threads, transport=transport)
-        agent.start()
-        return agent
-
-    def client(self, rank: int = 0) -> TensorBusClient:
-        client = TensorBusClient(rank, self.paths[rank].command_queue, self.paths[rank].state, LONG)
-        self.clients.append(client)
-        return client
+class LocalCluster(TensorBus):
+    """A bus of this process whose end checks that nothing is left."""
 
     def side(self, name: str, other: str, ranks: list[int], mesh: tuple[int, ...] | None, placements: list[Any] | None) -> list[Side]:
         """Clients on these agents, one for each mesh position."""
@@ -175,33 +110,19 @@ class LocalCluster:
         return first, second, source, target
 
     def close(self) -> None:
-        try:
-            succeed(*[client.close for client in self.clients])
-            succeed(*[agent.stop for agent in self.agents.values()])
-            left = left_in_shm({os.getpid()}, list(self.paths.values()))
-            assert left == [], left
-            assert os.listdir(self.folder) == []
-            left = [key for key in self.store.list() if not key.startswith(("manifest/", "verdict/"))]
-            assert left == [], left
-        finally:
-            shutil.rmtree(self.folder)
-            self.store.close()
+        self.stop()
+        left = left_in_shm({os.getpid()}, list(self.paths.values()))
+        assert left == [], left
+        assert not any(Path(path.state).parent.exists() for path in self.paths.values())
+        left = [key for key in self.store.list() if not key.startswith(("manifest/", "verdict/"))]
+        assert left == [], left
+        super().close()
 
 
 @contextlib.contextmanager
-def local_cluster(count: int = 2, **more: Any) -> Iterator[LocalCluster]:
-    cluster = LocalCluster(count, **more)
-    try:
+def local_cluster(agents: int | list[int] = 2, **more: Any) -> Iterator[LocalCluster]:
+    with LocalCluster(agents, **more) as cluster:
         yield cluster
-    except BaseException:
-        for client in cluster.clients:
-            client.close()
-        for agent in cluster.agents.values():
-            with contextlib.suppress(TimeoutError):
-                agent.stop()
-        shutil.rmtree(cluster.folder, ignore_errors=True)
-        raise
-    cluster.close()
 
 
 def free_port() -> int:

@@ -14,8 +14,9 @@ from etha_ray.config import AgentPaths
 from etha_ray.errors import AgentDiedError, BatchClosedError, BatchTornError, ConfigError, PeerLostError, TransferTimeoutError
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+from etha_ray.testing import eventually, succeed
 from etha_ray.transport import Copy, CopyProgram, MappedTransport
-from tests.tensor_bus.cluster import LONG, LocalCluster, ProcessCluster, eventually, local_cluster, process_cluster, succeed
+from tests.tensor_bus.cluster import LONG, LocalCluster, ProcessCluster, local_cluster, process_cluster
 
 
 class Stop(CopyProgram):

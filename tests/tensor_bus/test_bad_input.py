@@ -30,7 +30,8 @@ from etha_ray.errors import (
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.tensors import Piece, Registrable
-from tests.tensor_bus.cluster import LONG, LocalCluster, eventually, local_cluster, succeed, together
+from etha_ray.testing import eventually, succeed, together
+from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
 
 PROMPT = LONG / 2
 """Seconds that an error may take on a loaded machine and still has not waited for the timeout."""

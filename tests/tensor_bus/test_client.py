@@ -22,7 +22,8 @@ from etha_ray.tensor_bus import client as client_module
 from etha_ray.tensor_bus import pairing
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient, generate_semaphore_name
 from etha_ray.tensor_bus.reply import OutcomeSemaphore
-from tests.tensor_bus.cluster import LONG, SHM, eventually, local_cluster, succeed, together
+from etha_ray.testing import eventually, succeed, together
+from tests.tensor_bus.cluster import LONG, SHM, local_cluster
 
 
 def own_semaphores() -> list[str]:

@@ -12,7 +12,8 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from etha_ray.errors import BatchClosedError, LayoutError, PeerLostError, TransferTimeoutError
 from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.tensors import Piece
-from tests.tensor_bus.cluster import LONG, LocalCluster, Side, local_cluster, succeed, together
+from etha_ray.testing import succeed, together
+from tests.tensor_bus.cluster import LONG, LocalCluster, Side, local_cluster
 
 WHOLES = [torch.arange(7 * 10.0).reshape(7, 10), torch.randn(6, 33).to(torch.bfloat16), torch.zeros(3, 0), torch.ones(9, 2) > 0]
 

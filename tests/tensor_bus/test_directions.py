@@ -15,8 +15,9 @@ from etha_ray.errors import EthaRayError, LayoutError, TensorMismatchError
 from etha_ray.plan import Route, routes_into
 from etha_ray.tensor_bus import executor
 from etha_ray.tensor_bus.tensors import Piece
+from etha_ray.testing import succeed, together
 from tests.tensor_bus import cluster as acts
-from tests.tensor_bus.cluster import LONG, LocalCluster, Side, local_cluster, process_cluster, succeed, together
+from tests.tensor_bus.cluster import LONG, LocalCluster, Side, local_cluster, process_cluster
 from tests.tensor_bus.groups import Group, Groups, finish
 
 

@@ -19,18 +19,9 @@ from etha_ray.kvstore import MemoryStore
 from etha_ray.kvstore.lease import Grant
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.commands import Ping
+from etha_ray.testing import eventually, together
 from tests.tensor_bus import cluster as acts
-from tests.tensor_bus.cluster import (
-    LONG,
-    ProcessCluster,
-    Worker,
-    eventually,
-    free_port,
-    left_in_shm,
-    local_cluster,
-    process_cluster,
-    together,
-)
+from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, free_port, left_in_shm, local_cluster, process_cluster
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from etha_ray.tensor_bus.inspection import (
     namespaces_here,
 )
 from etha_ray.tensor_bus.snapshot import waited_for
-from tests.tensor_bus.cluster import LONG, LocalCluster, eventually, local_cluster, process_cluster
+from etha_ray.testing import eventually
+from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster, process_cluster
 
 
 def past(number: int, *, failed: bool = False, flows: int = 1) -> PastTransfer:

@@ -17,9 +17,10 @@ from etha_ray.tensor_bus import links, members, registered
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.records import SECRET_KEY
+from etha_ray.testing import together
 from etha_ray.transport import OneSidedTransport
 from tests.net.pair import Relay
-from tests.tensor_bus.cluster import LONG, LocalCluster, together
+from tests.tensor_bus.cluster import LONG, LocalCluster
 from tests.transport.test_integrity import Flipping
 
 
@@ -28,7 +29,7 @@ class _Agents(LocalCluster):
 
     def __init__(self, integrity: str, transport: OneSidedTransport | None = None) -> None:
         self.integrity = integrity
-        super().__init__(2, transport)
+        super().__init__(2, transport=transport)
 
     def start_agent(self, rank: int, transport: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
         more = {"paths": self.paths[rank], "threads": threads, "transport": transport, "host": "127.0.0.1", "integrity": self.integrity}

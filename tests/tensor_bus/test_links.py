@@ -22,8 +22,9 @@ from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.commands import DataRevoked, Message, encode_command
 from etha_ray.tensor_bus.network import AgentNetwork, address_towards
 from etha_ray.tensor_bus.records import SECRET_KEY, AgentRecord, agent_key
+from etha_ray.testing import eventually, together
 from etha_ray.transport import OneSidedTransport
-from tests.tensor_bus.cluster import LONG, LocalCluster, eventually, together
+from tests.tensor_bus.cluster import LONG, LocalCluster
 
 Batch = tuple[BatchHandler, BatchHandler, torch.Tensor, torch.Tensor]
 

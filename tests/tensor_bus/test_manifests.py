@@ -15,7 +15,8 @@ from etha_ray.tensor_bus import registration
 from etha_ray.tensor_bus.agreement import Agreement, agree
 from etha_ray.tensor_bus.manifests import Manifests, needs_saying, said
 from etha_ray.tensor_bus.records import BatchRecord, Manifest, PlanInputs, TensorSpec, encode, manifest_key
-from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster, succeed, together
+from etha_ray.testing import succeed, together
+from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
 
 TENSORS = 400
 

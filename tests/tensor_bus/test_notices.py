@@ -9,7 +9,8 @@ import pytest
 from etha_ray.errors import CoordinateTakenError, StoreError
 from etha_ray.tensor_bus.board import Board
 from etha_ray.tensor_bus.records import fingerprint
-from tests.tensor_bus.cluster import connect, eventually, local_cluster, process_cluster
+from etha_ray.testing import eventually
+from tests.tensor_bus.cluster import connect, local_cluster, process_cluster
 
 
 def test_notices_of_a_topic_are_read_by_all_until_their_worker_leaves() -> None:

@@ -17,8 +17,9 @@ from torch.distributed.tensor import Shard
 
 from etha_ray.errors import AgentDiedError, BatchClosedError, PeerLostError
 from etha_ray.tensor_bus.commands import CleanupBatch
+from etha_ray.testing import eventually, succeed
 from tests.tensor_bus import cluster as acts
-from tests.tensor_bus.cluster import LONG, ProcessCluster, Side, Worker, eventually, local_cluster, process_cluster, succeed
+from tests.tensor_bus.cluster import LONG, ProcessCluster, Side, Worker, local_cluster, process_cluster
 from tests.tensor_bus.test_failures import settled, works
 
 

@@ -14,7 +14,8 @@ from torch.distributed.tensor import Shard
 from etha_ray.errors import BatchClosedError, BatchUnmatchedError, PeerLostError
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.tensor_bus.registration import Registration
-from tests.tensor_bus.cluster import LONG, local_cluster, succeed
+from etha_ray.testing import succeed
+from tests.tensor_bus.cluster import LONG, local_cluster
 
 
 def cycles(client: TensorBusClient, tensor: torch.Tensor, count: int, seed: int, *, blocking: bool = True) -> None:

@@ -18,8 +18,9 @@ from etha_ray.tensor_bus.jobs import Jobs
 from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
 from etha_ray.tensor_bus.registered import Membership, Registered
 from etha_ray.tensor_bus.replicas import Replicas
+from etha_ray.testing import eventually, succeed
 from tests.tensor_bus import cluster as acts
-from tests.tensor_bus.cluster import LONG, LocalCluster, eventually, local_cluster, process_cluster, succeed
+from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster, process_cluster
 from tests.tensor_bus.test_atomic import Stopping
 
 

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from etha_ray.errors import BatchTornError, TransferTimeoutError
 from etha_ray.layout import MeshSpec
+from etha_ray.testing import eventually, succeed
 from etha_ray.transport import Copy, CopyProgram, MappedTransport
 from tests.tensor_bus import cluster as acts
-from tests.tensor_bus.cluster import LONG, LocalCluster, Side, eventually, fresh, local_cluster, local_part, process_cluster, succeed
+from tests.tensor_bus.cluster import LONG, LocalCluster, Side, fresh, local_cluster, local_part, process_cluster
 
 Places = tuple[list[int], "tuple[int, ...] | None", "list[Any] | None"]
 
@@ -95,7 +96,7 @@ class TestLayouts:
             exchange(cluster, ([0], None, None), ([0, 1], (2,), [Shard(0)]), WHOLES)
 
     def test_ranks_with_gaps_are_paired_in_order(self) -> None:
-        with local_cluster(ranks=[7, 2, 5, 11]) as cluster:
+        with local_cluster([7, 2, 5, 11]) as cluster:
             # Joined out of order; ordered by agent rank: 2 -> 5 and 7 -> 11.
             sources, targets = cluster.side("a", "b", [7, 2], None, None), cluster.side("b", "a", [11, 5], None, None)
             succeed(*[side.join for side in (*sources, *targets)])

@@ -11,7 +11,8 @@ import torch
 from torch.distributed.tensor import Shard
 
 from etha_ray.errors import ConfigError, UnknownBatchError, VersionMismatchError, VersionTimeoutError
-from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster, succeed
+from etha_ray.testing import succeed
+from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import torch
 import etha_ray
 from actors.sharding import target_placement
 from etha_ray.errors import BatchClosedError, PeerLostError
+from etha_ray.testing import eventually, succeed
 from etha_ray.weights import Receiver
-from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, connect, eventually, local_part, process_cluster, succeed
+from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, connect, local_part, process_cluster
 from tests.tensor_bus.groups import finish
 from tests.weights import acts
 

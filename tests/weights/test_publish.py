@@ -26,9 +26,10 @@ from etha_ray.errors import (
     TransferInProgressError,
     TransferTimeoutError,
 )
+from etha_ray.testing import eventually, succeed, together
 from etha_ray.weights import Publisher, PushReport, Receiver
 from tests.actors.minilm import SENTENCES, MiniLM, model_directory
-from tests.tensor_bus.cluster import LONG, LocalCluster, eventually, local_cluster, succeed, together
+from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
 from tests.weights.test_fused import QKV, parts, tensor_parallel
 
 

@@ -48,7 +48,7 @@ def opened(backend: str, request: pytest.FixtureRequest) -> Iterator[OpenKV]:
     else:
         url = request.getfixturevalue("etcd").url if backend == "etcd" else "gcs://"
         if backend == "gcs":
-            request.getfixturevalue("ray_instance")
+            request.getfixturevalue("ray_cluster")
         yield lambda namespace: keep(create_store(url, namespace=namespace, timeout=60.0))
     for store in reversed(made):
         store.close()

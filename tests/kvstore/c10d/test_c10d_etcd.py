@@ -15,8 +15,8 @@ from torch.distributed.elastic.rendezvous import etcd_store
 from etha_ray.errors import ConfigError, LeaseExpiredError, ValueTooLargeError
 from etha_ray.kvstore import create_store
 from etha_ray.kvstore.c10d import C10dUnavailableError, EtcdStore
+from etha_ray.testing.etcd_server import EtcdAddress, EtcdServer
 from tests.kvstore.c10d.backends import LONG, SHORT, pyetcd_clients
-from tests.kvstore.etcd_server import EtcdAddress, EtcdServer
 
 
 @pytest.fixture

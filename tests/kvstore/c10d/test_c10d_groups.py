@@ -41,7 +41,7 @@ def test_four_processes(backend: str, request: pytest.FixtureRequest, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"rank {rank}" for rank in range(RANKS)]
 
 
-@pytest.mark.usefixtures("ray_instance")
+@pytest.mark.usefixtures("ray_cluster")
 def test_four_actors_on_gcs() -> None:
     actors = [Rank.remote() for _ in range(RANKS)]  # type: ignore[attr-defined]
     store = create_store("gcs://", namespace=uuid.uuid4().hex)
