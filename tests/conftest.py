@@ -11,6 +11,7 @@ import pytest
 
 from etha_ray.config import agent_paths
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
+from etha_ray.testing import plugin
 
 # Torch and Ray look up the names of both ends of a connection: a resolver that loses questions must not cost 5 s for each of
 # them. A process reads this at its first lookup, which importing Ray already makes.
@@ -18,7 +19,12 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers of pytest-xdist that have a /tmp of their own (.ci/isolated) do not find there the folder that theirs is to be in."""
+    """Workers of pytest-xdist that have a /tmp of their own (.ci/isolated) do not find there the folder that theirs is to be in.
+
+    An editable install from before the plugin was there has no entry point for it; its code is here all the same.
+    """
+    if not config.pluginmanager.has_plugin("etha_ray"):
+        config.pluginmanager.register(plugin, "etha_ray")
     if hasattr(config, "workerinput") and config.option.basetemp:
         Path(config.option.basetemp).parent.mkdir(parents=True, exist_ok=True)
 
