@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # Files in their order, in which those with long tests come first.
 IN_PARALLEL = --dist loadfile --no-loadscope-reorder --tx '$(shell nproc)*popen//python=.ci/isolated $(BIN)/python'
 
-.PHONY: help demo test test-slow test-cluster test-layouts chaos soak fuzz lint types bench wheel-check clean
+.PHONY: help demo test test-slow test-cluster test-layouts chaos soak fuzz lint types bench docs wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -58,6 +58,9 @@ bench: $(STAMP)  ## The benchmarks, each beside its baselines
 	$(BIN)/etha-ray bench network
 	$(BIN)/etha-ray bench store
 	$(BIN)/etha-ray bench plan
+
+docs: $(STAMP)  ## Build the site into build/site; a broken link or name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel-check: $(STAMP)  ## Build the wheel, install it into an empty environment, import it there
 	rm -rf build dist

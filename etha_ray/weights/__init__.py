@@ -55,8 +55,9 @@ def publish(
         placements: how plain tensors (no DTensors) lie in ``mesh``: placements for all of them, a dict of them by patterns of own
             names, or a function of own name and tensor. A plain tensor without is whole on each rank that has it.
         mesh: a torch ``DeviceMesh`` or a `MeshSpec`; by default the ranks of this side in a row.
-        world_size, rank: how many ranks this side has, and which this is. By default as the mesh says, or the DTensors' meshes, or
-            torch.distributed if it is initialised, or RANK and WORLD_SIZE; else this process is alone.
+        world_size: how many ranks this side has. By default as the mesh says, or the DTensors' meshes, or torch.distributed if it is
+            initialised, or WORLD_SIZE; else this process is alone.
+        rank: which of them this is, with ``world_size``; by default found where that is, or RANK.
         min_replicas: how many receivers a push waits for, if fewer have joined; with 0 it does not fail if nobody gets it.
         client: of which agent; by default `bootstrap_client` finds it.
 
@@ -103,7 +104,7 @@ def pull(
     Raises:
         NamesMismatchError, TensorMismatchError: (ValueErrors) the sides do not hold the same; names are listed for both.
         BatchUnmatchedError: (a TimeoutError) not all ranks of both sides came in time; says who is missing.
-        Whatever `publish` raises.
+        EthaRayError: what `publish` raises.
     """
     receiver = Receiver(Given(source, name, rename, only, strict, buffers, placements, mesh, world_size, rank, client), replica)
     if blocking:
