@@ -164,6 +164,19 @@ def test_the_site_has_every_notebook() -> None:
     assert listed == [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
 
+def test_every_cell_that_compares_has_its_source() -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## Beside others\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|")[1:] for line in section.splitlines() if line.startswith("| ")]
+    assert len(rows) > 5
+    sources = set(re.findall(r"^\[([\w-]+)\]: https://", section, flags=re.MULTILINE))
+    for cell in (cell.strip() for row in rows[1:] for cell in row):
+        named = set(re.findall(r"\]\[([\w-]+)\]", cell))
+        pages = re.findall(r"\]\(([\w./-]+)", cell)
+        assert cell == "unknown" or named or pages, cell
+        assert named <= sources
+        assert all((ROOT / page).exists() for page in pages), cell
+
+
 def test_no_block_is_forgotten() -> None:
     source = Path(__file__).read_text()
     assert [name for name in CODE if f'run("{name}", ' not in source and f'CODE["{name}"]' not in source] == []
