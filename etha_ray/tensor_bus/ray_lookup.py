@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -14,6 +16,7 @@ from etha_ray.kvstore.gcs import GcsStore, in_local_mode
 
 COMPONENT = "pool"
 _TABLE = "agents"
+_SETTINGS = "settings"
 
 
 class PoolEntry(msgspec.Struct, frozen=True):
@@ -26,27 +29,55 @@ class PoolEntry(msgspec.Struct, frozen=True):
     state_path: str
 
 
+class PoolSettings(msgspec.Struct, frozen=True):
+    """What all agents of a pool have in common, those that are started later too; see `launch_agents`.
+
+    ``auto`` is whether it has an agent on all devices of all nodes.
+    """
+
+    auto: bool
+    store: str
+    memory_budget: int
+    integrity: str
+    detached: bool
+
+
 _entries = Decoder(list[PoolEntry])
+_settings = Decoder(PoolSettings)
 
 
-def write_pool(namespace: str, entries: list[PoolEntry]) -> None:
-    """Publish a pool; an empty list withdraws it. Needs an initialised Ray."""
-    store = GcsStore(namespace=namespace, component=COMPONENT)
-    try:
+def write_pool(namespace: str, entries: list[PoolEntry], settings: PoolSettings) -> None:
+    """Publish a new pool. Needs an initialised Ray."""
+    withdraw_pool(namespace)
+    with _opened(namespace) as store:
+        store.set_bytes(_SETTINGS, msgspec.msgpack.encode(settings))
+        store.set_bytes(_TABLE, msgspec.msgpack.encode(entries))
+
+
+def extend_pool(namespace: str, entries: list[PoolEntry]) -> None:
+    """Publish agents that have joined a pool; workers find the others all the while."""
+    table = [*read_pool(namespace), *entries]
+    with _opened(namespace) as store:
+        store.set_bytes(_TABLE, msgspec.msgpack.encode(table))
+
+
+def withdraw_pool(namespace: str) -> None:
+    """Take a pool's entries back. Needs an initialised Ray."""
+    with _opened(namespace) as store:
         store.delete_prefix("")
-        if entries:
-            store.set_bytes(_TABLE, msgspec.msgpack.encode(entries))
-    finally:
-        store.close(cleanup=False)
+
+
+def read_settings(namespace: str) -> PoolSettings | None:
+    """The settings of a pool that `write_pool` published; None when there is none. Needs an initialised Ray."""
+    with _opened(namespace) as store:
+        settings = store.get_bytes(_SETTINGS)
+    return None if settings is None else _settings.decode(settings)
 
 
 def read_pool(namespace: str) -> list[PoolEntry]:
     """The agents of a pool that `write_pool` published, by rank; empty when there is none. Needs an initialised Ray."""
-    store = GcsStore(namespace=namespace, component=COMPONENT)
-    try:
+    with _opened(namespace) as store:
         table = store.get_bytes(_TABLE)
-    finally:
-        store.close(cleanup=False)
     return [] if table is None else _entries.decode(table)
 
 
@@ -59,8 +90,7 @@ def find_agent_on_node(namespace: str) -> PoolEntry | None:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
-    store = GcsStore(namespace=namespace, component=COMPONENT)
-    try:
+    with _opened(namespace) as store:
         table = store.get_bytes(_TABLE)
         if table is None:
             return None
@@ -72,5 +102,12 @@ def find_agent_on_node(namespace: str) -> PoolEntry | None:
         if not here:
             return None
         return here[(store.add(f"turn/{node_id}", 1) - 1) % len(here)]
+
+
+@contextmanager
+def _opened(namespace: str) -> Iterator[GcsStore]:
+    store = GcsStore(namespace=namespace, component=COMPONENT)
+    try:
+        yield store
     finally:
         store.close(cleanup=False)

@@ -1,0 +1,81 @@
+"""The nodes of a Ray cluster: what devices they have, and what is done on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from etha_ray.config import AgentPaths
+from etha_ray.errors import ConfigError
+from etha_ray.tensor_bus.leftovers import remove_files
+from etha_ray.tensor_bus.ray_lookup import PoolEntry
+
+STOP_TIMEOUT = 20.0
+"""Seconds that an agent has to end, and a node to be cleaned."""
+
+_T = TypeVar("_T")
+
+
+def on_cluster(call: Callable[..., _T], *args: Any) -> _T:
+    """The call's result, made where Ray's GCS can be reached: here, or in a task if this driver is a Ray Client (ray://)."""
+    if not ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+        return call(*args)
+    result: _T = ray.get(ray.remote(call).options(num_cpus=0).remote(*args))
+    return result
+
+
+def places(devices: str | Sequence[str]) -> list[tuple[str, str]]:
+    """(node id, device) of each agent, in the order of ranks."""
+    if isinstance(devices, str):
+        if devices != "auto":
+            raise ConfigError(f'devices {devices!r} is not understood: give "auto" or a list such as ["cpu", "cuda:0"]')
+        nodes = sorted(live_nodes(), key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
+        return [
+            (node["NodeID"], device)
+            for node in nodes
+            for device in ([f"cuda:{index}" for index in range(int(node["Resources"].get("GPU", 0)))] or ["cpu"])
+        ]
+    if not devices:
+        raise ConfigError('devices is an empty list: give "auto" or a list such as ["cpu", "cuda:0"]')
+    for device in devices:
+        kind, _, number = device.partition(":")
+        if device != "cpu" and not (kind == "cuda" and number.isdigit()):
+            raise ConfigError(f'device {device!r} is not understood: give "cpu" or "cuda:0", "cuda:1", ...')
+    gpus = [device for device in devices if device != "cpu"]
+    if len(set(gpus)) < len(gpus):
+        raise ConfigError(f"devices {list(devices)} name a GPU twice: one agent serves all workers of a GPU")
+    node_id = ray.get_runtime_context().get_node_id()
+    return [(node_id, device) for device in devices]
+
+
+def live_nodes() -> list[dict[str, Any]]:
+    """What Ray says of each node that lives."""
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in found if node["Alive"]]
+
+
+def clean_nodes(entries: Sequence[PoolEntry]) -> None:
+    """Remove the files of these agents on the nodes that still live."""
+    alive = {node["NodeID"] for node in live_nodes()}
+    remote = ray.remote(_clean)
+    by_node: dict[str, list[AgentPaths]] = {}
+    for entry in entries:
+        by_node.setdefault(entry.node_id, []).append(AgentPaths(entry.command_queue_path, entry.state_path))
+    calls = [
+        remote.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(paths)
+        for node_id, paths in by_node.items()
+        if node_id in alive
+    ]
+    ray.wait(calls, num_returns=len(calls), timeout=STOP_TIMEOUT)
+
+
+def _clean(paths: list[AgentPaths]) -> None:
+    """Remove the files of killed agents, whose processes may take a moment to end."""
+    deadline = time.monotonic() + STOP_TIMEOUT / 2
+    for each in paths:
+        while not remove_files(each) and time.monotonic() < deadline:
+            time.sleep(0.05)
