@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
@@ -29,6 +27,7 @@ from actors.cluster import ray_cluster
 from actors.job import Sync, SyncJob, Workload, checkpoint_workload, sync_job, training_workload
 from actors.model import ModelConfig
 from actors.report import ByteMap, RunSummary, VersionRow, format_bytes, format_number, format_seconds, write_report
+from actors.screen import bad_input, exit_codes
 from actors.trainer import Training
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -75,8 +74,8 @@ def main(
     arrived with other bits than it was sent with, or when the job failed, and with 2 when it cannot be done as asked.
     """
     screen = Console(highlight=False)
-    with _exit_codes(screen):
-        with _bad_input():
+    with exit_codes(screen):
+        with bad_input():
             plan = _plan(trainers, generators, steps, sync_every, model)
             target = None if report is None else _report_target(report)
         rows, byte_map = _run(plan, screen)
@@ -88,38 +87,6 @@ def main(
         if not all(row.bit_exact for row in rows):
             screen.print("[bold red]Some tensors arrived with other bits than they were sent with.")
             raise typer.Exit(1)
-
-
-class BadInputError(Exception):
-    """The job cannot be done as asked."""
-
-
-@contextmanager
-def _bad_input() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise BadInputError(str(error)) from error
-
-
-@contextmanager
-def _exit_codes(screen: Console) -> Iterator[None]:
-    """Failures that a user can meet, as one line and an exit status. Others keep their traceback."""
-    try:
-        yield
-    except BadInputError as error:
-        _say(screen, error)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        screen.print("Interrupted.")
-        raise typer.Exit(130) from error
-    except (ConnectionError, TimeoutError, MemoryError, ray.exceptions.RayActorError) as error:
-        _say(screen, getattr(error, "cause", None) or error)
-        raise typer.Exit(1) from error
-
-
-def _say(screen: Console, error: BaseException) -> None:
-    screen.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
 
 
 def _plan(trainers: int, generators: int, steps: int, sync_every: int, model: Path | None) -> Plan:

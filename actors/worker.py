@@ -33,12 +33,15 @@ _TRANSFER_TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a worker sits: its rank among `ranks` of its side, and the agent that serves it in the pool `namespace`."""
+    """Where a worker sits: its rank among `ranks` of its side, and the agent that serves it in the pool `namespace`.
+
+    Without an `agent_rank` it is one of its node's.
+    """
 
     side: Side
     rank: int
     ranks: int
-    agent_rank: int
+    agent_rank: int | None
     namespace: str
 
 
@@ -87,7 +90,8 @@ class Worker(ABC):
     def connect(self) -> None:
         """Register the weights on the bus, once for all syncs; returns when both sides have. All workers of both sides."""
         seat = self.seat
-        os.environ["AGENT_RANK"] = str(seat.agent_rank)
+        if seat.agent_rank is not None:
+            os.environ["AGENT_RANK"] = str(seat.agent_rank)
         os.environ["ETHA_RAY_NAMESPACE"] = seat.namespace
         self._client, _ = etha_ray.bootstrap_client()
         local, remote = SIDE_NAMES[seat.side], SIDE_NAMES["target" if seat.side == "source" else "source"]

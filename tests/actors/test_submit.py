@@ -1,8 +1,10 @@
-"""The main job as a Ray job, on a cluster of its own."""
+"""The applications as Ray jobs, on a cluster of its own."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -10,20 +12,28 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from etha_ray.testing.calls import eventually
+from tests.conftest import left_behind
+
 from .application import ROOT, environment
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment in which `ray job submit` reaches a head node of this test's own."""
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment in which `ray job submit` reaches a head node of these tests' own."""
+    tmp_path = tmp_path_factory.mktemp("cluster")
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -66,13 +76,11 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.timeout(300)
-def test_the_main_job_runs_as_a_ray_job(cluster: dict[str, str], tmp_path: Path) -> None:
-    report = tmp_path / "report.html"
-    job = ["python", "-m", "actors.weight_sync", "--steps", "4", "--sync-every", "2", "--report", str(report)]
+def ray_job(cluster: dict[str, str], *arguments: str, folder: Path = ROOT) -> str:
+    """What `ray job` with these arguments prints; fails unless it ends well."""
     ended = subprocess.run(
-        [RAY, "job", "submit", "--working-dir", ".", "--", *job],
-        cwd=ROOT,
+        [RAY, "job", *arguments],
+        cwd=folder,
         env=cluster,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -81,8 +89,73 @@ def test_the_main_job_runs_as_a_ray_job(cluster: dict[str, str], tmp_path: Path)
         check=False,
     )
     assert ended.returncode == 0, ended.stdout
-    assert ended.stdout.count(", bit-exact") == 2
+    return ended.stdout
+
+
+def test_the_main_job_runs_as_a_ray_job(cluster: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    job = ["python", "-m", "actors.weight_sync", "--steps", "4", "--sync-every", "2", "--report", str(report)]
+    printed = ray_job(cluster, "submit", "--working-dir", ".", "--", *job)
+    assert printed.count(", bit-exact") == 2
     assert report.stat().st_size > 10_000
+
+
+WHERE = """
+import etha_ray, ray, sys
+
+def where():
+    return etha_ray.__file__
+
+ray.init(log_to_driver=False)
+with etha_ray.launch_agents(["cpu"], namespace=sys.argv[1]) as pool:
+    print("agents:", pool.ranks)
+for place in (where(), ray.get(ray.remote(where).remote())):
+    print("etha_ray is", place)
+"""
+
+
+@pytest.mark.parametrize("travels", [True, False], ids=["etha_ray travels in the working directory", "etha_ray is installed on the nodes"])
+def test_a_job_has_its_etha_ray(cluster: dict[str, str], namespace: str, travels: bool, tmp_path: Path) -> None:
+    (tmp_path / "where.py").write_text(WHERE)
+    if travels:
+        shutil.copytree(ROOT / "etha_ray", tmp_path / "etha_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    printed = ray_job(cluster, "submit", "--working-dir", ".", "--", "python", "where.py", namespace, folder=tmp_path)
+    assert "agents: [0]" in printed
+    places = re.findall(r"^etha_ray is (.*)$", printed, re.MULTILINE)
+    assert len(places) == 2, "the driver's, a worker's"
+    assert ["/working_dir_files/" in place for place in places] == [travels, travels]
+
+
+def test_jobs_that_were_submitted_apart_find_each_other_by_name(cluster: dict[str, str], namespace: str) -> None:
+    """One keeps agents, one trains, one generates, and goes on until the trainers leave."""
+
+    def submit(name: str, *arguments: str) -> str:
+        start = ["submit", "--submission-id", f"{namespace}-{name}", "--working-dir", "."]
+        if name != "generate":
+            start.append("--no-wait")
+        return ray_job(cluster, *start, "--", "python", "-u", "-m", f"actors.{name}", "--namespace", namespace, *arguments)
+
+    def log(name: str) -> str:
+        token = Path(cluster["RAY_AUTH_TOKEN_PATH"]).read_text()
+        url = f"{cluster['RAY_ADDRESS']}/api/jobs/{namespace}-{name}/logs"  # what `ray job logs` asks, after three seconds
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}), timeout=30) as answer:
+            return json.load(answer)["logs"]
+
+    submit("agents", "--devices", "cpu,cpu,cpu")
+    eventually(lambda: "Interrupt to end it" in log("agents"), 120)
+    submit("train", "--trainers", "2", "--steps", "4", "--sync-every", "2")
+    generated = submit("generate", "--generators", "2", "--replica", "mine")
+    assert "The trainers have left." in generated
+    eventually(lambda: log("train").count("\nVersion ") == 2)
+    trained = log("train")
+    pushed = re.findall(r"^Version (\d): train loss \S+, digest (\w+), to mine$", trained, re.MULTILINE)
+    pulled = re.findall(r"^Version (\d): held-out loss [0-9.]+, digest (\w+)$", generated, re.MULTILINE)
+    assert pushed == pulled, trained + generated
+    assert [version for version, _ in pushed] == ["2", "4"]
+    assert len({bits for _, bits in pushed}) == 2
+    ray_job(cluster, "stop", f"{namespace}-agents")
+    assert "Ended; no agent is left." in log("agents")
+    assert left_behind(namespace) == []
 
 
 def _free_ports(count: int) -> list[int]:
