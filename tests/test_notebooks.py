@@ -62,7 +62,7 @@ def _listens(port: int) -> bool:
 def run(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(notebook, timeout=90, kernel_name="python3", resources=where).execute()
+    nbclient.NotebookClient(notebook, timeout=110, kernel_name="python3", resources=where).execute()
     assert all(cell.get("execution_count") for cell in notebook.cells if cell.cell_type == "code")
 
 
