@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -59,11 +60,13 @@ def sums(tensor: torch.Tensor, shape: Sequence[int], owned_boxes: Sequence[Box])
         bits, shape = torch.view_as_real(bits).view(torch.int64), (*shape, 2)
         owned_boxes = [((*first, 0), (*at, 0), (*size, 2)) for first, at, size in owned_boxes]
     words = bits.numpy().view(f"u{bits.itemsize}")
+    # Memory that goes back at once: of the allocator's, each thread's arena would keep some.
+    scratch = np.frombuffer(mmap.mmap(-1, 2 * 8 * max(1, min(words.size, _ELEMENTS))), dtype=np.uint64).reshape(2, -1)
     with np.errstate(over="ignore"):
         for first, at, size in owned_boxes:
             for start, part in boxes(size, _ELEMENTS):
                 local = tuple(slice(a + s, a + s + n) for a, s, n in zip(at, start, part, strict=True))
-                _add(total, words[local], [a + s for a, s in zip(first, start, strict=True)], shape)
+                _add(total, words[local], [a + s for a, s in zip(first, start, strict=True)], shape, scratch)
     return total
 
 
@@ -78,16 +81,17 @@ def elements(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return math.prod(shape) * (2 if dtype.itemsize == 16 else 1)
 
 
-def _add(total: Sums, words: Any, start: Sequence[int], shape: Sequence[int]) -> None:
-    """Add what these words give, which begin at ``start`` of the global tensor."""
-    mixed = np.zeros(words.shape, dtype=np.uint64)
+def _add(total: Sums, words: Any, start: Sequence[int], shape: Sequence[int], scratch: Any) -> None:
+    """Add what these words give, which begin at ``start`` of the global tensor. ``scratch``: two rows of at least as many words."""
+    flat, shifted = scratch[:, : words.size]
+    flat.fill(0)
+    mixed = flat.reshape(words.shape)
     stride = 1
     for dim in reversed(range(len(shape))):
         index = np.arange(start[dim], start[dim] + words.shape[dim], dtype=np.uint64) * (np.uint64(stride % 2**64) * _STEP)
         mixed += index.reshape(-1, *(1,) * (len(shape) - 1 - dim))
         stride *= shape[dim]
     mixed = np.add(mixed, words, out=mixed).reshape(-1)
-    shifted = np.empty_like(mixed)
     for factor in _MIX:
         np.bitwise_xor(mixed, np.right_shift(mixed, _SHIFT, out=shifted), out=mixed)
         np.multiply(mixed, factor, out=mixed)

@@ -119,13 +119,18 @@ class Receiving:
         self._member.bus.move(reading, partial(self._moved, transfer, reading))
 
     def _moved(self, transfer: UnderWay, reading: Reading, job: Job[int]) -> None:
-        member, feed = self._member, self._feed(transfer)
+        feed = self._feed(transfer)
         assert transfer.state is TransferState.MOVING
         transfer.moved = time.monotonic() - transfer.moving_since
         self._spoil_unheard(transfer)
         transfer.moves = False
         for relay in reading.lost:
             self._relaying.drop(relay)
+        if isinstance(job.error, IntegrityError) and not transfer.spoilt:
+            # A sender's worker may have written what its agent had taken back, and this not be known here yet.
+            transfer.failed = reading, job.error
+            self._ask(transfer)
+            return
         if job.error is not None or transfer.spoilt:
             self._fail(transfer, reading, job.error)
             return
@@ -138,19 +143,26 @@ class Receiving:
             return
         if self._read_without(transfer, transfer.through - self._relaying.states.keys()):
             return
-        # On this host a DataRevoked is in the queue before anything can be written, and was handled before this. That of another
-        # host may be on its way still, but its answer comes after it.
+        self._ask(transfer)
+        for relay in sorted(transfer.through):
+            self._relaying.ask(relay)
+
+    def _ask(self, transfer: UnderWay) -> None:
+        """Ask senders on other hosts whether what was read stands.
+
+        On this host a DataRevoked is in the queue before anything can be written, and was handled before this. That of another host
+        may be on its way still, but its answer comes after it.
+        """
+        member = self._member
         transfer.state = TransferState.ASKING
         transfer.deadline = time.monotonic() + _ANSWER_TIMEOUT
         asked = {registration for registration, peer in member.registered.sources.items() if peer.remote}
-        transfer.outstanding = asked | transfer.through
+        transfer.outstanding = asked if transfer.failed else asked | transfer.through
         self._questions += 1
         for registration in sorted(asked):
             sequence = transfer.reading[registration].sequence
             peer = member.registered.sources[registration]
             tell(member, peer, DataRead, registration, member.registration, sequence, question=self._questions)
-        for relay in sorted(transfer.through):
-            self._relaying.ask(relay)
         self._take_if_certain(transfer)
 
     def _read_without(self, transfer: UnderWay, relays: set[str]) -> bool:
@@ -177,6 +189,9 @@ class Receiving:
 
     def _take_if_certain(self, transfer: UnderWay) -> None:
         if transfer.outstanding:
+            return
+        if transfer.failed:
+            self._fail(transfer, *transfer.failed)
             return
         member = self._member
         sources = member.registered.sources
@@ -279,7 +294,7 @@ class Receiving:
         """This relay keeps nothing for this receiver, or not any more. While bytes move, `_moved` sees to it."""
         self._relaying.drop(relay, tell=False)
         self._go_on(transfer)
-        if transfer.state is TransferState.ASKING and relay in transfer.through:
+        if transfer.state is TransferState.ASKING and relay in transfer.through and not transfer.failed:
             self._read_without(transfer, {relay})
 
     def _go_on(self, transfer: UnderWay) -> None:
@@ -302,27 +317,28 @@ class Receiving:
             transfer.lost = transfer.lost or error
         if transfer.spoilt and (transfer.state is TransferState.ASKING or (transfer.state is TransferState.MOVING and not transfer.moves)):
             self.announced.pop(source, None)
-            self._fail(transfer, None, None)
+            self._fail(transfer, *(transfer.failed or (None, None)))
 
     def not_answered(self, transfer: UnderWay) -> None:
         """The senders have not said in time whether what was read still stood.
 
         What was announced stays so: should they answer after all, receiving again takes it.
         """
-        if transfer.outstanding <= transfer.through:  # they live, and may still receive themselves
+        if transfer.outstanding <= transfer.through and not transfer.failed:  # they live, and may still receive themselves
             transfer.deadline = time.monotonic() + _ANSWER_TIMEOUT
             return
         names = ", ".join(sorted(self._member.name(source) for source in transfer.outstanding))
         why = f"{names} did not say whether their data still stood when it had been read"
         transfer.spoilt = dict.fromkeys(transfer.outstanding, why)
         transfer.lost = TransferTimeoutError(f"batch {self._member.batch_id!r}: {why}")
-        self._fail(transfer, None, None)
+        self._fail(transfer, *(transfer.failed or (None, None)))
 
     def _fail(self, transfer: UnderWay, program: CopyProgram | None, error: BaseException | None) -> None:
         """``program`` ended with ``error``, if there is one, or what it read does not stand."""
         member = self._member
+        written = bool(transfer.spoilt) and isinstance(error, IntegrityError)  # by those who took it back: no fault of what moved it
         if not transfer.command.atomic:
-            if error is not None:
+            if error is not None and not written:
                 transfer.spoilt.setdefault("", f"the copy failed midway: {error}")
             unfinished = program.unfinished() if program is not None and error is not None else frozenset[int]()
             if unfinished is not None:  # what relays have not confirmed may be anything
@@ -333,8 +349,8 @@ class Receiving:
             remote = {registration for registration, peer in member.registered.sources.items() if peer.remote}
             unsure = transfer.outstanding if transfer.state is TransferState.ASKING else remote
             torn = torn_positions(member.registered, transfer.spoilt.keys() | unsure, unfinished)
-            self._fail_torn(transfer, torn, IntegrityError if isinstance(error, IntegrityError) else BatchTornError)
-        elif error is None and transfer.lost is None:
+            self._fail_torn(transfer, torn, IntegrityError if isinstance(error, IntegrityError) and not written else BatchTornError)
+        elif (error is None or written) and transfer.lost is None:
             transfer.wait_again()
             self._relaying.end()
             self.advance(transfer)

@@ -22,12 +22,13 @@ import time
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
-from etha_ray.errors import EthaRayError
+from etha_ray.errors import EthaRayError, IntegrityError
 from etha_ray.report import Span, TransferReport
 from etha_ray.tensor_bus.commands import Transfer
 from etha_ray.tensor_bus.history import Flow, PastTransfer
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.versions import Announced
+from etha_ray.transport.base import CopyProgram
 
 
 class TransferState(enum.Enum):
@@ -53,7 +54,7 @@ class UnderWay:
     settled. ``moved`` are the seconds in which bytes moved, ``seconds`` all until its end. ``spoilt`` says, by sender, what happened
     while bytes moved, and ``lost`` why there is nothing more to wait for. ``stage`` is the one of its feed that moves, or is next,
     and ``moves`` whether one does. ``through`` are the relays that were read from and have not said that it stood, and ``relayed``
-    those that have.
+    those that have. ``failed``: a reading whose bytes did not match their checksums, while senders are asked whether they stood.
     """
 
     command: Transfer
@@ -78,6 +79,7 @@ class UnderWay:
     moves: bool = False
     through: set[str] = field(default_factory=set)
     relayed: set[str] = field(default_factory=set)
+    failed: tuple[CopyProgram, IntegrityError] | None = None
 
     @property
     def send(self) -> str:
@@ -98,7 +100,7 @@ class UnderWay:
     def wait_again(self) -> None:
         """What was read did not stand, and the tensors were not touched."""
         self.state, self.spoilt, self.outstanding = TransferState.WAITING, {}, set()
-        self.stage, self.through, self.relayed = 0, set(), set()
+        self.stage, self.through, self.relayed, self.failed = 0, set(), set(), None
         self.deadline = self.latest
 
     @property

@@ -19,7 +19,8 @@ LOOKS = 40
 
 @dataclass(frozen=True)
 class Course:
-    """What one process had at each look: proportional set size in KiB without mapped files, whose sharers come and go, and open files."""
+    """What one process had at each look: open files, and memory in KiB: its own, whoever else had it when they forked, and its part of
+    what is shared; but no mapped files, whose sharers come and go."""
 
     name: str
     kib: list[int]
@@ -55,7 +56,7 @@ def soak(cluster: ProcessCluster, syncs: int) -> list[Course]:
         sent, received = (worker.call(_digest) for worker in workers)
         assert sent == received
         for course, pid in zip(courses, pids.values(), strict=True):
-            course.kib.append(_pss(pid))
+            course.kib.append(_memory(pid))
             course.files.append(len(os.listdir(f"/proc/{pid}/fd")))
     return courses
 
@@ -81,6 +82,6 @@ def _digest(state: dict[str, Any]) -> list[str]:
     return found
 
 
-def _pss(pid: int) -> int:
+def _memory(pid: int) -> int:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "Pss_Shmem:")))

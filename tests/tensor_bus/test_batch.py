@@ -16,6 +16,7 @@ from etha_ray.errors import (
     BatchTornError,
     BatchUnmatchedError,
     ConfigError,
+    IntegrityError,
     PeerLostError,
     TransferTimeoutError,
     VersionMismatchError,
@@ -96,6 +97,11 @@ class _Bus:
     def copied(self) -> None:
         job: Job[int] = Job()
         job.value = 1
+        self.moves.pop()(job)
+
+    def breaks(self, error: Exception) -> None:
+        job: Job[int] = Job()
+        job.error = error
         self.moves.pop()(job)
 
 
@@ -657,6 +663,26 @@ class TestTorn:
         assert isinstance(target.outcome(), BatchTornError)
         assert target.batch.holding.torn == torn
 
+    @pytest.mark.parametrize("taken_back", [False, True])
+    def test_bytes_that_do_not_match_are_a_fault_unless_they_were_taken_back(self, taken_back: bool) -> None:
+        source, target = _ends()
+        source.start("send")
+        target.start("recv")
+        carry(source, target)
+        target.bus.programs[-1].unfinished = lambda: frozenset({1})  # type: ignore[method-assign]
+        target.bus.breaks(IntegrityError("tensor 1 did not arrive as it was sent"))
+        assert target.outcome() is None
+        asked = target.said()
+        if taken_back:
+            source.batch.cancel(TransferTimeoutError("its worker writes again"))
+        source.hears(*asked)
+        target.hears(*source.said())
+        error = target.outcome()
+        assert type(error) is (BatchTornError if taken_back else IntegrityError)
+        assert ("gave up waiting while its data was being read" in str(error)) == taken_back
+        assert target.batch.holding.torn == ((0, 1, 2) if taken_back else (1,))
+        assert source.state is (None if taken_back else TransferState.ANNOUNCED), "else it can be received again"
+
 
 class TestAtomic:
     def test_senders_are_let_go_before_it_is_swapped_in(self) -> None:
@@ -694,6 +720,30 @@ class TestAtomic:
         carry(source, target)
         target.bus.copied()
         assert target.outcome().version == source.outcome().version == 7
+
+    @pytest.mark.parametrize("taken_back", [False, True])
+    def test_bytes_that_do_not_match_are_waited_for_again_if_they_were_taken_back(self, taken_back: bool) -> None:
+        source, target = _ends()
+        source.start("send")
+        target.start("recv", atomic=True)
+        carry(source, target)
+        target.bus.breaks(IntegrityError("tensor 1 did not arrive as it was sent"))
+        asked = target.said()
+        if taken_back:
+            source.batch.cancel(TransferTimeoutError("its worker writes again"))
+            assert source.outcome() is not None
+        source.hears(*asked)
+        target.hears(*source.said())
+        if not taken_back:
+            assert type(target.outcome()) is IntegrityError
+            return
+        assert target.state is TransferState.WAITING
+        source.start("send", version=2)
+        carry(source, target)
+        target.bus.copied()
+        carry(source, target)
+        target.bus.copied()
+        assert target.outcome().version == 2
 
     def test_an_answer_to_an_earlier_question_is_none(self) -> None:
         target = _End("target", sources={"near": True, "far": True})
