@@ -330,10 +330,10 @@ class TensorBusClient:
         self._known(batch_id)
         command = QueryStatus(batch_id=batch_id, state_name="transfer_signal")
         if blocking:
-            return bool(self._connection.call(command, "query", batch_id, timeout))
+            return bool(self._connection.call(command, "query", batch_id, timeout, bool))
         reply = self._connection.start(command, "query", batch_id, None, _AT_ONCE)
         if reply.wait(_AT_ONCE):
-            return bool(reply.value())
+            return bool(reply.value(bool))
         reply.abandon()
         return False
 
@@ -352,7 +352,7 @@ class TensorBusClient:
         """
         check_timeout(timeout)
         command = ReadyReplicas(pair_name=pair_name, version=check_version(version), batch_id=batch_id)
-        return msgspec.convert(self._connection.call(command, "ready_replicas", pair_name, timeout), list[Replica])
+        return list(self._connection.call(command, "ready_replicas", pair_name, timeout, list[Replica]))
 
     def ping(self, timeout: float = 30.0) -> None:
         """Make one round trip to the agent. Raises TimeoutError or AgentDiedError."""
@@ -392,13 +392,13 @@ class TensorBusClient:
         check_timeout(timeout)
         self._known(batch_id)
         reply = self._connection.start(MakeDigest(batch_id=batch_id), "make_digest", batch_id, timeout)
-        return list(self._connection.finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id)))
+        return list(self._connection.finish(reply, timeout, list[str], cancel=CancelTransfer(batch_id=batch_id)))
 
     def _wait_version(self, batch_id: str, version: int, timeout: float | None) -> int:
         check_timeout(timeout)
         self._known(batch_id)
         reply = self._connection.start(WaitVersion(batch_id=batch_id, version=version), "wait_version", batch_id, timeout)
-        return int(self._connection.finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id)))
+        return int(self._connection.finish(reply, timeout, int, cancel=CancelTransfer(batch_id=batch_id)))
 
     def _answered(self, registration: Reply) -> bool:
         try:

@@ -102,7 +102,7 @@ class Connection:
             raise
         return reply
 
-    def finish(self, reply: Reply, timeout: float | None, *, cancel: CancelTransfer | None = None) -> Any:
+    def finish(self, reply: Reply, timeout: float | None, kind: Any = Any, *, cancel: CancelTransfer | None = None) -> Any:
         """Wait for a command that carries its own timeout: the agent answers it with who was missing, and a client that
         still hears nothing gives up by itself, and sends ``cancel``."""
         try:
@@ -116,11 +116,11 @@ class Connection:
                 f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s: it still copies, is overloaded, or waits"
                 " for a store that does not answer"
             )
-        return reply.value()
+        return reply.value(kind)
 
-    def call(self, command: Message, command_type: str, context: str, timeout: float | None) -> Any:
+    def call(self, command: Message, command_type: str, context: str, timeout: float | None, kind: Any = Any) -> Any:
         """`start` and `finish`."""
-        return self.finish(self.start(command, command_type, context, timeout), timeout)
+        return self.finish(self.start(command, command_type, context, timeout), timeout, kind)
 
     def leave(self) -> None:
         """Say goodbye without waiting for an answer, and let go of everything."""

@@ -93,11 +93,14 @@ class Reply:
             if long is not None:
                 long.end()
 
-    def value(self) -> Any:
-        """The value of a command that succeeded; raises the error of one that failed."""
+    def value(self, kind: Any = Any) -> Any:
+        """The value of a command that succeeded, a ``kind``; raises the error of one that failed."""
         outcome = self._outcome
         if isinstance(outcome, Ok):
-            return outcome.value
+            try:
+                return msgspec.convert(outcome.value, kind)
+            except msgspec.ValidationError as wrong:
+                raise AgentFailedError(self._nonsense(wrong)) from wrong
         if outcome is None:
             raise RuntimeError("the outcome has not been waited for")
         kind = error_class(outcome.kind)
@@ -105,6 +108,9 @@ class Reply:
         if outcome.traceback and kind is AgentFailedError:
             error = kind(f"{outcome.message}\n\nin the agent:\n{outcome.traceback}")
         raise error
+
+    def _nonsense(self, error: Exception) -> str:
+        return f"{self.what}: its agent's answer cannot be read ({error}): run one version of etha_ray on both, and restart the agent"
 
     def abandon(self) -> None:
         """Give up waiting; the agent's answer, if it still comes, goes nowhere. May be called more than once."""
@@ -147,7 +153,10 @@ class Reply:
             data = self._pool.state.get(outcome_key(self.name))
         except QueueClosedError as error:
             raise self._closed() from error
-        outcome = decode_outcome(data) if data is not None else None
+        try:
+            outcome = decode_outcome(data) if data is not None else None
+        except msgspec.DecodeError as error:
+            outcome = Failed(AgentFailedError.__name__, self._nonsense(error), command_id=self.command_id)
         if outcome is None or outcome.command_id != self.command_id:
             return False  # posted by somebody else, such as a user's release(): the agent's own post is still to come
         self._outcome, self._semaphore = outcome, None
@@ -279,7 +288,8 @@ class OutcomeSemaphore(posix_ipc.Semaphore):  # type: ignore[misc]
         """
         if not self._reply.wait(check_timeout(timeout)):
             raise TimeoutError(f"{self._reply.what} is not over after {timeout} s; it goes on: wait again, or close the batch")
-        return msgspec.convert(self._reply.value(), TransferReport)
+        report: TransferReport = self._reply.value(TransferReport)
+        return report
 
     def acquire(self, timeout: float | None = None) -> None:
         """Wait for the outcome as ``posix_ipc.Semaphore.acquire`` does: ``BusyError`` after ``timeout`` seconds.

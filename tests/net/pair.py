@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -40,7 +40,7 @@ class Pair:
 class Relay:
     """Passes connections on to an owner, and can be told to hold back what the owner says: a slow network.
 
-    Or to turn one bit of the next large piece that it passes on: a faulty one.
+    Or to turn one bit of the next large piece that it passes on: a faulty one. Or to make of anything what ``garble`` makes of it.
     """
 
     def __init__(self, to: Address) -> None:
@@ -51,6 +51,7 @@ class Relay:
         self.open.set()
         self.held_back = threading.Event()
         self.flip = threading.Event()
+        self.garble: Callable[[bytes], bytes] | None = None
         self._sockets: list[socket.socket] = [self._listener]
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
@@ -74,7 +75,7 @@ class Relay:
                 if slow and len(data) > 4096 and self.flip.is_set():
                     self.flip.clear()
                     data = data[:-1] + bytes([data[-1] ^ 1])  # headers come first
-                sink.sendall(data)
+                sink.sendall(data if self.garble is None else self.garble(data))
             sink.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:

@@ -1,4 +1,7 @@
-"""Messages that are nearly right, in an agent's queue and in its store: the agent lives, loses no room, and serves others as before."""
+"""Messages that are nearly right, in an agent's queue, its answers, its store and between hosts.
+
+The agent lives, loses no room, and serves others as before.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,22 @@ import logging
 import os
 import random
 import zlib
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from etha_ray.errors import EthaRayError
+from etha_ray.tensor_bus import connection, outcomes
+from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import BaseCommand, Message, encode_command
+from etha_ray.tensor_bus.commands import BaseCommand, Message, encode_command, encode_outcome
 from etha_ray.tensor_bus.queue_entry import _AFTER_CHECKSUM, _CHECKSUM
-from etha_ray.testing import succeed
+from etha_ray.testing import succeed, together
 from tests.security.mutations import mutated, other_bytes
 from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
+from tests.tensor_bus.far import far_agents
 from tests.tensor_bus.test_commands import COMMANDS
 
 COUNT = int(os.environ.get("ETHA_RAY_FUZZ", "1500"))
@@ -75,6 +82,81 @@ def test_commands(caplog: pytest.LogCaptureFixture) -> None:
         assert queue.capacity == capacity
         queue.close(destroy=False)
     assert [record.getMessage() for record in caplog.records if "agent failed on" in record.getMessage()] == []
+
+
+def asked(first: BatchHandler, second: BatchHandler) -> list[Callable[[], object]]:
+    """Calls that are answered at once, and two that wait for the other side."""
+    return [
+        lambda: first.client.ping(0.05),
+        lambda: first.client.ready_replicas(f"pair of {first.batch_id}", 1, timeout=0.05),
+        lambda: first.client.query_transfer_signal(first.batch_id, timeout=0.05),
+        lambda: first.client.init_pair(f"pair of {first.batch_id}", "a", "b", 1, timeout=0.05),
+        lambda: first.client.register_tensors(first.batch_id, [(torch.ones(1), f"pair of {first.batch_id}")], timeout=0.05),
+        lambda: second.transfer("recv").result(0.05),
+        lambda: first.transfer("send", blocking=True, timeout=0.05),
+    ]
+
+
+def test_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What agents answer, changed on its way: every call ends with an error of ours, or as if nothing had been changed."""
+    rng, count = random.Random(7), 0
+    monkeypatch.setattr(connection, "_GRACE", 0.0)
+    with local_cluster(2) as cluster:
+        while count < COUNT // 5:
+            first, second, _, _ = cluster.batch(batch_id=f"round {count}")
+            with monkeypatch.context() as patch:
+                patch.setattr(outcomes, "encode_outcome", lambda outcome: mutated(encode_outcome(outcome), rng))
+                for call in asked(first, second) * 5:
+                    with contextlib.suppress(EthaRayError, TimeoutError):
+                        call()
+                    count += 1
+            for handler in (first, second):
+                with contextlib.suppress(EthaRayError):
+                    handler.client.close()
+                cluster.clients.remove(handler.client)
+        monkeypatch.undo()
+        works(cluster, "at last")
+
+
+def test_the_network(caplog: pytest.LogCaptureFixture) -> None:
+    """Bytes between agents of two hosts, some of them changed: a transfer ends with the right ones, or with an error."""
+    rng = random.Random(3)
+    damage = Damage(rng)
+    with far_agents("auto") as (cluster, relays):
+        for number in range(max(4, COUNT // 250)):
+            first, second, source, target = cluster.batch(torch.randn(3000), torch.zeros(3000), batch_id=f"round {number}")
+            for relay in relays.values():
+                relay.garble = damage
+            ends = [
+                lambda: first.transfer("send", blocking=True, timeout=1.0),  # noqa: B023
+                lambda: second.transfer("recv", blocking=True, timeout=1.0),  # noqa: B023
+            ]
+            sent, received = together(*ends)
+            assert isinstance(sent, EthaRayError | None)
+            assert isinstance(received, EthaRayError | None)
+            assert received is not None or torch.equal(source, target)
+            for relay in relays.values():
+                relay.garble = None
+            for handler in (first, second):
+                with contextlib.suppress(EthaRayError):
+                    handler.client.close()
+                cluster.clients.remove(handler.client)
+            works(cluster, f"after {number}")
+    assert damage.count
+    assert [record.getMessage() for record in caplog.records if "agent failed on" in record.getMessage()] == []
+
+
+class Damage:
+    """Changes every fourth piece that passes."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng, self.count = rng, 0
+
+    def __call__(self, data: bytes) -> bytes:
+        if self._rng.random() < 0.75:
+            return data
+        self.count += 1
+        return other_bytes(data, self._rng)
 
 
 def test_the_store(caplog: pytest.LogCaptureFixture) -> None:
