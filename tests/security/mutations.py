@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 
+from etha_ray.decoding import Decoder
+
 _STRANGE: list[Any] = [
     None, True, 0, 1, -1, 2**31, 2**63 - 1, -(2**63), 2**64 - 1, 0.0, -1.5, float("nan"), float("inf"), 1e308,
     "", "x", "..", "a/b", "a\0b", "\ud7ff", "x" * 70_000, b"", b"\0", b"\xff" * 9, b"x" * 70_000, [], {}, [[]], [None], {"a": 1},
@@ -72,7 +74,7 @@ def _changed(tree: Any, random: random.Random) -> Any:
 
 def _is_msgpack(data: bytes) -> bool:
     try:
-        msgspec.msgpack.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        Decoder(Any).decode(data)
+    except msgspec.DecodeError:
         return False
     return True
