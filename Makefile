@@ -7,11 +7,11 @@ STAMP  := $(VENV)/.installed
 # Files in their order, in which those with long tests come first.
 IN_PARALLEL = --dist loadfile --no-loadscope-reorder --tx '$(shell nproc)*popen//python=.ci/isolated $(BIN)/python'
 
-.PHONY: help demo test test-slow test-cluster test-layouts chaos soak fuzz lint types bench docs wheel-check clean
+.PHONY: help demo test test-local-mode test-slow test-cluster test-layouts chaos soak fuzz lint types bench docs wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,20 @@ demo: $(STAMP)  ## Run the main job: train, send the weights across, check them,
 
 test: $(STAMP)  ## Pass the tests, on all cores where isolated hosts can be made for them
 	$(BIN)/python -m pytest -q -m 'not slow' $(if $(shell .ci/isolated echo yes 2> /dev/null),$(IN_PARALLEL))
+
+# The last Ray with local_mode, where agents and workers are one process.
+LOCAL_MODE_RAY := 2.52.1
+LOCAL_MODE     := .venv-local-mode
+
+$(LOCAL_MODE)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LOCAL_MODE)
+	sed 's/^ray==.*/ray==$(LOCAL_MODE_RAY)/' constraints.txt > $(LOCAL_MODE)/constraints.txt
+	$(LOCAL_MODE)/bin/python -m pip install --quiet --upgrade pip
+	$(LOCAL_MODE)/bin/python -m pip install --quiet -c $(LOCAL_MODE)/constraints.txt -e '.[etcd]' pytest pytest-timeout
+	touch $@
+
+test-local-mode: $(LOCAL_MODE)/.installed  ## The tests marked local_mode, with the last Ray that has it, in an environment of their own
+	$(LOCAL_MODE)/bin/python -m pytest -q -m local_mode tests/testing
 
 test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
@@ -71,4 +85,4 @@ wheel-check: $(STAMP)  ## Build the wheel, install it into an empty environment,
 	build/wheel-venv/bin/etha-ray --help > /dev/null
 
 clean:  ## Remove what the targets above made
-	rm -rf $(VENV) build dist reports .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOCAL_MODE) build dist reports .mypy_cache .ruff_cache .pytest_cache .hypothesis

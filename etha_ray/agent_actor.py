@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from etha_ray.config import agent_paths
-from etha_ray.errors import AgentBusyError, AgentFailedError, EthaRayError, error_class
+from etha_ray.errors import AgentBusyError, AgentFailedError, error_class
 from etha_ray.kvstore import create_store
 from etha_ray.kvstore.gcs import in_local_mode
 from etha_ray.metrics import RayMetrics
@@ -47,12 +47,7 @@ class AgentActor:
         pool_size: int,
         settings: PoolSettings,
     ) -> None:
-        if not in_local_mode():  # there this process is not only the agent's
-            if device.startswith("cuda:"):
-                os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
-            import torch
-
-            torch.set_num_threads(1)  # the transport has threads of its own
+        self._take_process(device)
         if rank == min(neighbours):
             remove_dead_agents(namespace, first_rank=pool_size)
         cores = len(os.sched_getaffinity(0))
@@ -70,6 +65,14 @@ class AgentActor:
             restarts=True,
         )
         self._agent.start()
+
+    def _take_process(self, device: str) -> None:
+        """Set this process up for the agent alone."""
+        if device.startswith("cuda:"):
+            os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+        import torch
+
+        torch.set_num_threads(1)  # the transport has threads of its own
 
     def health(self) -> bool:
         """Whether the agent's loop runs."""
@@ -91,6 +94,32 @@ class AgentActor:
         self._store.close(cleanup=False)
 
 
+class LocalAgentActor(AgentActor):
+    """An agent in local_mode. Its process is also the driver's; and Ray aborts that when it calls an actor that could not be made, so
+    this one can always be made, and raises in `health`."""
+
+    def __init__(self, *args: Any) -> None:
+        self._failure: Exception | None = None
+        try:
+            super().__init__(*args)
+        except Exception as error:
+            self._failure = error
+
+    def _take_process(self, device: str) -> None:
+        pass
+
+    def health(self) -> bool:
+        """Whether the agent's loop runs. Raises what kept it from being made."""
+        if self._failure is not None:
+            raise self._failure
+        return super().health()
+
+    def stop(self) -> None:
+        """End the agent, if it was made."""
+        if self._failure is None:
+            super().stop()
+
+
 def find_actor(namespace: str, rank: int) -> Any | None:
     """The actor of this agent, or None: its driver was killed, or another ends it just now."""
     try:
@@ -108,7 +137,7 @@ def start_actors(namespace: str, entries: Sequence[PoolEntry], settings: PoolSet
     neighbours: dict[str, list[int]] = {}
     for entry in entries:
         neighbours.setdefault(entry.node_id, []).append(entry.rank)
-    remote = ray.remote(AgentActor)
+    remote = ray.remote(LocalAgentActor if in_local_mode() else AgentActor)
     actors: list[Any] = []
     try:
         for entry in entries:
@@ -127,8 +156,6 @@ def start_actors(namespace: str, entries: Sequence[PoolEntry], settings: PoolSet
     except ValueError as error:
         for actor in actors:
             ray.kill(actor)
-        if isinstance(error, EthaRayError):  # local_mode calls the actor at once
-            raise
         raise AgentBusyError(f"agents of pool {namespace!r} are just being started by somebody else: {error}") from error
     return actors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ def start_ray(local_mode: bool = False, **options: Any) -> bool:
 
     if local_mode:
         try:
-            ray.init(local_mode=True, include_dashboard=False, **options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # that it will be gone, which is known
+                ray.init(local_mode=True, include_dashboard=False, **options)
             return True
         except RuntimeError as error:
             if "local_mode" not in str(error):
