@@ -23,12 +23,12 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
-def start(module: str, *arguments: str) -> subprocess.Popen[str]:
-    """``python -m module arguments``, both outputs in one pipe."""
+def start(module: str, *arguments: str, cluster: str | None = None) -> subprocess.Popen[str]:
+    """``python -m module arguments``, both outputs in one pipe; on the Ray ``cluster`` at this address, if one is given."""
     return subprocess.Popen(
         [sys.executable, "-u", "-m", module, *arguments],
         cwd=ROOT,
-        env=environment(),
+        env=environment() | ({} if cluster is None else {"RAY_ADDRESS": cluster}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

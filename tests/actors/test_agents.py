@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+from ray.cluster_utils import Cluster
 from typer.testing import CliRunner
 
 import etha_ray
@@ -28,6 +29,22 @@ def test_agents_serve_other_processes_until_they_are_told_to_end(namespace: str,
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert left_behind(namespace, [process.pid]) == []
+
+
+def test_nodes_that_join_get_agents(namespace: str) -> None:
+    node = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        process = start("actors.agents", "--namespace", namespace, cluster=cluster.address)
+        read_until(process, "Interrupt to end it")
+        cluster.add_node(**node)
+        assert "Agent 1 joins on " in read_until(process, "joins on")
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert output == "Ended; no agent is left.\n"
+        assert left_behind(namespace, [process.pid]) == []
+    finally:
+        cluster.shutdown()
 
 
 def test_a_cluster_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
