@@ -15,6 +15,9 @@ from torch.distributed.tensor import Shard
 
 import etha_ray
 from etha_ray import errors
+from etha_ray.kvstore.etcd import EtcdStore
+from etha_ray.kvstore.gcs import GcsStore
+from etha_ray.kvstore.tcp import TorchTCPStore
 from etha_ray.layout import MeshSpec
 from tests.doctor_table import table
 from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster, succeed
@@ -136,6 +139,18 @@ def test_stores(names: dict[str, Any]) -> None:
 
 def test_names_of_etha(names: dict[str, Any]) -> None:
     run("imports", names)
+
+
+def test_the_limits_of_stores() -> None:
+    page = (ROOT / "docs" / "stores.md").read_text()
+    assert f"| Ray's GCS | {GcsStore.max_value_bytes >> 20} MiB |" in page
+    assert f"| etcd | {EtcdStore.max_value_bytes >> 20} MiB, in chunks of 512 KiB | {EtcdStore.max_key_bytes >> 10} KiB |" in page
+    store = TorchTCPStore("127.0.0.1", 0, None, True)
+    try:
+        assert (store.max_value_bytes, store.max_key_bytes) == ((8 << 20) - 32, (8 << 10) - 1)
+        assert "| TCPStore (libuv) | 8 MiB less 32 bytes | 8 KiB less 1 byte |" in page
+    finally:
+        store.close()
 
 
 def test_what_the_doctor_says() -> None:
