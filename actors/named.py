@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -16,17 +17,19 @@ from actors.sharding import Side
 from actors.trainer import Trainer
 from actors.worker import Seat
 
+# Seconds. Long ones: they only end a job whose other side never comes.
 _TIMEOUT = 300.0
+_POOL_TIMEOUT = 120.0
 
 
 class NamedTrainer(Trainer):
     """A trainer whose weights are offered by a name."""
 
     def offer(self, name: str) -> None:
-        """Offer the weights, which are DTensors and say themselves how they lie. Waits for nobody."""
-        _choose_pool(self.seat)
+        """Offer the weights, which are DTensors and say themselves how they lie. Waits for the pool, and for nobody else."""
+        self._client = _join(self.seat)
         self._leaving = ExitStack()
-        self._publisher = self._leaving.enter_context(etha_ray.publish(self.weights, name))
+        self._publisher = self._leaving.enter_context(etha_ray.publish(self.weights, name, client=self._client))
 
     def push(self, version: int) -> list[str]:
         """Send the weights to all replicas there are, at least one; the names of those that have them. A collective."""
@@ -42,8 +45,8 @@ class NamedGenerator(Generator):
     """A generator whose weights come from whoever offers them by a name."""
 
     def take(self, name: str, replica: str) -> None:
-        """Wait for the trainers, and be connected with them. A collective."""
-        _choose_pool(self.seat)
+        """Wait for the pool and the trainers, and be connected with them. A collective."""
+        self._client = _join(self.seat)
         placements = {each.name: each.target for each in self.crossings}
         self._leaving = ExitStack()
         self._receiver = self._leaving.enter_context(
@@ -54,6 +57,7 @@ class NamedGenerator(Generator):
                 placements=lambda tensor, _: placements[tensor],
                 world_size=self.seat.ranks,
                 rank=self.seat.rank,
+                client=self._client,
                 timeout=_TIMEOUT,
             )
         )
@@ -84,5 +88,16 @@ def digest(of_ranks: Sequence[Mapping[str, str]]) -> str:
     return hashlib.sha256(repr(sorted(first.items())).encode()).hexdigest()[:16]
 
 
-def _choose_pool(seat: Seat) -> None:
+def _join(seat: Seat) -> etha_ray.TensorBusClient:
+    """A client of an agent of this node. Waits for the pool, whose job may have been submitted later, or be starting still."""
     os.environ["ETHA_RAY_NAMESPACE"] = seat.namespace
+    deadline = time.monotonic() + _POOL_TIMEOUT
+    while True:
+        try:
+            return etha_ray.bootstrap_client()[0]
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise ConnectionError(
+                    f"no pool {seat.namespace!r} has agents on this node after {_POOL_TIMEOUT:g} s: submit python -m actors.agents, too"
+                ) from error
+            time.sleep(0.5)

@@ -127,7 +127,7 @@ def test_a_job_has_its_etha_ray(cluster: dict[str, str], namespace: str, travels
 
 
 def test_jobs_that_were_submitted_apart_find_each_other_by_name(cluster: dict[str, str], namespace: str) -> None:
-    """One keeps agents, one trains, one generates, and goes on until the trainers leave."""
+    """One trains, one keeps agents, one generates, and goes on until the trainers leave. They wait for one another."""
 
     def submit(name: str, *arguments: str) -> str:
         start = ["submit", "--submission-id", f"{namespace}-{name}", "--working-dir", "."]
@@ -141,9 +141,8 @@ def test_jobs_that_were_submitted_apart_find_each_other_by_name(cluster: dict[st
         with urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}), timeout=30) as answer:
             return json.load(answer)["logs"]
 
-    submit("agents", "--devices", "cpu,cpu,cpu")
-    eventually(lambda: "Interrupt to end it" in log("agents"), 120)
     submit("train", "--trainers", "2", "--steps", "4", "--sync-every", "2")
+    submit("agents", "--devices", "cpu,cpu,cpu")
     generated = submit("generate", "--generators", "2", "--replica", "mine")
     assert "The trainers have left." in generated
     eventually(lambda: log("train").count("\nVersion ") == 2)
