@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,14 @@ def test_a_job_has_its_etha_ray(cluster: dict[str, str], namespace: str, travels
     places = re.findall(r"^etha_ray is (.*)$", printed, re.MULTILINE)
     assert len(places) == 2, "the driver's, a worker's"
     assert ["/working_dir_files/" in place for place in places] == [travels, travels]
+
+
+@pytest.mark.parametrize(("headers", "status"), [({}, 401), ({"Authorization": "Bearer guessed"}, 403)], ids=["no token", "another"])
+def test_without_the_token_nobody_sees_or_starts_jobs(cluster: dict[str, str], headers: dict[str, str], status: int) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{cluster['RAY_ADDRESS']}/api/jobs/", headers=headers), timeout=30)
+    assert refused.value.code == status
+    refused.value.close()
 
 
 def test_jobs_that_were_submitted_apart_find_each_other_by_name(cluster: dict[str, str], namespace: str) -> None:
