@@ -51,6 +51,7 @@ test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor
 
 chaos: $(STAMP)  ## Kill, stop and cut off 500 times while weights cross; half an hour
 	$(BIN)/python -m tests.chaos --kills 500
+	$(BIN)/python -m tests.chaos --kills 100 --ray
 
 soak: $(STAMP)  ## 10,000 syncs between two processes and two agents: memory and open files must not grow
 	$(BIN)/python -m tests.soak --syncs 10000

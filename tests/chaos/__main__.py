@@ -16,13 +16,14 @@ from rich.table import Table
 
 from tests.chaos.judge import outcomes, violations
 from tests.chaos.monkey import Monkey, Strike
+from tests.chaos.ray_stage import ray_stage
 from tests.chaos.stage import stage
 
 
-def play(kills: int, seed: int, folder: Path, progress: bool = False) -> dict[str, Any]:
+def play(kills: int, seed: int, folder: Path, progress: bool = False, with_ray: bool = False) -> dict[str, Any]:
     """Strike until so many processes were killed; what happened, as JSON has it."""
     begin = time.monotonic()
-    with stage(folder) as made:
+    with ray_stage(folder) if with_ray else stage(folder) as made:
         monkey = Monkey(made, seed)
         monkey.settle()
         while (killed := sum(strike.kills for strike in monkey.strikes)) < kills:
@@ -78,12 +79,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--ray", action="store_true", help="agents and players are Ray actors on one host, which Ray starts again")
     parser.add_argument("--folder", type=Path, help="where journals and logs go; default: a temporary one, printed")
     parser.add_argument("--json", action="store_true", help="print one object")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"journals and logs: {folder}", file=sys.stderr)
-    result = play(options.kills, options.seed, folder, progress=not options.json)
+    result = play(options.kills, options.seed, folder, progress=not options.json, with_ray=options.ray)
     if options.json:
         print(json.dumps(result))
     else:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tests.chaos.journal import Entry
+from tests.chaos.ray_stage import RayPart, RayStage
 from tests.chaos.stage import Part, Stage
 
 PATIENCE = 60.0
@@ -38,7 +39,7 @@ class Strike:
 class Monkey:
     """Strikes at random; ``seed`` decides how, but not when processes do what they do."""
 
-    stage: Stage
+    stage: Stage | RayStage
     seed: int
     strikes: list[Strike] = field(default_factory=list)
     hangs: list[str] = field(default_factory=list)
@@ -53,11 +54,15 @@ class Monkey:
             self._kill_two: 10,
             self._stop_player: 6,
             self._stop_agent: 6,
-            self._kill_etcd: 6,
-            self._pause_etcd: 3,
-            self._cut: 5,
         }
+        if isinstance(self.stage, Stage):
+            weights |= {self._kill_etcd: 6, self._pause_etcd: 3, self._cut: 5}
         self._kinds, self._weights = list(weights), list(weights.values())
+
+    @property
+    def _two_hosts(self) -> Stage:
+        assert isinstance(self.stage, Stage)
+        return self.stage
 
     def settle(self) -> None:
         """Wait until the first versions have crossed."""
@@ -107,34 +112,34 @@ class Monkey:
     def _kill_etcd(self) -> Strike:
         with self._moment("SIGKILL of etcd") as strike:
             strike.victims, strike.kills = ["etcd"], 1
-            self.stage.etcd.kill()
+            self._two_hosts.etcd.kill()
             self._watch(self.random.uniform(0.0, 3.0))
-            self.stage.etcd.restart()
+            self._two_hosts.etcd.restart()
         return strike
 
     def _pause_etcd(self) -> Strike:
         with self._moment("SIGSTOP of etcd") as strike:
             strike.victims = ["etcd"]
-            self.stage.etcd.pause()
+            self._two_hosts.etcd.pause()
             self._watch(self.random.uniform(0.5, 6.0))
-            self.stage.etcd.resume()
+            self._two_hosts.etcd.resume()
         return strike
 
     def _cut(self) -> Strike:
         side = self.random.choice(["near", "far"])
         with self._moment("link down") as strike:
             strike.victims = [f"{side} end"]
-            self.stage.cable.cut(side)
+            self._two_hosts.cable.cut(side)
             self._watch(self.random.uniform(0.5, 8.0))
-            self.stage.cable.mend(side)
+            self._two_hosts.cable.mend(side)
         return strike
 
-    def _kill(self, strike: Strike, part: Part) -> None:
+    def _kill(self, strike: Strike, part: Part | RayPart) -> None:
         strike.victims.append(part.name)
         strike.kills += 1
         self.stage.kill(part)
 
-    def _stop(self, kind: str, parts: list[Part]) -> Strike:
+    def _stop(self, kind: str, parts: Sequence[Part | RayPart]) -> Strike:
         part = self.random.choice(parts)
         with self._moment(kind) as strike:
             strike.victims = [part.name]
@@ -197,8 +202,7 @@ class Monkey:
         part = self.stage.part(entry.who)
         stood = sum(end - begin for begin, end, name in self._paused if name == entry.who and end > entry.begin)
         key = entry.who, entry.life, entry.number
-        alive = part.lives == entry.life and part.process.is_alive()
-        if alive and now - entry.begin - stood > LIMIT and key not in self._told:
+        if part.lives_still(entry.life) and now - entry.begin - stood > LIMIT and key not in self._told:
             self._told.add(key)
             self.stage.dump()
             self.hangs.append(f"{entry.who} has been in {entry.call} for {now - entry.begin:.1f} s, after {self.strikes[-1:]}")

@@ -52,6 +52,10 @@ class Part:
         """Of its present life."""
         return int(self.process.pid)
 
+    def lives_still(self, life: int) -> bool:
+        """Whether it is in its life of that number."""
+        return self.lives == life and bool(self.process.is_alive())
+
 
 class Stage:
     """Two agents here and two over there, with a sender and a receiver on each host."""

@@ -10,8 +10,9 @@ from tests.chaos.__main__ import play
 
 
 @pytest.mark.timeout(400)
-def test_a_dozen_kills(tmp_path: Path) -> None:
-    result = play(kills=12, seed=20261126, folder=tmp_path)
+@pytest.mark.parametrize(("kills", "with_ray"), [(12, False), (4, True)], ids=["two hosts", "Ray's actors"])
+def test_a_few_kills(kills: int, with_ray: bool, tmp_path: Path) -> None:
+    result = play(kills=kills, seed=20261126, folder=tmp_path, with_ray=with_ray)
     assert result["bad"] == []
-    assert result["kills"] >= 12
-    assert result["outcomes"]["recv"]["ok"] > 12
+    assert result["kills"] >= kills
+    assert result["outcomes"]["recv"]["ok"] > kills

@@ -24,7 +24,10 @@ def mutated(data: bytes, random: random.Random) -> bytes:
     tree = msgspec.msgpack.decode(data)
     for _ in range(1 if kind < 0.7 else random.randrange(2, 6)):
         tree = _changed(tree, random)
-    return msgspec.msgpack.encode(tree)
+    try:
+        return msgspec.msgpack.encode(tree)
+    except RecursionError:  # it has been made deeper again and again
+        return other_bytes(data, random)
 
 
 def other_bytes(data: bytes, random: random.Random) -> bytes:

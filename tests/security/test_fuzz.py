@@ -44,11 +44,13 @@ def entry_of(body: bytes) -> bytes:
 def works(cluster: LocalCluster, name: str) -> None:
     """New clients of both agents exchange a tensor."""
     first, second, source, target = cluster.batch(batch_id=name)
-    succeed(lambda: first.transfer("send", blocking=True, timeout=LONG), lambda: second.transfer("recv", blocking=True, timeout=LONG))
-    assert torch.equal(source, target)
-    for handler in (first, second):
-        handler.client.close()
-        cluster.clients.remove(handler.client)
+    try:
+        succeed(lambda: first.transfer("send", blocking=True, timeout=LONG), lambda: second.transfer("recv", blocking=True, timeout=LONG))
+        assert torch.equal(source, target)
+    finally:
+        for handler in (first, second):
+            handler.client.close()
+            cluster.clients.remove(handler.client)
 
 
 def of_client(message: Message, client: TensorBusClient, batch_id: str) -> BaseCommand:
@@ -141,7 +143,10 @@ def test_the_network(caplog: pytest.LogCaptureFixture) -> None:
                 with contextlib.suppress(EthaRayError):
                     handler.client.close()
                 cluster.clients.remove(handler.client)
-            works(cluster, f"after {number}")
+            with contextlib.suppress(EthaRayError):  # what was damaged before may only be found now, once
+                works(cluster, f"after {number}")
+                continue
+            works(cluster, f"after {number}, again")
     assert damage.count
     assert [record.getMessage() for record in caplog.records if "agent failed on" in record.getMessage()] == []
 
