@@ -305,10 +305,13 @@ class TensorBusClient:
         command = Transfer(batch_id=batch_id, transfer_type=transfer_type, atomic=atomic)
         if version is not None:
             command.version = check_version(version)
-        reply = self._connection.start(command, "transfer", batch_id, timeout if blocking else None, timeout)
+        reply = self._connection.prepare(command, "transfer", batch_id, timeout if blocking else None)
         semaphore = OutcomeSemaphore.of(reply)
         if blocking:
-            self._connection.finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id))
+            self._connection.exchange(reply, command, timeout, CancelTransfer(batch_id=batch_id))
+            reply.value()
+        else:
+            self._connection.send(reply, command, timeout)
         return semaphore
 
     def query_transfer_signal(self, batch_id: str, blocking: bool = True, timeout: float = 30.0) -> bool:
@@ -391,14 +394,14 @@ class TensorBusClient:
     def _digest(self, batch_id: str, timeout: float | None) -> list[str]:
         check_timeout(timeout)
         self._known(batch_id)
-        reply = self._connection.start(MakeDigest(batch_id=batch_id), "make_digest", batch_id, timeout)
-        return list(self._connection.finish(reply, timeout, list[str], cancel=CancelTransfer(batch_id=batch_id)))
+        command, cancel = MakeDigest(batch_id=batch_id), CancelTransfer(batch_id=batch_id)
+        return list(self._connection.call(command, "make_digest", batch_id, timeout, list[str], cancel))
 
     def _wait_version(self, batch_id: str, version: int, timeout: float | None) -> int:
         check_timeout(timeout)
         self._known(batch_id)
-        reply = self._connection.start(WaitVersion(batch_id=batch_id, version=version), "wait_version", batch_id, timeout)
-        return int(self._connection.finish(reply, timeout, int, cancel=CancelTransfer(batch_id=batch_id)))
+        command, cancel = WaitVersion(batch_id=batch_id, version=version), CancelTransfer(batch_id=batch_id)
+        return int(self._connection.call(command, "wait_version", batch_id, timeout, int, cancel))
 
     def _answered(self, registration: Reply) -> bool:
         try:
@@ -408,9 +411,7 @@ class TensorBusClient:
 
     def _wait_ready(self, batch_id: str, timeout: float | None) -> None:
         self._wait_registered(batch_id, timeout)
-        command = WaitReady(batch_id=batch_id)
-        reply = self._connection.start(command, "wait_ready", batch_id, timeout)
-        self._connection.finish(reply, timeout, cancel=CancelTransfer(batch_id=batch_id))
+        self._connection.call(WaitReady(batch_id=batch_id), "wait_ready", batch_id, timeout, cancel=CancelTransfer(batch_id=batch_id))
 
     def _wait_registered(self, batch_id: str, timeout: float | None) -> None:
         check_timeout(timeout)

@@ -68,21 +68,8 @@ class Connection:
         """On the agent that serves now."""
         return self.pool.watch
 
-    def start(
-        self,
-        command: Message,
-        command_type: str,
-        context: str,
-        timeout: float | None,
-        patience: float | None = None,
-        *,
-        closing: bool = False,
-    ) -> Reply:
-        """Hand a command to the agent.
-
-        ``timeout`` is how long the agent may take; ``patience``, by default the same, how long a full queue is waited for.
-        ``closing``: also when `closed`.
-        """
+    def prepare(self, command: Message, command_type: str, context: str, timeout: float | None, *, closing: bool = False) -> Reply:
+        """Make a command ready to be handed to the agent, which may take ``timeout``. ``closing``: also when `closed`."""
         if os.getpid() != self.pid:
             raise QueueClosedError(f"this client belongs to process {self.pid}: after a fork, make a new one in the child")
         if self.closed and not closing:
@@ -95,32 +82,63 @@ class Connection:
         command.client_id = self.client_id
         command.timestamp = time.time()
         command.timeout = timeout
+        return reply
+
+    def send(self, reply: Reply, command: Message, patience: float | None) -> None:
+        """Hand a command to the agent, whose queue may be full for as long as ``patience``."""
         try:
-            reply.position = self._enqueue(command, timeout if patience is None else patience)
+            reply.position = self._enqueue(command, patience)
         except BaseException:
             reply.abandon()
             raise
+
+    def start(
+        self,
+        command: Message,
+        command_type: str,
+        context: str,
+        timeout: float | None,
+        patience: float | None = None,
+        *,
+        closing: bool = False,
+    ) -> Reply:
+        """`prepare` and `send`; ``patience`` is by default the ``timeout``."""
+        reply = self.prepare(command, command_type, context, timeout, closing=closing)
+        self.send(reply, command, timeout if patience is None else patience)
         return reply
+
+    def exchange(self, reply: Reply, command: Message, timeout: float | None, cancel: CancelTransfer | None = None) -> None:
+        """`send`, and wait as `finish` does. Whatever interrupts it (Ctrl-C), the agent is told by ``cancel``."""
+        try:
+            self.send(reply, command, timeout)
+            self._wait(reply, timeout)
+        except BaseException:
+            self._give_up(reply, cancel)
+            raise
 
     def finish(self, reply: Reply, timeout: float | None, kind: Any = Any, *, cancel: CancelTransfer | None = None) -> Any:
         """Wait for a command that carries its own timeout: the agent answers it with who was missing, and a client that
         still hears nothing gives up by itself, and sends ``cancel``."""
         try:
-            answered = reply.wait(None if timeout is None else timeout + _GRACE)
+            self._wait(reply, timeout)
         except BaseException:
             self._give_up(reply, cancel)
             raise
-        if not answered:
-            self._give_up(reply, cancel)
-            raise TransferTimeoutError(
-                f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s: it still copies, is overloaded, or waits"
-                " for a store that does not answer"
-            )
         return reply.value(kind)
 
-    def call(self, command: Message, command_type: str, context: str, timeout: float | None, kind: Any = Any) -> Any:
-        """`start` and `finish`."""
-        return self.finish(self.start(command, command_type, context, timeout), timeout, kind)
+    def call(
+        self,
+        command: Message,
+        command_type: str,
+        context: str,
+        timeout: float | None,
+        kind: Any = Any,
+        cancel: CancelTransfer | None = None,
+    ) -> Any:
+        """`prepare` and `exchange`: the value, a ``kind``."""
+        reply = self.prepare(command, command_type, context, timeout)
+        self.exchange(reply, command, timeout, cancel)
+        return reply.value(kind)
 
     def leave(self) -> None:
         """Say goodbye without waiting for an answer, and let go of everything."""
@@ -148,6 +166,13 @@ class Connection:
                     raise
             except QueueClosedError:
                 raise BatchClosedError(self._gone()) from None
+
+    def _wait(self, reply: Reply, timeout: float | None) -> None:
+        if not reply.wait(None if timeout is None else timeout + _GRACE):
+            raise TransferTimeoutError(
+                f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s: it still copies, is overloaded, or waits"
+                " for a store that does not answer"
+            )
 
     def _give_up(self, reply: Reply, cancel: CancelTransfer | None) -> None:
         reply.abandon()

@@ -57,7 +57,7 @@ class Reply:
         self._watch = pool.watch
         self._agent_died: float | None = None
         self._outcome: Ok | Failed | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer, or Ctrl-C, may come while this very thread has it
 
     @property
     def done(self) -> bool:

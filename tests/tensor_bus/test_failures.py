@@ -19,7 +19,7 @@ from etha_ray.kvstore import MemoryStore
 from etha_ray.kvstore.lease import Grant
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.commands import Ping
-from etha_ray.testing import eventually, together
+from etha_ray.testing import together
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, free_port, left_in_shm, local_cluster, process_cluster
 
@@ -312,8 +312,3 @@ def test_the_command_line() -> None:
     assert "Traceback" not in failed.stderr
     done = subprocess.run([sys.executable, "-m", "etha_ray.tensor_bus.agent", "--help"], capture_output=True, text=True, check=True)
     assert "--store" in done.stdout
-
-
-def test_eventually_gives_up() -> None:
-    with pytest.raises(AssertionError):
-        eventually(lambda: False, 0.01)
