@@ -21,6 +21,10 @@ HIGHEST_VERSION = (1 << 63) - 1
 Version: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=HIGHEST_VERSION)]
 
 
+Name = Annotated[str, msgspec.Meta(max_length=200)]
+"""What clients make up themselves, and agents have in the keys of LMDB, which end at 511 bytes."""
+
+
 class BaseCommand(msgspec.Struct, tag=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """What every command carries; all of it is optional, and given by keyword.
 
@@ -32,9 +36,9 @@ class BaseCommand(msgspec.Struct, tag=True, kw_only=True, omit_defaults=True, fo
     """
 
     timestamp: float | None = None
-    semaphore_name: str | None = None
+    semaphore_name: Name | None = None
     command_id: int = 0
-    client_id: str = ""
+    client_id: Name = ""
     timeout: float | None = None
 
 
