@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from etha_ray.cli import app
@@ -114,6 +116,21 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_help_has_an_example() -> None:
     result = explain("--help", width=120)
     assert 'etha-ray explain --source "4x2: S0,S1" --target "8: R" --shape 4096x1024' in result.stdout
+
+
+def commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*words, name))
+        else:
+            yield (*words, name)
+
+
+@pytest.mark.parametrize("words", list(commands(typer.main.get_command(app))), ids=" ".join)
+def test_the_help_of_each_command_has_an_example(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert f"Example: etha-ray {' '.join(words)}" in result.stdout or " ".join(words) in result.stdout.partition("Example: ")[2]
 
 
 def test_the_installed_command_and_the_module_are_the_same() -> None:

@@ -15,7 +15,9 @@ from etha_ray.bench.processes import leaving_on_sigterm
 from etha_ray.cli.failures import failed
 from etha_ray.errors import EthaRayError
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine, each figure beside its baseline in the same run.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="Measure on this machine, each figure beside its baseline in the same run."
+)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -25,7 +27,10 @@ def roundtrip(
     count: Annotated[int, typer.Option(help="Round trips to measure.")] = 20_000,
     as_json: _Json = False,
 ) -> None:
-    """A command that does nothing, worker to agent and back, against a Ray actor call."""
+    """A command that does nothing, worker to agent and back, against a Ray actor call.
+
+    Example: [bold]etha-ray bench roundtrip --count 5000[/]
+    """
     _show(lambda: run_roundtrip(count), as_json)
 
 
@@ -38,7 +43,10 @@ def sync(
     steps: Annotated[int, typer.Option(help="Syncs to measure.")] = 15,
     as_json: _Json = False,
 ) -> None:
-    """A model's weights, FSDP shards to tensor-parallel shards, against the copy limit and Ray's object store."""
+    """A model's weights, FSDP shards to tensor-parallel shards, against the copy limit and Ray's object store.
+
+    Example: [bold]etha-ray bench sync --shape tiny --src 4 --dst 2[/]
+    """
     _show(lambda: run_sync(shape, src, dst, dtype, steps), as_json)
 
 
@@ -49,7 +57,10 @@ def small(
     single_count: Annotated[int, typer.Option(help="Transfers of one tensor of 1 MiB to measure.")] = 1000,
     as_json: _Json = False,
 ) -> None:
-    """Many tensors of 4 KiB in one sync, and one tensor of 1 MiB end to end."""
+    """Many tensors of 4 KiB in one sync, and one tensor of 1 MiB end to end.
+
+    Example: [bold]etha-ray bench small --tensors 1000[/]
+    """
     _show(lambda: run_small(tensors, steps, single_count), as_json)
 
 
@@ -62,7 +73,10 @@ def network(
     steps: Annotated[int, typer.Option(help="Transfers to measure.")] = 15,
     as_json: _Json = False,
 ) -> None:
-    """A model's weights from one process to another over TCP, against gloo and one raw socket. Needs no Ray and no agents."""
+    """A model's weights from one process to another over TCP, against gloo and one raw socket. Needs no Ray and no agents.
+
+    Example: [bold]etha-ray bench network --shape tiny[/]
+    """
     _show(lambda: run_network(shape, src, dst, dtype, steps), as_json)
 
 
@@ -71,7 +85,10 @@ def plan(
     ranks: Annotated[list[int] | None, typer.Option(help="Source ranks, multiples of 16; may be given several times.")] = None,
     as_json: _Json = False,
 ) -> None:
-    """One agent's plan for a 671B mixture of experts (DeepSeek-V3), and how it grows with the ranks. Needs no Ray and no agents."""
+    """One agent's plan for a 671B mixture of experts (DeepSeek-V3), and how it grows with the ranks. Needs no Ray and no agents.
+
+    Example: [bold]etha-ray bench plan --ranks 64 --ranks 1024[/]
+    """
     _show(lambda: run_plan(*([tuple(ranks)] if ranks else [])), as_json)
 
 
@@ -81,7 +98,10 @@ def store(
     etcd: Annotated[str | None, typer.Option(help="HOST:PORT of an etcd that serves; without it one is started here.")] = None,
     as_json: _Json = False,
 ) -> None:
-    """The key-value stores: a put, a get, and from a put until another process's wait for it is over."""
+    """The key-value stores: a put, a get, and from a put until another process's wait for it is over.
+
+    Example: [bold]etha-ray bench store --json[/]
+    """
     _show(lambda: run_store(puts, etcd), as_json)
 
 
