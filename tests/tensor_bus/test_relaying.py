@@ -19,7 +19,7 @@ from etha_ray.tensor_bus.transfer_state import TransferState
 from etha_ray.transport import CopyProgram
 from etha_ray.transport.base import NoProgram
 from etha_ray.transport.joint import Move
-from tests.tensor_bus.test_batch import _End, _peer
+from tests.tensor_bus.ends import End, peer
 
 
 def _inflow(place: int = 0) -> Inflow:
@@ -42,12 +42,12 @@ class _Three:
     """A sender, a relay on another host and a reader on a third; all have registered."""
 
     def __init__(self) -> None:
-        self.source = _End("source", targets={"relay": True, "reader": True})
-        self.relay, self.reader = _End("relay", sources={"source": True}), _End("reader", sources={"source": True})
+        self.source = End("source", targets={"relay": True, "reader": True})
+        self.relay, self.reader = End("relay", sources={"source": True}), End("reader", sources={"source": True})
         lends, reads = self.relay.registered, self.reader.registered
-        lends.others["reader"], lends.takers = _peer("reader", remote=True), {"reader"}
-        reads.others["relay"] = reads.relays["relay"] = _peer("relay", remote=True)
-        reads.sources["source"] = _peer("source", remote=True, size=0)
+        lends.others["reader"], lends.takers = peer("reader", remote=True), {"reader"}
+        reads.others["relay"] = reads.relays["relay"] = peer("relay", remote=True)
+        reads.sources["source"] = peer("source", remote=True, size=0)
         reads.instead = {"relay": {"source": 8}}
         lends.feed, reads.feed = _feed(None, None, None), _feed(None, "relay", "relay")
         self.ends = {"source": self.source, "relay": self.relay, "reader": self.reader}
@@ -102,7 +102,7 @@ class _Three:
                 self.copied(end)
             self.carry()
 
-    def copied(self, end: _End) -> None:
+    def copied(self, end: End) -> None:
         """All that moves there moves."""
         while end.bus.moves:
             end.bus.copied()
@@ -295,15 +295,15 @@ def test_a_reader_that_has_all_waits_until_that_is_certain() -> None:
 def test_what_a_relay_reads_again_its_readers_do_too() -> None:
     """Relay's own relay stops lending once it has passed on what it got from there."""
     three = _Three()
-    first = three.ends["first"] = _End("first", sources={"source": True})
+    first = three.ends["first"] = End("first", sources={"source": True})
     first.register()
     lends = three.relay.registered
     lends.feed = _feed("first", "first", "first")
-    lends.others["first"] = lends.relays["first"] = _peer("first", remote=True)
+    lends.others["first"] = lends.relays["first"] = peer("first", remote=True)
     lends.instead = {"first": {"source": 8}}
     first.registered.feed, first.registered.takers = _feed(None, None, None), {"relay"}
-    first.registered.others["relay"] = _peer("relay", remote=True)
-    three.source.registered.targets["first"] = three.source.registered.others["first"] = _peer("first", remote=True)
+    first.registered.others["relay"] = peer("relay", remote=True)
+    three.source.registered.targets["first"] = three.source.registered.others["first"] = peer("first", remote=True)
     for end in (three.reader, three.relay, first):
         end.start("recv")
     three.source.start("send")
