@@ -15,6 +15,7 @@ from typing import Any
 from etha_ray.config import agent_paths
 from etha_ray.kvstore.tcp import TorchTCPStore
 from etha_ray.tensor_bus.leftovers import remove_files
+from etha_ray.testing import eventually
 from tests.net.namespaces import Cable, cable, join
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, Worker
@@ -46,7 +47,7 @@ class TwoHosts:
 
     def restart(self, rank: int) -> None:
         """Start an agent again that was killed."""
-        acts.eventually(lambda: remove_files(self.paths[rank]))  # of an agent of another host only its heartbeat tells
+        eventually(lambda: remove_files(self.paths[rank]))  # of an agent of another host only its heartbeat tells
         self.agents[rank] = self._start(rank)
 
     def worker(self, rank: int) -> Worker:
@@ -107,7 +108,7 @@ def many_hosts(*counts: int) -> Iterator[ManyHosts]:
 
 def wait_for_client(state_path: str) -> None:
     """Wait until the agent behind this state file is there."""
-    acts.eventually(Path(state_path).exists)
+    eventually(Path(state_path).exists)
 
 
 @contextlib.contextmanager

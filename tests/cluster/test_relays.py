@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import Partial, Replicate
 
 from etha_ray.errors import AgentDiedError, BatchTornError
+from etha_ray.testing import eventually
 from tests.cluster.hosts import ManyHosts, many_hosts
 from tests.cluster.test_two_hosts import _Side
 from tests.tensor_bus import cluster as acts
@@ -108,7 +109,7 @@ def test_it_is_passed_on_while_more_of_it_comes(hosts: ManyHosts) -> None:
     relay, reader = target.workers
     for worker, direction in ((relay, "recv"), (reader, "recv"), (source.workers[0], "send")):
         worker.call(acts.start_transfer, "batch", direction)
-    acts.eventually(lambda: reader.call(_has_begun))
+    eventually(lambda: reader.call(_has_begun))
     assert not relay.call(acts.read, "batch")[0].all()
     assert reader.call(_end).peers == {"b[0]": sum(whole.nbytes for whole in wholes)}
     assert relay.call(_end).peers == {"a[0]": sum(whole.nbytes for whole in wholes)}
@@ -130,7 +131,7 @@ def test_who_goes_while_it_is_passed_on(ends: str) -> None:
         reader.call(acts.start_transfer, "batch", "recv")
         _receive(target, 0)
         sender.call(acts.start_transfer, "batch", "send")
-        acts.eventually(lambda: reader.call(_has_begun))
+        eventually(lambda: reader.call(_has_begun))
         if ends == "relay":
             hosts.agents[1].kill()
             hosts.agents[1].wait()

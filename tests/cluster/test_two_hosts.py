@@ -16,6 +16,7 @@ from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import BatchTornError, EthaRayError, PeerLostError
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.records import agent_key
+from etha_ray.testing import eventually
 from tests.cluster.hosts import TwoHosts, two_hosts
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, Worker, local_part
@@ -195,7 +196,7 @@ def test_a_cut_that_heals(hosts: TwoHosts) -> None:
     target.transfer("batch", "recv")
     assert {type(outcome) for outcome in source.outcomes() + target.outcomes()} <= {PeerLostError, BatchTornError}
     # Until the leases of the agents over there have run out, and those here, that look for them all the time, have seen it, too.
-    acts.eventually(lambda: not any(hosts.master.exists(agent_key(rank)) for rank in (2, 3)))
+    eventually(lambda: not any(hosts.master.exists(agent_key(rank)) for rank in (2, 3)))
     time.sleep(1.5 * FAILURE_TIMEOUT)
     hosts.cable.mend("far")
     for worker in source.workers + target.workers:
@@ -229,7 +230,7 @@ def test_an_agent_that_stands_still_during_a_transfer_and_goes_on_later(hosts: T
     sender, receiver = source.workers[0], target.workers[0]
     sender.start(acts.transfer, "batch", "send")
     receiver.call(_begin)
-    acts.eventually(lambda: receiver.call(_has_begun))
+    eventually(lambda: receiver.call(_has_begun))
     hosts.agents[2].send_signal(signal.SIGSTOP)
     try:
         with pytest.raises(BatchTornError):
