@@ -98,7 +98,7 @@ class Reply:
         outcome = self._outcome
         if isinstance(outcome, Ok):
             try:
-                return msgspec.convert(outcome.value, kind)
+                return outcome.value if kind is Any else msgspec.convert(outcome.value, kind)
             except msgspec.ValidationError as wrong:
                 raise AgentFailedError(self._nonsense(wrong)) from wrong
         if outcome is None:

@@ -21,25 +21,12 @@ from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.commands import DataRevoked, Message, encode_command
 from etha_ray.tensor_bus.network import AgentNetwork, address_towards
-from etha_ray.tensor_bus.records import SECRET_KEY, AgentRecord, agent_key
+from etha_ray.tensor_bus.records import AgentRecord, agent_key
 from etha_ray.testing import eventually, together
-from etha_ray.transport import OneSidedTransport
-from tests.tensor_bus.cluster import LONG, LocalCluster
+from tests.tensor_bus.cluster import LONG
+from tests.tensor_bus.far import Agents
 
 Batch = tuple[BatchHandler, BatchHandler, torch.Tensor, torch.Tensor]
-
-
-class _FarAgents(LocalCluster):
-    """Agents whose messages and bytes go over TCP."""
-
-    def start_agent(self, rank: int, transport: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
-        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], threads=threads, transport=transport, host="127.0.0.1")
-        agent.start()
-        return agent
-
-    def close(self) -> None:
-        self.store.delete(SECRET_KEY)
-        super().close()
 
 
 @pytest.fixture
@@ -50,8 +37,8 @@ def far(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cluster(far: None) -> Iterator[_FarAgents]:
-    with contextlib.closing(_FarAgents(2)) as cluster:
+def cluster(far: None) -> Iterator[Agents]:
+    with contextlib.closing(Agents("auto")) as cluster:
         yield cluster
 
 
@@ -68,7 +55,7 @@ def _send(batch: Batch) -> None:
 
 def test_a_batch_between_hosts_leaves_nothing_behind(far: None) -> None:
     before = _threads()
-    with contextlib.closing(_FarAgents(2)) as cluster:
+    with contextlib.closing(Agents("auto")) as cluster:
         batch = cluster.batch()
         _send(batch)
         assert _threads() > before
@@ -77,7 +64,7 @@ def test_a_batch_between_hosts_leaves_nothing_behind(far: None) -> None:
 
 @pytest.mark.parametrize("whose", [0, 1], ids=["the sender's", "the receiver's"])
 @pytest.mark.parametrize("waiting", ["send", "recv"])
-def test_one_lost_channel_loses_the_batch_on_both_sides(cluster: _FarAgents, whose: int, waiting: Any) -> None:
+def test_one_lost_channel_loses_the_batch_on_both_sides(cluster: Agents, whose: int, waiting: Any) -> None:
     batch = cluster.batch()
     _send(batch)
     mine, other = (batch[0], batch[1]) if waiting == "send" else (batch[1], batch[0])
@@ -96,7 +83,7 @@ def test_one_lost_channel_loses_the_batch_on_both_sides(cluster: _FarAgents, who
     _send(again)
 
 
-def test_an_agent_that_cannot_be_reached_learns_that_it_is_lost(cluster: _FarAgents, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_that_cannot_be_reached_learns_that_it_is_lost(cluster: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> Any:
         raise PeerLostError("nobody listens there")
 
@@ -172,7 +159,7 @@ def test_an_agent_that_is_starting_up_takes_no_messages(places: tuple[_Heard, _H
     channel.close()
 
 
-def test_an_address_that_does_not_answer_fails_the_registration_on_both_sides(cluster: _FarAgents) -> None:
+def test_an_address_that_does_not_answer_fails_the_registration_on_both_sides(cluster: Agents) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         pairing = cluster.agents[0]._service._pairing
         pairing._record = msgspec.structs.replace(pairing._record, address=f"127.0.0.1:{silent.getsockname()[1]}")
@@ -184,7 +171,7 @@ def test_an_address_that_does_not_answer_fails_the_registration_on_both_sides(cl
     assert [type(result) for result in results] == [PeerLostError, PeerLostError]
 
 
-def test_a_bucket_size_that_the_network_does_not_take_is_named(cluster: _FarAgents) -> None:
+def test_a_bucket_size_that_the_network_does_not_take_is_named(cluster: Agents) -> None:
     one, two = cluster.pair()
     results = together(
         lambda: one.register_tensors("batch", [(torch.ones(3), "pair")], bucket_size=100, timeout=LONG),
@@ -195,7 +182,7 @@ def test_a_bucket_size_that_the_network_does_not_take_is_named(cluster: _FarAgen
         assert "bucket_size of 100 bytes" in str(result)
 
 
-def test_a_store_that_is_away_keeps_nobodys_memory(cluster: _FarAgents, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_away_keeps_nobodys_memory(cluster: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, _, _ = cluster.batch()
 
     def away(*_: Any, **__: Any) -> bool:
@@ -212,7 +199,7 @@ def test_a_store_that_is_away_keeps_nobodys_memory(cluster: _FarAgents, monkeypa
         cluster.store.delete(key)
 
 
-def test_an_agent_whose_lease_was_lost_takes_another_and_gives_it_back(cluster: _FarAgents) -> None:
+def test_an_agent_whose_lease_was_lost_takes_another_and_gives_it_back(cluster: Agents) -> None:
     agent, key = cluster.agents[0], agent_key(0)
     for _ in range(2):
         lost = agent._lease
