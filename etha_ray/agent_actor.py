@@ -61,6 +61,7 @@ class AgentActor:
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             memory_budget=settings.memory_budget,
             integrity=settings.integrity,
+            transport=settings.transport,
             observer=RayMetrics(namespace, rank),
             restarts=True,
         )

@@ -21,6 +21,9 @@ SUCCESSION_TIMEOUT = 30.0
 INTEGRITY = ("auto", "on", "off")
 """Which transports compare what arrived with what was sent: those between hosts, all, none."""
 
+TRANSPORTS = ("auto", "mapped", "nccl", "tcp")
+"""How an agent reads what others hold: as is best for each, or by this way alone."""
+
 DEFAULT_NAMESPACE = "default"
 MAX_TIMEOUT = 7 * 24 * 3600.0
 """Longest timeout accepted, in seconds: more is nearly always milliseconds given by mistake."""
@@ -56,6 +59,13 @@ def check_integrity(setting: str) -> str:
     """Return ``setting`` if it is one of `INTEGRITY`; raise `ConfigError` otherwise."""
     if setting not in INTEGRITY:
         raise ConfigError(f"integrity {setting!r} is unknown: give one of {', '.join(map(repr, INTEGRITY))}")
+    return setting
+
+
+def check_transport(setting: str) -> str:
+    """Return ``setting`` if it is one of `TRANSPORTS`; raise `ConfigError` otherwise."""
+    if setting not in TRANSPORTS:
+        raise ConfigError(f"transport {setting!r} is unknown: give one of {', '.join(map(repr, TRANSPORTS))}")
     return setting
 
 

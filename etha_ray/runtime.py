@@ -17,7 +17,7 @@ import msgspec
 import ray
 
 from etha_ray.agent_actor import entry_of, find_actor, start_actors, wait_until_started
-from etha_ray.config import check_integrity, check_name, worker_environment
+from etha_ray.config import check_integrity, check_name, check_transport, worker_environment
 from etha_ray.errors import AgentBusyError, AgentNotFoundError
 from etha_ray.kvstore import create_store
 from etha_ray.ray_nodes import STOP_TIMEOUT, clean_nodes, on_cluster, places
@@ -132,6 +132,7 @@ def launch_agents(
     store: str = "gcs",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     integrity: str = "auto",
+    transport: str = "auto",
     detached: bool = False,
 ) -> AgentPool:
     """Start agents on the Ray cluster (on a Ray of this process's own if it has none yet) and wait until they serve.
@@ -150,18 +151,21 @@ def launch_agents(
         memory_budget: bytes of staging memory that transfers between hosts may have on each agent, over all under way.
         integrity: "auto" compares the checksums of what comes from other hosts with those of what was sent, "on" also looks at what is
             copied within a host, "off" does neither. It is each agent's choice for what it receives.
+        transport: how agents read what others hold. "auto": mapped from memory where they share it, else over the network. "mapped", "nccl"
+            or "tcp" are that way alone, also within one host: to measure it, or to test.
         detached: they outlive this driver, and end with `AgentPool.shutdown` (`find_pool` finds them), or with the cluster.
 
     Returns:
         The pool; ranks count from 0, by node, then device.
 
     Raises:
-        ConfigError: (a ValueError) a device, namespace or store URL is not understood.
+        ConfigError: (a ValueError) a device, namespace, store URL or setting is not understood.
         AgentBusyError: a pool of this name runs already, in this cluster or on these paths.
         AgentFailedError: an agent did not start; the message has its error.
     """
     namespace = _pool_name(namespace)
     check_integrity(integrity)
+    check_transport(transport)
     url = "gcs://" if store == "gcs" else store
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
@@ -169,7 +173,7 @@ def launch_agents(
     _refuse_second_pool(namespace, len(placed))
     if url == "gcs://":
         on_cluster(_empty_store, namespace)
-    settings = PoolSettings(devices == "auto", url, memory_budget, integrity, detached)
+    settings = PoolSettings(devices == "auto", url, memory_budget, integrity, transport, detached)
     entries = [entry_of(namespace, rank, node_id, device) for rank, (node_id, device) in enumerate(placed)]
     actors = start_actors(namespace, entries, settings)
     _wait_or_end(namespace, entries, actors)

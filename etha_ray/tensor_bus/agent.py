@@ -25,9 +25,11 @@ from etha_ray.config import (
     FAILURE_TIMEOUT,
     HEARTBEAT_INTERVAL,
     INTEGRITY,
+    TRANSPORTS,
     AgentPaths,
     agent_paths,
     check_integrity,
+    check_transport,
     worker_environment,
 )
 from etha_ray.errors import AgentBusyError, ConfigError, StoreError
@@ -45,6 +47,7 @@ from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
 from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.service import BusService
 from etha_ray.tensor_bus.state_file import StateFile
+from etha_ray.tensor_bus.ways import Ways
 from etha_ray.transport.base import OneSidedTransport
 from etha_ray.transport.checked import CheckedTransport
 from etha_ray.transport.mapped import MappedTransport
@@ -65,7 +68,9 @@ class TensorBusAgent:
         paths: command queue and state file; by default those of ``rank`` in the default namespace.
         device: what it is pinned to, "cpu".
         threads: threads that copy; by default all cores of this process.
-        transport: what moves bytes on this host, instead of a `MappedTransport` of ``threads``. Closed with the agent.
+        mapped: what moves bytes on this host, instead of a `MappedTransport` of ``threads``. Closed with the agent.
+        transport: how it reads what others hold. "auto": mapped from memory where they share it, else over the network. "mapped", "nccl"
+            or "tcp" are that way alone, also within one host; what cannot go so fails with `NoTransportError` when it is registered.
         host: the address of this host that agents of other hosts connect to; without one, only this host's agents are reached.
         memory_budget: bytes of staging memory that transfers between hosts may have, over all that are under way.
         integrity: "auto" compares the checksums of what comes from other hosts with those of what was sent, "on" also looks at what is
@@ -87,7 +92,8 @@ class TensorBusAgent:
         paths: AgentPaths | None = None,
         device: str = "cpu",
         threads: int | None = None,
-        transport: OneSidedTransport | None = None,
+        mapped: OneSidedTransport | None = None,
+        transport: str = "auto",
         host: str | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         integrity: str = "auto",
@@ -96,6 +102,7 @@ class TensorBusAgent:
     ) -> None:
         self.rank = rank
         check_integrity(integrity)
+        check_transport(transport)
         self.paths = paths or agent_paths(rank)
         self._store = store
         self._stopping = threading.Event()
@@ -133,9 +140,10 @@ class TensorBusAgent:
             self._queue = CommandQueue(self.paths.command_queue)
             undo.callback(self._queue.close, destroy=True)
             self._jobs = Jobs(self._queue.wake)
-            mapped = transport or MappedTransport(threads or len(os.sched_getaffinity(0)))
-            self._transport = CheckedTransport(mapped) if integrity == "on" else mapped
-            self._service = BusService(self.record, store, self._state, self._jobs, self._transport, self._network, self._history)
+            mapped = mapped or MappedTransport(threads or len(os.sched_getaffinity(0)))
+            self._mapped = CheckedTransport(mapped) if integrity == "on" else mapped
+            ways = Ways(self._mapped, None if self._network is None else self._network.transport, transport)
+            self._service = BusService(self.record, store, self._state, self._jobs, ways, self._network, self._history)
             self._queue.on_corrupt = self._service.handle_corrupt
             if self._network is not None:
                 self._network.serve(self._receive, self._left)
@@ -288,7 +296,7 @@ class TensorBusAgent:
             steps.callback(self._state.put_stopped)
             steps.callback(self._queue.close, destroy=True)
             steps.callback(self._service.close)
-            steps.callback(self._transport.close)
+            steps.callback(self._mapped.close)
             if self._network is not None:
                 steps.callback(self._network.close)
             self._jobs.start("leave the store", lambda _: self._lease.close(), _log_error)
@@ -338,6 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--integrity", choices=INTEGRITY, default="auto", help="check what arrives: from other hosts, all, none (default: %(default)s)"
     )
+    parser.add_argument("--transport", choices=TRANSPORTS, default="auto", help="how it reads what others hold (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="threads that copy (default: all cores)")
     parser.add_argument("--restarts", action="store_true", help="whatever started this agent starts it again if it dies")
     options = parser.parse_args(arguments)
@@ -364,6 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
         host=options.host or address_towards(url),
         memory_budget=options.memory_budget,
         integrity=options.integrity,
+        transport=options.transport,
         restarts=options.restarts,
     )
     for number in (signal.SIGTERM, signal.SIGINT):

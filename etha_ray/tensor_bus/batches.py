@@ -27,11 +27,12 @@ from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.losses import Returns
 from etha_ray.tensor_bus.records import Standing
-from etha_ray.tensor_bus.registered import Registered, Transports
+from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.registration import Registration, Request
 from etha_ray.tensor_bus.replicas import Replicas
 from etha_ray.tensor_bus.state_file import StateFile, holding_key
 from etha_ray.tensor_bus.versions import Holding
+from etha_ray.tensor_bus.ways import Ways
 from etha_ray.tensor_bus.workers import Worker
 from etha_ray.transport.buckets import DEFAULT_BUCKET_SIZE
 
@@ -43,7 +44,7 @@ class Batches:
 
     Args:
         bus: what batches need of the agent.
-        store, state, transports, jobs, journal, replicas: the agent's.
+        store, state, ways, jobs, journal, replicas: the agent's.
         links: its connections to other agents.
     """
 
@@ -52,7 +53,7 @@ class Batches:
         bus: Bus,
         store: KVStore,
         state: StateFile,
-        transports: Transports,
+        ways: Ways,
         jobs: Jobs,
         links: Links,
         journal: Journal,
@@ -61,7 +62,7 @@ class Batches:
         self._bus = bus
         self._store = store
         self._state = state
-        self._transports = transports
+        self._ways = ways
         self._jobs = jobs
         self._links = links
         self._journal = journal
@@ -181,7 +182,7 @@ class Batches:
         )
 
     def _registration(self, request: Request) -> Registration:
-        return Registration(self._store, self._state, self._transports, request, self._settle)
+        return Registration(self._store, self._state, self._ways, request, self._settle)
 
     def _renew(self, worker: Worker, batch: Batch) -> None:
         command = batch.command

@@ -39,6 +39,7 @@ class PoolSettings(msgspec.Struct, frozen=True):
     store: str
     memory_budget: int
     integrity: str
+    transport: str
     detached: bool
 
 

@@ -6,25 +6,17 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 
-import msgspec
-
-from etha_ray.decoding import Decoder
-from etha_ray.errors import EthaRayError, HandleExpiredError, MemoryHandleError, NoTransportError
-from etha_ray.memory import OpenedTensors, decode_handle, open_tensors
-from etha_ray.net import Address
+from etha_ray.errors import EthaRayError
+from etha_ray.memory import OpenedTensors
 from etha_ray.tensor_bus.agreement import Agreement, Direction
 from etha_ray.tensor_bus.digested import Digested
 from etha_ray.tensor_bus.executor import Inflow, Inflows, Part, bytes_out, inflows, prove_in, takers
 from etha_ray.tensor_bus.feeding import STAGE_BYTES, Fed, Feed
-from etha_ray.tensor_bus.host import no_address, shares_memory
 from etha_ray.tensor_bus.records import BatchRecord, MemberRecord, Standing
 from etha_ray.tensor_bus.staging import Staging
-from etha_ray.tensor_bus.state_file import StateFile, handles_key
-from etha_ray.transport.base import NoProgram, OneSidedTransport
+from etha_ray.tensor_bus.ways import Ways, open_mapped
+from etha_ray.transport.base import NoProgram
 from etha_ray.transport.joint import Source, prepare
-from etha_ray.transport.network import NetworkTransport, RemoteRegion
-
-_tables: Decoder[dict[str, list[bytes]]] = Decoder(dict[str, list[bytes]])
 
 
 @dataclass(frozen=True)
@@ -104,15 +96,7 @@ class AgreedPart:
     remote: Sequence[BatchRecord]
 
 
-@dataclass(frozen=True)
-class Transports:
-    """What moves bytes: on this host, and between hosts if this agent has an address there."""
-
-    mapped: OneSidedTransport
-    network: NetworkTransport | None
-
-
-def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: int) -> Registered:
+def connect(ways: Ways, parts: Sequence[AgreedPart], bucket_size: int) -> Registered:
     """Open what this rank receives, and prepare to move it.
 
     Raises:
@@ -133,7 +117,7 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
     found: list[Fed] = []
     try:
         for part in parts:
-            moves = _connect(transports, part, result)
+            moves = _connect(ways, part, result)
             if result.relays or result.takers:  # in an order, and in parts, that all who pass them on agree on
                 moves = sorted((piece for inflow in moves for piece in inflow.cut(STAGE_BYTES)), key=lambda inflow: inflow.key)
             for inflow in moves:
@@ -141,7 +125,7 @@ def connect(transports: Transports, parts: Sequence[AgreedPart], bucket_size: in
                 found.append(Fed(inflow, relay, part.part.pair_name, inflow.key))
                 result.feeds.append((inflow.place, frozenset(part.remote[source].registration for source in inflow.sources)))
         result.received = tuple(sorted({place for place, _ in result.feeds}))
-        prepared = partial(prepare, mapped=transports.mapped, network=transports.network, bucket_size=bucket_size)
+        prepared = partial(prepare, mapped=ways.mapped, network=ways.network, bucket_size=bucket_size)
         divided = bool(result.relays or result.takers)
         result.feed = Feed(found, lambda inflow: inflow.move.target, prepared, divided=divided)
         for relay in result.feed.warm():
@@ -171,36 +155,35 @@ def torn_positions(registered: Registered, spoilt: Container[str], unfinished: f
     return tuple(sorted({place for at, (place, sources) in feeds if at in unfinished or any(source in spoilt for source in sources)}))
 
 
-def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> list[Inflow]:
+def _connect(ways: Ways, agreed: AgreedPart, result: Registered) -> list[Inflow]:
     """What one pair moves; notes its members in ``result``."""
     part, match = agreed.part, agreed.part.match
     for index, record in enumerate(agreed.local):
         if index != match.index:
             member = match.local[index]
-            remote = not shares_memory(member.agent)
+            remote = not ways.is_mapped(member.agent)
             result.others[record.registration] = Peer(record.registration, f"{member.peer}[{index}]", member, 0, remote)
             result.standings[record.registration] = record.standing or Standing()
             result.side.add(record.registration)
 
     def open_remote(index: int, positions: Sequence[int]) -> Sequence[Source]:
         member, registration = match.remote[index], agreed.remote[index].registration
-        if not shares_memory(member.agent):
-            _check_reach(transports, part, member)
-            return _remote_regions(member, export_name(registration, part.pair_name), part, positions)
-        opened = _open_remote(member, registration, part, positions)
+        if not ways.is_mapped(member.agent):
+            ways.check_source(part, member)
+            return ways.regions(member, export_name(registration, part.pair_name), part, positions)
+        opened = open_mapped(member, registration, part, positions)
         result.opened.append(opened)
         return opened.tensors
 
     def open_relay(index: int, positions: Sequence[int]) -> Sequence[Source] | None:
         member, registration = match.local[index], agreed.local[index].registration
-        if shares_memory(member.agent):
-            opened = _open_remote(member, registration, part, positions)
+        if ways.is_mapped(member.agent):
+            opened = open_mapped(member, registration, part, positions)
             result.opened.append(opened)
             return opened.tensors
-        if transports.network is None or not member.agent.address:
+        if not ways.can_reach(member.agent):
             return None  # it reads from others, and gives to nobody
-        address, export = Address.parse(member.agent.address), export_name(registration, part.pair_name)
-        return [RemoteRegion(address, export, position, (), (), part.agreed[position].local.dtype) for position in positions]
+        return ways.regions(member, export_name(registration, part.pair_name), part, positions, local=True)
 
     found = Inflows()
     if "recv" not in result.refused:
@@ -208,11 +191,11 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
         found = inflows(part, open_remote, open_relay)
         result.takers |= {agreed.local[index].registration for index in takers(part)}
     bytes_from = found.direct
-    _note_relays(agreed, found, result)
+    _note_relays(ways, agreed, found, result)
     bytes_to = bytes_out(part) if "send" not in result.refused else {}
     for index, record in enumerate(agreed.remote):
         member = match.remote[index]
-        name, remote = f"{member.peer}[{index}]", not shares_memory(member.agent)
+        name, remote = f"{member.peer}[{index}]", not ways.is_mapped(member.agent)
         known = result.others.get(record.registration)
         if known is not None and known.name != name:
             name = f"{known.name}+{name}"  # in several pairs of this batch
@@ -222,17 +205,17 @@ def _connect(transports: Transports, agreed: AgreedPart, result: Registered) -> 
             before = table[record.registration].bytes if record.registration in table else None
             if index in counts or before is not None:
                 table[record.registration] = Peer(record.registration, name, member, (before or 0) + counts.get(index, 0), remote)
-            if index in counts and remote:
-                _check_reach(transports, part, member)
+        if index in bytes_to:
+            ways.check_target(part, member)
     return found.moves
 
 
-def _note_relays(agreed: AgreedPart, found: Inflows, result: Registered) -> None:
+def _note_relays(ways: Ways, agreed: AgreedPart, found: Inflows, result: Registered) -> None:
     """Enter who passes on what to this rank."""
     for index, size in found.relayed.items():
         registration, member = agreed.local[index].registration, agreed.part.match.local[index]
         known = result.relays.get(registration)
-        name, remote = f"{member.peer}[{index}]", not shares_memory(member.agent)
+        name, remote = f"{member.peer}[{index}]", not ways.is_mapped(member.agent)
         result.relays[registration] = Peer(registration, name, member, size + (0 if known is None else known.bytes), remote)
         instead = result.instead.setdefault(registration, {})
         for source, given in found.instead[index].items():
@@ -243,42 +226,3 @@ def _note_relays(agreed: AgreedPart, found: Inflows, result: Registered) -> None
 def export_name(registration: str, pair_name: str) -> str:
     """Under which name an agent gives the tensors of one pair to agents of other hosts."""
     return f"{registration}/{pair_name}"
-
-
-def _check_reach(transports: Transports, part: Part, member: MemberRecord) -> None:
-    if transports.network is None or not member.agent.address:
-        own = part.match.local[part.match.index].agent
-        raise NoTransportError(f"batch {part.batch_id!r}, pair {part.pair_name!r}: {no_address(own, member.agent)}")
-
-
-def _remote_regions(member: MemberRecord, export: str, part: Part, positions: Sequence[int]) -> list[RemoteRegion]:
-    """Tensors of another host. Only boxes of them are read, each with a place and size of its own."""
-    address = Address.parse(member.agent.address)
-    return [RemoteRegion(address, export, position, (), (), part.agreed[position].remote.dtype) for position in positions]
-
-
-def _open_remote(member: MemberRecord, registration: str, part: Part, positions: Sequence[int]) -> OpenedTensors:
-    try:
-        state = StateFile(member.agent.state_path)
-    except FileNotFoundError:
-        data = None
-    else:
-        try:
-            data = state.get(handles_key(registration))
-        finally:
-            state.close()
-    if data is None:
-        raise HandleExpiredError(
-            f"batch {part.batch_id!r}: agent {member.agent.rank} has no handles of {member.peer!r} (pid {member.worker_pid})"
-            " any more: that side has closed the batch; register it again on both sides"
-        )
-    try:
-        table = _tables.decode(data)[part.pair_name]
-        handles = [decode_handle(table[position]) for position in positions]
-    except (msgspec.DecodeError, KeyError, IndexError) as error:
-        raise MemoryHandleError(
-            f"batch {part.batch_id!r}: agent {member.agent.rank} does not say where the tensors of {member.peer!r} are ({error!r}):"
-            " another program, or another version of etha_ray, writes to its state file"
-        ) from error
-    labels = [f"tensor {position} of batch {part.batch_id!r} from {member.peer!r}" for position in positions]
-    return open_tensors(handles, labels=labels)

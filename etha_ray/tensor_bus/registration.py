@@ -50,8 +50,9 @@ from etha_ray.tensor_bus.records import (
     fingerprint,
     verdict_key,
 )
-from etha_ray.tensor_bus.registered import AgreedPart, Peer, Registered, Transports, connect, export_name
+from etha_ray.tensor_bus.registered import AgreedPart, Peer, Registered, connect, export_name
 from etha_ray.tensor_bus.state_file import StateFile, handles_key
+from etha_ray.tensor_bus.ways import Ways
 from etha_ray.transport.network import Export
 
 __all__ = ["Peer", "Registered", "Registration", "Request"]
@@ -83,17 +84,15 @@ class Registration:
     """One registration under way. Runs on a job's thread; `close` afterwards withdraws what it published.
 
     Args:
-        store, state, transports: the agent's.
+        store, state, ways: the agent's.
         request: what to register.
         settle: returns once the agent's loop has handled all messages that have come in.
     """
 
-    def __init__(
-        self, store: KVStore, state: StateFile, transports: Transports, request: Request, settle: Callable[[Cancellation], None]
-    ) -> None:
+    def __init__(self, store: KVStore, state: StateFile, ways: Ways, request: Request, settle: Callable[[Cancellation], None]) -> None:
         self._store = store
         self._state = state
-        self._transports = transports
+        self._ways = ways
         self._request = request
         self._settle = settle
         self._keys: dict[str, str] = {}
@@ -192,7 +191,7 @@ class Registration:
         own = {name: [next(tensors) for _ in entries] for name, entries in grouped.items()}
         table = {name: [tensor.handle for tensor in entries] for name, entries in grouped.items()}
         self._state.put(handles_key(self._request.registration), msgspec.msgpack.encode(table))
-        network = self._transports.network
+        network = self._ways.network
         if network is not None:
             names = ((export_name(self._request.registration, name), given) for name, given in own.items())
             self._exports = [network.export(name, given) for name, given in names]
@@ -368,7 +367,7 @@ class Registration:
             part = Part(self._request.batch_id, name, match, places, own[name], agreement.tensors)
             parts.append(AgreedPart(part, agreement, local, remote))
             self._inputs[name] = agreement.inputs
-        result.take(connect(self._transports, parts, self._request.bucket_size))
+        result.take(connect(self._ways, parts, self._request.bucket_size))
 
     def _missing(self, matches: dict[str, Match], found: dict[str, _Records]) -> str:
         return (

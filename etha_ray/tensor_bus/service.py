@@ -69,14 +69,14 @@ from etha_ray.tensor_bus.outcomes import Outcomes, waited_for
 from etha_ray.tensor_bus.pairing import Pairing
 from etha_ray.tensor_bus.queue_entry import CorruptEntry
 from etha_ray.tensor_bus.records import AgentRecord, encode
-from etha_ray.tensor_bus.registered import Transports
 from etha_ray.tensor_bus.replicas import Replicas
 from etha_ray.tensor_bus.semaphores import unlink_quietly
 from etha_ray.tensor_bus.snapshot import counts, snapshot
 from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key, holding_key, holding_prefix
 from etha_ray.tensor_bus.versions import Holding
+from etha_ray.tensor_bus.ways import Ways
 from etha_ray.tensor_bus.workers import Worker, Workers
-from etha_ray.transport.base import CopyProgram, OneSidedTransport
+from etha_ray.transport.base import CopyProgram
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class BusService:
         store: where agents find one another.
         state: the agent's state file.
         jobs: what runs beside the loop.
-        transport: what moves bytes on this host.
+        ways: what moves bytes.
         network: how agents of other hosts are reached; None if they are not.
         history: where ended transfers are noted.
     """
@@ -103,7 +103,7 @@ class BusService:
         store: KVStore,
         state: StateFile,
         jobs: Jobs,
-        transport: OneSidedTransport,
+        ways: Ways,
         network: AgentNetwork | None,
         history: History,
     ) -> None:
@@ -121,8 +121,7 @@ class BusService:
         self._pairing = Pairing(record, store, state, jobs, self._outcomes, self._journal)
         self._notices = Notices(record, store, jobs, self._outcomes, self._journal)
         self._replicas = Replicas(store, jobs, self._outcomes)
-        transports = Transports(transport, None if network is None else network.transport)
-        self._batches = Batches(self, store, state, transports, jobs, self._links, self._journal, self._replicas)
+        self._batches = Batches(self, store, state, ways, jobs, self._links, self._journal, self._replicas)
         self._timed: dict[int, Batch] = {}
         self._handlers: dict[type[BaseCommand], Callable[[Any], None]] = {
             Ping: self._outcomes.ok,

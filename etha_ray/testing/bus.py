@@ -30,7 +30,7 @@ class TensorBus:
     Args:
         agents: how many, or their ranks.
         threads: threads that copy, in each.
-        transport: what moves bytes in all of them; by default what agents take.
+        mapped: what moves bytes in all of them; by default what agents take.
 
     Attributes:
         namespace: the pool's name, which nobody else has.
@@ -41,7 +41,7 @@ class TensorBus:
         clients: what `client` made.
     """
 
-    def __init__(self, agents: int | Sequence[int] = 2, *, threads: int = 1, transport: OneSidedTransport | None = None) -> None:
+    def __init__(self, agents: int | Sequence[int] = 2, *, threads: int = 1, mapped: OneSidedTransport | None = None) -> None:
         self.namespace = fresh_namespace()
         self.store = MemoryStore(self.namespace)
         self.ranks = list(range(agents)) if isinstance(agents, int) else list(agents)
@@ -50,14 +50,14 @@ class TensorBus:
         self.clients: list[TensorBusClient] = []
         try:
             for rank in self.ranks:
-                self.agents[rank] = self.start_agent(rank, transport, threads)
+                self.agents[rank] = self.start_agent(rank, mapped, threads)
         except BaseException:
             self.close()
             raise
 
-    def start_agent(self, rank: int, transport: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
+    def start_agent(self, rank: int, mapped: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
         """An agent with the files and the place of ``rank``, whose agent has been stopped."""
-        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], threads=threads, transport=transport)
+        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], threads=threads, mapped=mapped)
         agent.start()
         return agent
 

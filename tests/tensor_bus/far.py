@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from etha_ray.net import Address
-from etha_ray.tensor_bus import links, members, registered
+from etha_ray.tensor_bus import links, members, ways
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.records import SECRET_KEY
@@ -18,15 +18,15 @@ from tests.tensor_bus.cluster import LocalCluster
 
 
 class Agents(LocalCluster):
-    """Two agents with this setting, which reach one another over TCP if they share no memory."""
+    """Two agents with these settings, which reach one another over TCP if they share no memory."""
 
-    def __init__(self, integrity: str, transport: OneSidedTransport | None = None) -> None:
-        self.integrity = integrity
-        super().__init__(2, transport=transport)
+    def __init__(self, integrity: str, mapped: OneSidedTransport | None = None, transport: str = "auto") -> None:
+        self.integrity, self.transport = integrity, transport
+        super().__init__(2, mapped=mapped)
 
-    def start_agent(self, rank: int, transport: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
-        more = {"paths": self.paths[rank], "threads": threads, "transport": transport, "host": "127.0.0.1", "integrity": self.integrity}
-        agent = TensorBusAgent(rank, self.store, **more)  # type: ignore[arg-type]
+    def start_agent(self, rank: int, mapped: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
+        settings = {"host": "127.0.0.1", "integrity": self.integrity, "transport": self.transport}
+        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], threads=threads, mapped=mapped, **settings)
         agent.start()
         return agent
 
@@ -49,7 +49,7 @@ def far_agents(integrity: str) -> Iterator[tuple[Agents, dict[str, Relay]]]:
         return str(relays[real].address)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (links, members, registered):
+        for module in (links, members, ways):
             patch.setattr(module, "shares_memory", lambda agent: False)
         patch.setattr(AgentNetwork, "address", property(address))
         with contextlib.closing(Agents(integrity)) as cluster:

@@ -85,7 +85,7 @@ def transport() -> Stopping:
 
 @pytest.fixture(scope="module")
 def cluster(transport: Stopping) -> Iterator[LocalCluster]:
-    with local_cluster(transport=transport) as made:
+    with local_cluster(mapped=transport) as made:
         yield made
 
 
@@ -241,7 +241,7 @@ def test_the_receivers_agent_is_killed_in_the_midst_of_a_copy(
 def test_the_senders_agent_is_killed_while_its_data_is_read(processes: ProcessCluster, tmp_path: Any, atomic: bool) -> None:
     transport = Stopping(2)
     paths = AgentPaths(f"{tmp_path}/c.lmdb", f"{tmp_path}/s.lmdb")
-    receiver = TensorBusAgent(9, processes.master, paths=paths, transport=transport)
+    receiver = TensorBusAgent(9, processes.master, paths=paths, mapped=transport)
     receiver.start()
     one, two = processes.client(0), TensorBusClient(9, paths.command_queue, paths.state, LONG)
     first, second, mine, theirs = batch(one, two, f"sender killed {atomic}")

@@ -477,7 +477,7 @@ class TestTransfers:
 
 def test_agents_without_shared_memory_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with local_cluster() as cluster:
-        monkeypatch.setattr("etha_ray.tensor_bus.registered.shares_memory", lambda agent: False)
+        monkeypatch.setattr("etha_ray.tensor_bus.ways.shares_memory", lambda agent: False)
         one, two = cluster.pair()
         for found in register_both(one, two, [(torch.ones(1), "pair")], [(torch.ones(1), "pair")]):
             assert type(found).__name__ == "NoTransportError", found

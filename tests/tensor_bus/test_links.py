@@ -16,7 +16,7 @@ import torch
 from etha_ray.config import AgentPaths
 from etha_ray.errors import BatchTornError, ConfigError, PeerLostError, StoreError
 from etha_ray.kvstore import MemoryStore
-from etha_ray.tensor_bus import links, members, registered
+from etha_ray.tensor_bus import links, members, ways
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.commands import DataRevoked, Message, encode_command
@@ -32,7 +32,7 @@ Batch = tuple[BatchHandler, BatchHandler, torch.Tensor, torch.Tensor]
 @pytest.fixture
 def far(monkeypatch: pytest.MonkeyPatch) -> None:
     """Agents here are as on machines cloned from one: they have one host's identity, and share no memory."""
-    for module in (links, members, registered):
+    for module in (links, members, ways):
         monkeypatch.setattr(module, "shares_memory", lambda agent: False)
 
 

@@ -31,7 +31,7 @@ def transport() -> Stopping:
 
 @pytest.fixture(scope="module")
 def cluster(transport: Stopping) -> Iterator[LocalCluster]:
-    with local_cluster(transport=transport) as made:
+    with local_cluster(mapped=transport) as made:
         yield made
 
 

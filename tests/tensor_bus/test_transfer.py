@@ -263,7 +263,7 @@ class TestLateReceivers:
 
     def test_sender_gives_up_while_its_data_is_read(self) -> None:
         transport = GatedTransport()
-        with local_cluster(transport=transport) as cluster:
+        with local_cluster(mapped=transport) as cluster:
             first, second, source, target = cluster.batch(ranks=(0, 1))
             got = second.transfer("recv")
             with pytest.raises(TransferTimeoutError, match=r"b\[0\] did not receive"):
@@ -281,7 +281,7 @@ class TestLateReceivers:
     @pytest.mark.parametrize("ranks", [(0, 1), (0, 0)])
     def test_sender_closes_while_its_data_is_read(self, ranks: tuple[int, int]) -> None:
         transport = GatedTransport()
-        with local_cluster(transport=transport) as cluster:
+        with local_cluster(mapped=transport) as cluster:
             first, second, _, _ = cluster.batch(ranks=ranks)
             got, _ = second.transfer("recv"), first.transfer("send")
             assert transport.inside.wait(LONG)
@@ -292,7 +292,7 @@ class TestLateReceivers:
 
     def test_receiver_closes_while_it_reads(self) -> None:
         transport = GatedTransport()
-        with local_cluster(transport=transport) as cluster:
+        with local_cluster(mapped=transport) as cluster:
             first, second, _, target = cluster.batch()
             got, _ = second.transfer("recv"), first.transfer("send")
             assert transport.inside.wait(LONG)
@@ -308,7 +308,7 @@ class TestLateReceivers:
 
     def test_copy_that_fails(self) -> None:
         transport = GatedTransport()
-        with local_cluster(transport=transport) as cluster:
+        with local_cluster(mapped=transport) as cluster:
             first, second, source, target = cluster.batch()
             transport.error = OSError("the memory is broken")
             transport.open.set()
@@ -323,7 +323,7 @@ class TestLateReceivers:
 
     def test_agent_answers_while_it_copies_and_stops_when_it_is_done(self) -> None:
         transport = GatedTransport()
-        with local_cluster(transport=transport) as cluster:
+        with local_cluster(mapped=transport) as cluster:
             first, second, _, _ = cluster.batch()
             got, _ = second.transfer("recv"), first.transfer("send")
             assert transport.inside.wait(LONG)
