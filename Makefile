@@ -42,8 +42,8 @@ test-local-mode: $(LOCAL_MODE)/.installed  ## The tests marked local_mode, with 
 test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
 
-test-cluster: $(STAMP)  ## README's cluster section as written (ray up over ssh, the main job, ray down; needs root and sshd); a Ray Client
-	$(BIN)/python -m pytest -q -m slow tests/cluster/test_ray_up.py tests/test_notebooks.py
+test-cluster: $(STAMP)  ## README's cluster section as written (ray up over ssh; needs root and sshd); Ray over two hosts; a Ray Client
+	$(BIN)/python -m pytest -q -m slow tests/cluster tests/test_notebooks.py
 
 test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor
 	$(BIN)/python -m pytest -q tests/layout/test_properties.py tests/plan/test_properties.py tests/plan/test_dtypes.py tests/plan/test_sharing.py tests/plan/test_relays.py \

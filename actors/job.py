@@ -18,7 +18,7 @@ from actors.checkpoint import TensorEntry
 from actors.generator import CheckpointGenerator, Generator, Receiver
 from actors.model import crossings
 from actors.report import ByteMap
-from actors.sharding import Crossing, Side, differences
+from actors.sharding import Crossing, differences
 from actors.trainer import CheckpointTrainer, Trainer, Training
 from actors.worker import SIDE_NAMES, Moved, Seat, Worker
 
@@ -39,8 +39,8 @@ class Workload:
 class Sync:
     """One version's way across.
 
-    `seconds` run from the first worker's call until the last generator holds everything; `nbytes` counts each copy of a
-    replicated tensor. `differences` says what is not bit-exact, a line a tensor and rank.
+    `seconds` are those of the generator that took longest, from its call until it holds everything; `nbytes` counts each copy
+    of a replicated tensor. `differences` says what is not bit-exact, a line a tensor and rank.
     """
 
     nbytes: int
@@ -60,13 +60,13 @@ def checkpoint_workload(entries: tuple[TensorEntry, ...]) -> Workload:
 
 
 class Group:
-    """The Ray actors of one side, all on this process's node, taking no share of its logical CPUs."""
+    """The Ray actors of one side, each on its seat's node, taking no share of its logical CPUs."""
 
     def __init__(self, worker: type[Worker], seats: Sequence[Seat], argument: Any) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         remote: Any = ray.remote(worker)
-        options = remote.options(num_cpus=0, scheduling_strategy=here)
-        self._actors = [options.remote(seat, argument) for seat in seats]
+        places = (NodeAffinitySchedulingStrategy(seat.node_id, soft=False) for seat in seats)
+        options = (remote.options(num_cpus=0, scheduling_strategy=place) for place in places)
+        self._actors = [option.remote(seat, argument) for option, seat in zip(options, seats, strict=True)]
 
     def start(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every rank at once; the answers to come, by rank."""
@@ -105,12 +105,10 @@ class SyncJob:
         sends, receives = self.trainers.start("sync"), self.generators.start("sync")
         moves: list[Moved] = ray.get([*sends, *receives])  # together: the first failure of either side is raised
         received = moves[len(sends) :]
-        began = min(moved.began for moved in moves)
-        held = max(moved.ended for moved in received)
         digests = self.trainers.start("digests"), self.generators.start("digests")
         return Sync(
             nbytes=sum(moved.nbytes for moved in received),
-            seconds=held - began,
+            seconds=max(moved.seconds for moved in received),
             byte_map=_byte_map(len(sends), received),
             differences=tuple(differences(ray.get(digests[0]), ray.get(digests[1]))),
         )
@@ -118,16 +116,17 @@ class SyncJob:
 
 @contextmanager
 def sync_job(workload: Workload, trainers: int, generators: int) -> Iterator[SyncJob]:
-    """Launch agents and both groups on this node, connect them, and end them again. Needs an initialised Ray.
+    """Launch agents and both groups, connect them, and end them again. Needs an initialised Ray.
 
-    Agents 0 to `trainers` - 1 serve the trainers, the following ones the generators. The pool has a name of its own: two
-    jobs may run at once.
+    Agents 0 to `trainers` - 1 serve the trainers, the following ones the generators. In this order they fill the nodes of the
+    cluster, as many on each, this process's first. The pool has a name of its own: two jobs may run at once.
     """
     namespace = f"weight-sync-{os.getpid()}-{secrets.token_hex(4)}"
-    sources = _seats("source", trainers, 0, namespace)
-    targets = _seats("target", generators, trainers, namespace)
+    places = spread(trainers + generators)
+    sources = [Seat("source", rank, trainers, node, rank, namespace) for rank, node in enumerate(places[:trainers])]
+    targets = [Seat("target", rank, generators, node, trainers + rank, namespace) for rank, node in enumerate(places[trainers:])]
     with (
-        etha_ray.launch_agents(["cpu"] * (trainers + generators), namespace=namespace),
+        etha_ray.launch_agents({node: ["cpu"] * places.count(node) for node in places}, namespace=namespace),
         Group(workload.trainer, sources, workload.argument) as trainer_group,
         Group(workload.generator, targets, workload.argument) as generator_group,
     ):
@@ -137,8 +136,14 @@ def sync_job(workload: Workload, trainers: int, generators: int) -> Iterator[Syn
         yield SyncJob(*groups)
 
 
-def _seats(side: Side, ranks: int, first_agent: int, namespace: str) -> list[Seat]:
-    return [Seat(side, rank, ranks, first_agent + rank, namespace) for rank in range(ranks)]
+def spread(workers: int) -> list[str]:
+    """The node of each worker: neighbours in rank are on one node, or on the next one."""
+    here = ray.get_runtime_context().get_node_id()
+    known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node for node in known if node["Alive"] and node["Resources"].get("CPU")]
+    others = sorted((node["NodeManagerAddress"], node["NodeID"]) for node in nodes if node["NodeID"] != here)
+    found = [here, *(node_id for _, node_id in others)]
+    return [found[worker * len(found) // workers] for worker in range(workers)]
 
 
 def _byte_map(sources: int, received: Sequence[Moved]) -> ByteMap:

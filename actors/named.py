@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+import ray
+
 import etha_ray
 from actors.generator import Generator
 from actors.sharding import Side
@@ -73,8 +75,9 @@ class NamedGenerator(Generator):
 
 
 def seats(side: Side, ranks: int, namespace: str) -> list[Seat]:
-    """The seats of a side whose workers take the agents of their node in turn."""
-    return [Seat(side, rank, ranks, None, namespace) for rank in range(ranks)]
+    """The seats of a side on this node, whose workers take the agents there in turn. Needs an initialised Ray."""
+    here = ray.get_runtime_context().get_node_id()
+    return [Seat(side, rank, ranks, here, None, namespace) for rank in range(ranks)]
 
 
 def digest(of_ranks: Sequence[Mapping[str, str]]) -> str:

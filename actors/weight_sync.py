@@ -24,7 +24,7 @@ from rich.text import Text
 
 from actors.checkpoint import read_checkpoint
 from actors.cluster import ray_cluster
-from actors.job import Sync, SyncJob, Workload, checkpoint_workload, sync_job, training_workload
+from actors.job import Sync, SyncJob, Workload, checkpoint_workload, spread, sync_job, training_workload
 from actors.model import ModelConfig
 from actors.report import ByteMap, RunSummary, VersionRow, format_bytes, format_number, format_seconds, write_report
 from actors.screen import bad_input, exit_codes
@@ -70,7 +70,8 @@ def main(
 ) -> None:
     """Train a small transformer on real text and bring its weights to generators over the bus.
 
-    Runs on the Ray cluster at RAY_ADDRESS, as `ray job submit` sets it, or on an embedded Ray. Exits with 1 when a tensor
+    Runs on the Ray cluster at RAY_ADDRESS, as `ray job submit` sets it, over all its nodes that have CPUs: trainers first, then
+    generators; or on an embedded Ray. Exits with 1 when a tensor
     arrived with other bits than it was sent with, or when the job failed, and with 2 when it cannot be done as asked.
     """
     screen = Console(highlight=False)
@@ -116,6 +117,7 @@ def _run(plan: Plan, screen: Console) -> tuple[list[VersionRow], ByteMap]:
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         bar = Bar(progress, progress.add_task("Starting Ray", total=plan.steps[-1]))
         with ray_cluster():
+            _tell_nodes(plan, progress.console)
             bar.say(f"Starting agents, {plan.trainers} trainers, {plan.generators} generators")
             with sync_job(plan.workload, plan.trainers, plan.generators) as job:
                 rows = []
@@ -125,6 +127,13 @@ def _run(plan: Plan, screen: Console) -> tuple[list[VersionRow], ByteMap]:
                     _print_version(progress.console, row, sync)
                 bar.say("Closing")
     return rows, sync.byte_map
+
+
+def _tell_nodes(plan: Plan, screen: Console) -> None:
+    places = spread(plan.trainers + plan.generators)
+    if len(set(places)) > 1:
+        trainers, generators = places[: plan.trainers], places[plan.trainers :]
+        screen.print(f"Trainers on {len(set(trainers))}, generators on {len(set(generators))} of {len(set(places))} nodes")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ _TRANSFER_TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a worker sits: its rank among `ranks` of its side, and the agent that serves it in the pool `namespace`.
+    """Where a worker sits: its rank among `ranks` of its side, its Ray node, and the agent that serves it in the pool `namespace`.
 
     Without an `agent_rank` it is one of its node's.
     """
@@ -41,19 +41,16 @@ class Seat:
     side: Side
     rank: int
     ranks: int
+    node_id: str
     agent_rank: int | None
     namespace: str
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What one worker saw of one sync: bytes per member of the other side, and when it began and ended.
+    """What one worker saw of one sync: bytes per member of the other side, and how long its call took."""
 
-    The times are readings of `time.monotonic`, which all processes of one machine share.
-    """
-
-    began: float
-    ended: float
+    seconds: float
     nbytes: int
     peers: dict[str, int]
 
@@ -105,7 +102,7 @@ class Worker(ABC):
         direction: Literal["send", "recv"] = "send" if self.seat.side == "source" else "recv"
         began = time.monotonic()
         report = self._batch.transfer(direction, blocking=True, timeout=_TRANSFER_TIMEOUT).result()
-        return Moved(began, time.monotonic(), report.bytes, report.peers)
+        return Moved(time.monotonic() - began, report.bytes, report.peers)
 
     def digests(self) -> dict[str, str]:
         """The digest of every whole tensor, as this rank sees it. A collective."""

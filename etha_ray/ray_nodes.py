@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -28,8 +28,14 @@ def on_cluster(call: Callable[..., _T], *args: Any) -> _T:
     return result
 
 
-def places(devices: str | Sequence[str]) -> list[tuple[str, str]]:
+def places(devices: str | Sequence[str] | Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     """(node id, device) of each agent, in the order of ranks."""
+    if isinstance(devices, Mapping):
+        living = [node["NodeID"] for node in live_nodes()]
+        for node_id in devices:
+            if node_id not in living:
+                raise ConfigError(f"{node_id!r} is no node of this cluster that lives: give ids as ray.nodes() has them ({living})")
+        return [(node_id, device) for node_id, listed in devices.items() for device in _checked(listed)]
     if isinstance(devices, str):
         if devices != "auto":
             raise ConfigError(f'devices {devices!r} is not understood: give "auto" or a list such as ["cpu", "cuda:0"]')
@@ -39,6 +45,12 @@ def places(devices: str | Sequence[str]) -> list[tuple[str, str]]:
             for node in nodes
             for device in ([f"cuda:{index}" for index in range(int(node["Resources"].get("GPU", 0)))] or ["cpu"])
         ]
+    node_id = ray.get_runtime_context().get_node_id()
+    return [(node_id, device) for device in _checked(devices)]
+
+
+def _checked(devices: Sequence[str]) -> Sequence[str]:
+    """One node's devices. Raises `ConfigError` where they are not understood."""
     if not devices:
         raise ConfigError('devices is an empty list: give "auto" or a list such as ["cpu", "cuda:0"]')
     for device in devices:
@@ -48,8 +60,7 @@ def places(devices: str | Sequence[str]) -> list[tuple[str, str]]:
     gpus = [device for device in devices if device != "cpu"]
     if len(set(gpus)) < len(gpus):
         raise ConfigError(f"devices {list(devices)} name a GPU twice: one agent serves all workers of a GPU")
-    node_id = ray.get_runtime_context().get_node_id()
-    return [(node_id, device) for device in devices]
+    return devices
 
 
 def live_nodes() -> list[dict[str, Any]]:

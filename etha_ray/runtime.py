@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -126,7 +126,7 @@ class AgentPool:
 
 
 def launch_agents(
-    devices: str | Sequence[str] = "auto",
+    devices: str | Sequence[str] | Mapping[str, Sequence[str]] = "auto",
     *,
     namespace: str | None = None,
     store: str = "gcs",
@@ -144,7 +144,7 @@ def launch_agents(
 
     Args:
         devices: "auto": one agent per GPU of every node, and one CPU agent on a node without. Or a list for this node, such
-            as ``["cpu"] * 4`` or ``["cuda:0", "cuda:1"]``.
+            as ``["cpu"] * 4`` or ``["cuda:0", "cuda:1"]``. Or such a list for each of several nodes, by the ids of ``ray.nodes()``.
         namespace: name of the pool; pools of different names know nothing of one another. By default, and for workers, it is what
             ETHA_RAY_NAMESPACE says, "default" where that is unset.
         store: where agents meet: "gcs" (Ray's own) or a URL that `etha_ray.create_store` takes.
@@ -156,7 +156,7 @@ def launch_agents(
         detached: they outlive this driver, and end with `AgentPool.shutdown` (`find_pool` finds them), or with the cluster.
 
     Returns:
-        The pool; ranks count from 0, by node, then device.
+        The pool; ranks count from 0, by node, then device: as "auto" finds them, by address, or as they are given.
 
     Raises:
         ConfigError: (a ValueError) a device, namespace, store URL or setting is not understood.

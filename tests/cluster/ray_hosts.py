@@ -38,10 +38,11 @@ _SMALL = ("--num-cpus", "1", "--object-store-memory", "80000000", "--min-worker-
 
 @dataclass(frozen=True)
 class RayHosts:
-    """The cluster: what joins its hosts, and a process that is connected to it."""
+    """The cluster: what joins its hosts, a process that is connected to it, and the environment by which others connect."""
 
     cable: Cable
     driver: ProcessPoolExecutor
+    environment: Mapping[str, str]
 
     def drive(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function in the driver, with the ids of the nodes here and over there before its arguments."""
@@ -85,7 +86,7 @@ def ray_hosts() -> Iterator[RayHosts]:
         eventually(Path(folder, "ray_current_cluster").exists, 2 * LONG)
         node = [*over_there, *_START, *_SMALL, "--address", address, "--node-ip-address", wire.host]
         ending.enter_context(_running(node, environment))
-        yield RayHosts(wire, ending.enter_context(_driver(environment)))
+        yield RayHosts(wire, ending.enter_context(_driver(environment)), environment)
 
 
 @contextlib.contextmanager
