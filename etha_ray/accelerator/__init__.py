@@ -1,7 +1,8 @@
-"""Devices that work beside the calling thread, and their lanes."""
+"""Devices that work beside the calling thread, and their lanes: `CudaAccelerator`."""
 
 from __future__ import annotations
 
-from etha_ray.accelerator.base import Accelerator, Lane
+from etha_ray.accelerator.base import Accelerator, Kernel, KernelSource, Lane
+from etha_ray.accelerator.cuda import CudaAccelerator
 
-__all__ = ["Accelerator", "Lane"]
+__all__ = ["Accelerator", "CudaAccelerator", "Kernel", "KernelSource", "Lane"]

@@ -35,6 +35,15 @@ def computed_pieces(views: Views, limit: int) -> list[Views]:
     return _pieces(_merged(tuple(view.detach() for view in views)), limit)
 
 
+def slabs(views: Views, limit: int) -> list[Views]:
+    """The views as parts of at most ``limit`` elements, in their own dtypes, cut along leading dimensions only: for a GPU, whose
+    calls cost more than its caches gain from strips.
+    """
+    parts: list[Views] = []
+    _cut(_merged(tuple(view.detach() for view in views)), limit, parts)
+    return parts
+
+
 def grouped(pieces: Sequence[Views], most_bytes: int, most: int) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """Targets and sources of pieces with one source, by groups of about ``most_bytes`` and at most ``most`` pieces."""
     targets: list[torch.Tensor] = []

@@ -22,9 +22,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from etha_ray.dtypes import combine_dtype
 from etha_ray.errors import TransferError, WrongDeviceError
 from etha_ray.transport.base import Capabilities, Copy, CopyProgram, OneSidedTransport, check_copy
+from etha_ray.transport.computing import combine, valued
 from etha_ray.transport.cutting import Views, computed_pieces, grouped, plain_pieces
 
 _PIECE_BYTES = 512 << 10  # measured best of 128 KiB to 4 MiB, by one thread and by two
@@ -32,13 +32,6 @@ _SMALL_BYTES = 32 << 10  # from here on a call of its own costs little; below it
 _COMPUTED_ELEMENTS = 16 << 10  # half of at::internal::GRAIN_SIZE, from which on torch starts OpenMP threads
 _GROUP_BYTES = 1 << 20
 _GROUP_PIECES = 256
-
-_COMBINE: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
-    "sum": torch.Tensor.add_,
-    "product": torch.Tensor.mul_,
-    "max": lambda total, other: torch.maximum(total, other, out=total),
-    "min": lambda total, other: torch.minimum(total, other, out=total),
-}
 
 
 class MappedTransport(OneSidedTransport):
@@ -98,11 +91,11 @@ class MappedProgram(CopyProgram):
                     else:
                         small.append((target, source))
                 continue
-            views = (copy.target, *(_valued(source, copy.target) for source in copy.sources))
+            views = (copy.target, *(valued(source, copy.target) for source in copy.sources))
             if copy.op is None:
                 small.extend(computed_pieces(views, _COMPUTED_ELEMENTS))
             else:
-                combined += [partial(_combine, piece, copy.op, copy.divisor) for piece in computed_pieces(views, _COMPUTED_ELEMENTS)]
+                combined += [partial(combine, piece, copy.op, copy.divisor) for piece in computed_pieces(views, _COMPUTED_ELEMENTS)]
         groups = [partial(torch._foreach_copy_, *group) for group in grouped(small, _GROUP_BYTES, _GROUP_PIECES)]
         self._steps: list[Callable[[], object]] = [*large, *combined, *groups]
         self._shown = f"{len(large)} pieces, {len(combined)} combined and {len(groups)} groups of small ones"
@@ -134,23 +127,3 @@ class MappedProgram(CopyProgram):
 
     def __repr__(self) -> str:
         return f"MappedProgram({self._nbytes} bytes in {self._shown})"
-
-
-def _valued(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The part of ``source`` that a cast to the target's dtype reads: torch drops imaginary parts too, but with a warning."""
-    if source.dtype.is_complex and not target.dtype.is_complex and target.dtype != torch.bool:
-        return torch.view_as_real(source.detach())[..., 0]
-    return source
-
-
-def _combine(piece: Views, op: str, divisor: int) -> None:
-    """Write one piece of a target from the contributions to it."""
-    target, first, *others = piece
-    total = torch.empty(target.shape, dtype=combine_dtype(first.dtype)).copy_(first)
-    wide = torch.empty_like(total) if total.dtype != first.dtype else None
-    for other in others:
-        _COMBINE[op](total, other if wide is None else wide.copy_(other))
-    if divisor != 1:
-        (torch.view_as_real(total) if total.is_complex() else total).div_(divisor)
-    # To the target's dtype by way of the sources': their result is what is cast, not the sharper one of the scratch.
-    target.copy_(total if target.dtype == first.dtype else total.to(first.dtype))

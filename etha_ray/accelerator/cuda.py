@@ -1,0 +1,205 @@
+"""A GPU through torch, whose streams are the lanes and whose allocator gives the memory, and through cupy, which launches kernels.
+
+cupy is imported when a kernel is first wanted, and never without a GPU. Both use the device's primary context, so addresses
+and streams of one mean the same to the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from etha_ray.accelerator.base import Accelerator, Kernel, KernelSource, Lane
+from etha_ray.errors import TransferError, WrongDeviceError
+
+logger = logging.getLogger(__name__)
+
+_BLOCKS_A_MULTIPROCESSOR = 8
+_GIB = 2**30
+
+
+class CudaLane(Lane):
+    """A torch stream."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    @property
+    def pointer(self) -> int:
+        return int(self._stream.cuda_stream)
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """As in the interface; this device is torch's current one, too."""
+        with _device_errors(self._stream.device), torch.cuda.stream(self._stream):
+            yield
+
+    def after(self, other: Lane) -> None:
+        """As in the interface; ``other`` may be of another device."""
+        assert isinstance(other, CudaLane)
+        if other._stream != self._stream:
+            with _device_errors(self._stream.device):
+                self._stream.wait_stream(other._stream)
+
+    def done(self) -> bool:
+        with _device_errors(self._stream.device):
+            return bool(self._stream.query())
+
+    def wait(self) -> None:
+        with _device_errors(self._stream.device):
+            self._stream.synchronize()
+
+    def __repr__(self) -> str:
+        return f"CudaLane({self._stream.device}, {self.pointer:#x})"
+
+
+class CudaAccelerator(Accelerator):
+    """The GPU that torch calls ``cuda:index`` in this process."""
+
+    def __init__(self, index: int = 0) -> None:
+        """Raises `WrongDeviceError` where there is no such GPU."""
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not 0 <= index < count:
+            raise WrongDeviceError(
+                f"cuda:{index} is not there: torch {torch.__version__} sees {count} GPUs; look at nvidia-smi, CUDA_VISIBLE_DEVICES and"
+                " whether this torch was built for CUDA"
+            )
+        self._device = torch.device("cuda", index)
+        self._lock = threading.Lock()
+        self._modules: dict[KernelSource, Any] = {}
+        self._peers: dict[int, bool] = {index: True}
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def launches(self) -> bool:
+        """As in the interface: whether cupy can be imported. Logs once what to install if not."""
+        return self._has_cupy
+
+    @cached_property
+    def _has_cupy(self) -> bool:
+        try:
+            import cupy  # noqa: F401
+        except ImportError as error:
+            release = (torch.version.cuda or "13").partition(".")[0]
+            logger.warning(
+                "%s: tensors are copied by torch, one at a time, as cupy cannot be imported (%s): pip install 'etha-ray[gpu-cuda%s]'",
+                self._device,
+                error,
+                release,
+            )
+            return False
+        return True
+
+    @property
+    def width(self) -> int:
+        return int(torch.cuda.get_device_properties(self._device).multi_processor_count) * _BLOCKS_A_MULTIPROCESSOR
+
+    def reaches(self, device: torch.device) -> bool:
+        """As in the interface. Asking for a peer for the first time has it mapped."""
+        if device.type != "cuda" or device.index is None:
+            return False
+        with self._lock:
+            if device.index not in self._peers:
+                self._peers[device.index] = self._map_peer(device)
+            return self._peers[device.index]
+
+    def _map_peer(self, peer: torch.device) -> bool:
+        if not torch.cuda.can_device_access_peer(self._device, peer):
+            return False
+        # torch maps two devices' memory, what its allocator will map later too, when it first copies from one to the other.
+        with _device_errors(self._device):
+            here = torch.zeros(1, dtype=torch.uint8, device=self._device)
+            there = here.to(peer)
+            here.copy_(there)
+        return True
+
+    def lane(self) -> CudaLane:
+        with _device_errors(self._device):
+            return CudaLane(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+
+    def current(self) -> CudaLane:
+        return CudaLane(torch.cuda.current_stream(self._device))
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        with _device_errors(self._device):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def load(self, kernel: Kernel) -> None:
+        with self._cupy_errors(kernel):
+            self._module(kernel.source).get_function(kernel.name)
+
+    def launch(self, kernel: Kernel, blocks: int, arguments: Sequence[int | torch.Tensor], lane: Lane) -> None:
+        values = tuple(np.int64(each.data_ptr() if isinstance(each, torch.Tensor) else each) for each in arguments)
+        with self._cupy_errors(kernel) as cupy:
+            function = self._module(kernel.source).get_function(kernel.name)
+            with cupy.cuda.Stream.from_external(_Protocol(lane.pointer)):
+                function((blocks,), (kernel.threads,), values)
+
+    def _module(self, source: KernelSource) -> Any:
+        """The compiled source. This device is cupy's current one."""
+        import cupy
+
+        with self._lock:
+            module = self._modules.get(source)
+            if module is None:
+                module = cupy.RawModule(code=source.code, options=source.options, backend="nvrtc")
+                module.compile()
+                self._modules[source] = module
+            return module
+
+    @contextlib.contextmanager
+    def _cupy_errors(self, kernel: Kernel) -> Iterator[Any]:
+        """Within, this device is cupy's current one, and its errors are ours."""
+        import cupy
+
+        try:
+            with cupy.cuda.Device(self._device.index):
+                yield cupy
+        except (cupy.cuda.compiler.CompileException, RuntimeError, OSError) as error:
+            # CUDA's own errors are RuntimeErrors, and so is that of a compiler that is not there.
+            raise TransferError(f"{self._device}: kernel {kernel.name} could not be compiled or launched: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"CudaAccelerator({self._device})"
+
+
+class _Protocol:
+    """A stream as libraries that share streams hand it to one another."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+@contextlib.contextmanager
+def _device_errors(device: torch.device) -> Iterator[None]:
+    """Turns what torch raises for a device's own failures into `TransferError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = (count / _GIB for count in torch.cuda.mem_get_info(device))
+        held = torch.cuda.memory_reserved(device) / _GIB
+        raise TransferError(
+            f"{device} has too little memory: {free:.2f} of its {total:.2f} GiB are free, and this process holds {held:.2f} GiB;"
+            f" leave the agent more, or use a smaller bucket_size ({_first_line(error)})"
+        ) from error
+    except torch.AcceleratorError as error:
+        raise TransferError(
+            f"{device} reports: {_first_line(error)}. What ran there before may have failed too; restart the agent"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
