@@ -14,7 +14,7 @@ from etha_ray.tensor_bus.executor import Inflow, Inflows, Part, bytes_out, inflo
 from etha_ray.tensor_bus.feeding import STAGE_BYTES, Fed, Feed
 from etha_ray.tensor_bus.records import BatchRecord, MemberRecord, Standing
 from etha_ray.tensor_bus.staging import Staging
-from etha_ray.tensor_bus.ways import Ways, open_mapped
+from etha_ray.tensor_bus.ways import Ways
 from etha_ray.transport.base import NoProgram
 from etha_ray.transport.joint import Source, prepare
 
@@ -105,6 +105,7 @@ def connect(ways: Ways, parts: Sequence[AgreedPart], bucket_size: int) -> Regist
         HandleExpiredError, MemoryHandleError, PeerLostError: a sender's memory cannot be opened, or its agent not be reached.
         ConfigError: the network does not take buckets of this size.
     """
+    ways = ways.afresh()
     result = Registered()
     result.digested = tuple(_digested(part) for part in parts)
     matches = [(part.part.pair_name, part.part.match) for part in parts]
@@ -168,17 +169,17 @@ def _connect(ways: Ways, agreed: AgreedPart, result: Registered) -> list[Inflow]
 
     def open_remote(index: int, positions: Sequence[int]) -> Sequence[Source]:
         member, registration = match.remote[index], agreed.remote[index].registration
-        if not ways.is_mapped(member.agent):
+        opened = ways.open(member, registration, part, positions)
+        if opened is None:
             ways.check_source(part, member)
             return ways.regions(member, export_name(registration, part.pair_name), part, positions)
-        opened = open_mapped(member, registration, part, positions)
         result.opened.append(opened)
         return opened.tensors
 
     def open_relay(index: int, positions: Sequence[int]) -> Sequence[Source] | None:
         member, registration = match.local[index], agreed.local[index].registration
-        if ways.is_mapped(member.agent):
-            opened = open_mapped(member, registration, part, positions)
+        opened = ways.open(member, registration, part, positions)
+        if opened is not None:
             result.opened.append(opened)
             return opened.tensors
         if not ways.can_reach(member.agent):

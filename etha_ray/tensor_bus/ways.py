@@ -1,14 +1,16 @@
 """By which way a member's tensors come here: mapped from this host's memory, or over the network.
 
 The agent that receives chooses, for each agent that it reads from. ``"auto"`` maps what shares memory with it, and has the rest
-brought over the network, by NCCL where both ends are on GPUs that have it, else by TCP. The other choices force one, to measure
-it, or to test it on one host.
+brought over the network, by NCCL where both ends are on GPUs that have it, else by TCP. So is memory of this host that turns out
+not to be mappable here: of a GPU that this agent's cannot reach, or in a container that hides it. The other choices force one way,
+to measure it, or to test it on one host.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -24,6 +26,8 @@ from etha_ray.transport.base import OneSidedTransport
 from etha_ray.transport.joint import Source
 from etha_ray.transport.network import NetworkTransport, RemoteRegion
 
+logger = logging.getLogger(__name__)
+
 _tables: Decoder[dict[str, list[bytes]]] = Decoder(dict[str, list[bytes]])
 
 
@@ -34,10 +38,35 @@ class Ways:
     mapped: OneSidedTransport
     network: NetworkTransport | None
     choice: str = "auto"
+    _unmapped: set[str] = field(default_factory=set)
+
+    def afresh(self) -> Ways:
+        """The same, for a registration of its own: what could not be mapped in another may be in this one."""
+        return replace(self, _unmapped=set())
 
     def is_mapped(self, agent: AgentRecord) -> bool:
         """Whether what ``agent`` serves is mapped here; else it comes over the network, if it comes."""
-        return self.choice in ("auto", "mapped") and shares_memory(agent)
+        return self.choice in ("auto", "mapped") and agent.incarnation not in self._unmapped and shares_memory(agent)
+
+    def open(self, member: MemberRecord, registration: str, part: Part, positions: Sequence[int]) -> OpenedTensors | None:
+        """The member's tensors, mapped; None if they are to come over the network.
+
+        Raises:
+            HandleExpiredError: it has closed the batch, or its memory is gone.
+            MemoryHandleError: they cannot be mapped, and the network does not lead there, or is not to be used.
+        """
+        if not self.is_mapped(member.agent):
+            return None
+        try:
+            return _mapped(member, registration, part, positions)
+        except HandleExpiredError:
+            raise
+        except MemoryHandleError as error:
+            if not self.can_reach(member.agent):
+                raise
+            logger.warning("what agent %d serves cannot be mapped, and comes over the network: %s", member.agent.rank, error)
+            self._unmapped.add(member.agent.incarnation)
+            return None
 
     def can_reach(self, agent: AgentRecord) -> bool:
         """Whether there is a network between this agent and ``agent``."""
@@ -75,13 +104,8 @@ def _where(part: Part) -> str:
     return f"batch {part.batch_id!r}, pair {part.pair_name!r}"
 
 
-def open_mapped(member: MemberRecord, registration: str, part: Part, positions: Sequence[int]) -> OpenedTensors:
-    """The member's tensors, mapped: its agent's state file has their handles.
-
-    Raises:
-        HandleExpiredError: it has closed the batch, or its memory is gone.
-        MemoryHandleError: a handle does not fit its memory, or may not be opened.
-    """
+def _mapped(member: MemberRecord, registration: str, part: Part, positions: Sequence[int]) -> OpenedTensors:
+    """Its agent's state file has their handles."""
     try:
         state = StateFile(member.agent.state_path)
     except FileNotFoundError:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from etha_ray.errors import ConfigError, NoTransportError
+from etha_ray.errors import ConfigError, MemoryHandleError, NoTransportError
 from etha_ray.kvstore import MemoryStore
+from etha_ray.memory import OpenedTensors
 from etha_ray.tensor_bus import ways
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.transport import Copy, MappedTransport
@@ -42,6 +43,21 @@ def test_way_that_was_chosen(choice: str, mapped: int) -> None:
             assert second.transfer("recv").result(LONG).version == version
             sent.result(LONG)
             assert torch.equal(source, target)
+
+
+def test_what_cannot_be_mapped_comes_over_the_network(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refused(*_: object, **__: object) -> OpenedTensors:
+        raise MemoryHandleError("no way between these GPUs")
+
+    monkeypatch.setattr(ways, "open_tensors", refused)
+    with contextlib.closing(Agents("auto")) as cluster:
+        first, second, source, target = cluster.batch()
+        second.transfer("recv")
+        first.transfer("send").result(LONG)
+        assert torch.equal(source, target)
+    assert "comes over the network: no way between these GPUs" in caplog.text
+    with contextlib.closing(Agents("auto", transport="mapped")) as cluster, pytest.raises(MemoryHandleError, match="no way between"):
+        cluster.batch()
 
 
 def test_each_receiver_chooses_for_itself() -> None:
