@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# Files in their order, in which those with long tests come first.
-IN_PARALLEL = --dist loadfile --no-loadscope-reorder --tx '$(shell nproc)*popen//python=.ci/isolated $(BIN)/python'
+# On all cores, each worker on a host of its own where such can be made. Files in their order, in which those with long tests come first.
+SIDE_BY_SIDE = $(if $(shell .ci/isolated echo yes 2> /dev/null),--dist loadfile --no-loadscope-reorder --tx '$(shell nproc)*popen//python=.ci/isolated $(BIN)/python')
 
 .PHONY: help demo test test-local-mode test-slow test-cluster test-layouts chaos soak fuzz lint types bench docs wheel-check clean
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ demo: $(STAMP)  ## Run the main job: train, send the weights across, check them,
 	$(BIN)/python -m actors.weight_sync --report reports/weight_sync.html
 
 test: $(STAMP)  ## Pass the tests, on all cores where isolated hosts can be made for them
-	$(BIN)/python -m pytest -q -m 'not slow' $(if $(shell .ci/isolated echo yes 2> /dev/null),$(IN_PARALLEL))
+	$(BIN)/python -m pytest -q -m 'not slow' $(SIDE_BY_SIDE)
 
 # The last Ray with local_mode, where agents and workers are one process.
 LOCAL_MODE_RAY := 2.52.1
@@ -42,8 +42,8 @@ test-local-mode: $(LOCAL_MODE)/.installed  ## The tests marked local_mode, with 
 test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
 
-test-cluster: $(STAMP)  ## README's cluster section as written (ray up over ssh; needs root and sshd); Ray over two hosts; a Ray Client
-	$(BIN)/python -m pytest -q -m slow tests/cluster tests/test_notebooks.py
+test-cluster: $(STAMP)  ## README's cluster section as written (ray up over ssh; needs root and sshd); Ray over two hosts; jobs; Ray's actors killed; a Ray Client
+	$(BIN)/python -m pytest -q -m slow $(SIDE_BY_SIDE) tests/actors/test_submit.py tests/cluster tests/chaos tests/test_notebooks.py
 
 test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor
 	$(BIN)/python -m pytest -q tests/layout/test_properties.py tests/plan/test_properties.py tests/plan/test_dtypes.py tests/plan/test_sharing.py tests/plan/test_relays.py \
@@ -78,7 +78,7 @@ docs: $(STAMP)  ## Build the site into build/site; a broken link or name fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel-check: $(STAMP)  ## Build the wheel, install it into an empty environment, import it there
-	rm -rf build dist
+	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m build --wheel --outdir dist
 	rm -rf build/wheel-venv && $(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip install --quiet -c constraints.txt dist/*.whl

@@ -2,7 +2,7 @@
 
 States of a batch::
 
-    REGISTERING ──► READY ──► LOST      other members closed or died; `losses` says who
+    REGISTERING ──► READY ──► LOST      other members closed or died; `losing` says who
          ▲     │             │
          │     └─────────────┴──► CLOSED, from any state
          └── renewed ── LOST        by `batches`, once all is done that can be done without them
@@ -16,22 +16,19 @@ What states a transfer has is drawn in `transfer_state`; which version the tenso
 
 from __future__ import annotations
 
-import enum
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from etha_ray.config import FAILURE_TIMEOUT, SUCCESSION_TIMEOUT
 from etha_ray.errors import (
     AgentFailedError,
-    BatchClosedError,
     BatchUnmatchedError,
     EthaRayError,
     PeerLostError,
     TransferTimeoutError,
 )
 from etha_ray.tensor_bus.agreement import Direction
-from etha_ray.tensor_bus.bus import Bus
+from etha_ray.tensor_bus.bus import BatchState, Bus
 from etha_ray.tensor_bus.commands import (
     BaseCommand,
     DataMessage,
@@ -51,27 +48,16 @@ from etha_ray.tensor_bus.commands import (
 )
 from etha_ray.tensor_bus.digesting import Digesting
 from etha_ray.tensor_bus.jobs import Job
-from etha_ray.tensor_bus.losses import Loss, Losses, Returns
+from etha_ray.tensor_bus.losing import Losing
+from etha_ray.tensor_bus.losses import Returns
 from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.records import Standing
-from etha_ray.tensor_bus.registered import Peer, Registered
+from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.registration import Registration
 from etha_ray.tensor_bus.sending import Sending
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay, silent_senders
 from etha_ray.tensor_bus.versions import Holding, VersionWaits
 from etha_ray.tensor_bus.waits import ReadyWaits
-
-_RENEW_AGAIN = 1.0
-"""Seconds after which a batch that could not be registered again is tried once more."""
-
-
-class BatchState(enum.Enum):
-    """See the top of this file."""
-
-    REGISTERING = "registering"
-    READY = "ready"
-    LOST = "lost"
-    CLOSED = "closed"
 
 
 @dataclass
@@ -89,19 +75,15 @@ class Batch:
     registered: Registered = field(default_factory=Registered)
     closed: EthaRayError | None = None
     closed_as: tuple[bool, Returns] = (False, "no")
-    losses: Losses = field(default_factory=Losses)
-    renew_at: float | None = None
     is_renewal: bool = False
     completed: int = 0
     used: int = 0
     transfer: UnderWay | None = None
     holding: Holding = field(default_factory=Holding)
-    early: dict[str, RegistrationClosed] = field(default_factory=dict)
-    early_agents: dict[str, str] = field(default_factory=dict)
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.sending, self.receiving, self.digesting = Sending(self), Receiving(self), Digesting(self)
+        self.sending, self.receiving, self.digesting, self.losing = Sending(self), Receiving(self), Digesting(self), Losing(self)
         self.waits = VersionWaits(self.bus.answer, self.bus.refuse)
         self.ready_waits = ReadyWaits(self.bus.answer, self.bus.refuse)
 
@@ -109,20 +91,12 @@ class Batch:
 
     def refusal(self, direction: Direction) -> EthaRayError | None:
         """Why a transfer cannot begin, or go on; None if it can, or waits until it can."""
-        if self.closed is not None:
-            return self.closed
-        if self._can_do_without(direction) or (self.state is BatchState.REGISTERING and self.work.has_agreed):
-            return None  # in the latter case all are there again, and others may know that before this one
-        return self.losses.final
+        return self.closed or self.losing.refusal(direction)
 
     @property
     def loss(self) -> EthaRayError | None:
         """What to say of the members that are gone."""
-        return self.losses.first
-
-    def _can_do_without(self, direction: Direction) -> bool:
-        needed = self.registered.targets if direction == "send" else self.registered.sources
-        return self.state is BatchState.LOST and bool(needed) and self.losses.leaves_room_for(needed, self.completed)
+        return self.losing.losses.first
 
     def start(self, command: Transfer) -> None:
         """Begin a transfer; the caller has checked that none is under way and that there is no `refusal`.
@@ -130,9 +104,7 @@ class Batch:
         Raises ConfigError or BatchTornError for a version that cannot be sent.
         """
         transfer = UnderWay.of(command)
-        if self.losses and not self._can_do_without(command.transfer_type):
-            latest = transfer.started + SUCCESSION_TIMEOUT
-            transfer.deadline = latest if transfer.deadline is None else min(transfer.deadline, latest)
+        self.losing.begins(transfer)
         if command.transfer_type == "send":
             transfer.version = self.holding.next_send(self.batch_id, command.version, self.used)
         self.transfer = transfer
@@ -154,12 +126,11 @@ class Batch:
         self.waits.add(command, time.monotonic())
         if self.holding.version:
             self.waits.reach(self.holding.version)
-        self._end_waits()
+        self.end_waits()
 
     def want(self) -> None:
-        """Its worker wants to go on: those who closed the batch, or left, may be back."""
-        if self.state is BatchState.LOST and not self.losses.trouble:
-            self.renew_at = time.monotonic()
+        """Its worker wants to go on."""
+        self.losing.want()
 
     def wait_ready(self, command: WaitReady) -> None:
         """Answer once all members are there, and the batch is ready for transfers."""
@@ -208,7 +179,7 @@ class Batch:
             self.job.cancellation.cancel(str(error))
         self.cancel(error)
         self.state, self.closed, self.closed_as = BatchState.CLOSED, error, (lost, returns)
-        self._say_closed(self.registered.others, str(error), lost, returns)
+        self.losing.say_closed(self.registered.others, str(error), lost, returns)
         for waits in (self.waits, self.ready_waits, self.digesting):
             waits.fail(error)
         self._release_if_idle()
@@ -220,7 +191,7 @@ class Batch:
             self.registered = job.value
         if job.value is None or self.closed is not None:
             lost, returns = self.closed_as if self.closed is not None else (True, "perhaps")
-            self._say_closed(self.work.agreed_with, str(self.closed or job.error), lost, returns, ready=job.value is not None)
+            self.losing.say_closed(self.work.agreed_with, str(self.closed or job.error), lost, returns, ready=job.value is not None)
         if self.closed is not None:
             self._release_if_idle()
             return self.closed
@@ -229,11 +200,13 @@ class Batch:
             self.cancel(error)
             self.waits.fail(error)
             if self.is_renewal:
-                self.state, self.losses.trouble, self.renew_at = BatchState.LOST, error, now + _RENEW_AGAIN
+                self.state = BatchState.LOST
+                self.losing.not_renewed(error, now)
             else:
                 self.ready_waits.fail(error)
             return job.error
-        self.state, self.losses, self.renew_at = BatchState.READY, Losses(), None
+        self.state = BatchState.READY
+        self.losing.all_there()
         standings = self.registered.standings.values()
         self.used = max([self.used, *(max(each.last, each.used) for each in standings)])
         return None
@@ -241,38 +214,31 @@ class Batch:
     def restored(self) -> None:
         """This batch was served by an agent that died, and all its members have to meet again."""
         self.is_renewal = True
-        error = PeerLostError(f"batch {self.batch_id!r}: its agent died, and the others have not met the one in its place yet")
-        self.losses.add("", Loss(error, 0, "soon"), time.monotonic())
+        self.losing.restored()
 
     def may_renew(self, now: float) -> bool:
         """Whether it is time to register the batch again."""
-        if self.state is not BatchState.LOST or self.renew_at is None or now < self.renew_at or self.job is not None:
+        if self.state is not BatchState.LOST or self.job is not None:
             return False
         if self.transfer is not None and self.transfer.state is not TransferState.BLOCKED:
             return False
-        behind = self._can_do_without("send") or self._can_do_without("recv")
-        return not behind or now > self.losses.since + SUCCESSION_TIMEOUT
+        return self.losing.may_renew(now)
 
     def renew(self, registration: str, work: Registration) -> None:
         """Register again under a new name, without any member that is known now. The caller starts the work."""
-        self._say_closed(self.registered.others, "it registers again, as others are gone", lost=True, returns="soon")
+        self.losing.say_closed(self.registered.others, "it registers again, as others are gone", lost=True, returns="soon")
         self.registered.close()
         self.registration, self.work = registration, work
         self.registered = Registered(memberships=self.registered.memberships)  # it may be listed as a replica
-        self.state, self.is_renewal, self.renew_at = BatchState.REGISTERING, True, None
+        self.state, self.is_renewal = BatchState.REGISTERING, True
         self.completed = 0
         self.sending, self.receiving, self.digesting = Sending(self), Receiving(self), Digesting(self)
-        self.early.clear()
-        self.early_agents.clear()
+        self.losing.renewing()
 
     def catch_up(self) -> None:
         """Do what had to wait for the registration; after its caller has been answered."""
-        for registration, message in self.early.items():
-            if registration in self.registered.others:
-                self.lose(message)
-        for incarnation, reason in self.early_agents.items():
-            self.lose_agent(incarnation, reason)
-        refusal = None if self.transfer is None else self.refusal(self.transfer.command.transfer_type) or self._split(self.transfer)
+        self.losing.catch_up()
+        refusal = None if self.transfer is None else self.refusal(self.transfer.command.transfer_type) or self.losing.split(self.transfer)
         if refusal is not None:
             self.cancel(refusal)
         self.receiving.pass_over_taken()
@@ -281,22 +247,6 @@ class Batch:
         if self.is_renewal and self.holding.version and self.holding.taken:  # its agent may be another one now
             self.bus.received(self, self.holding.version)
         self.advance()
-
-    def _split(self, transfer: UnderWay) -> EthaRayError | None:
-        """Why a send that was announced before the registration cannot be announced again: another sender has lost its part of it.
-
-        Some receivers may have taken all of it then, and others could only receive what that sender sends next together with this.
-        """
-        if not transfer.announced:
-            return None
-        for registration in self.registered.side:
-            standing = self.registered.standings[registration]
-            if standing.pending != transfer.version and standing.last < transfer.version:
-                return PeerLostError(
-                    f"batch {self.batch_id!r}: {self.name(registration)} lost its part of version {transfer.version} when it, or its agent,"
-                    " died, so not all receivers can get it any more: send again, on every rank of this side"
-                )
-        return None
 
     @property
     def waiting(self) -> bool:
@@ -346,7 +296,7 @@ class Batch:
         if transfer is None or self.state not in (BatchState.READY, BatchState.LOST):
             return  # LOST: a transfer that does not need the lost member goes on
         if transfer.state is TransferState.BLOCKED:
-            if self.state is BatchState.LOST and not self._can_do_without(transfer.command.transfer_type):
+            if self.state is BatchState.LOST and not self.losing.can_do_without(transfer.command.transfer_type):
                 return  # until all are there again
             refused = self.registered.refused.get(transfer.command.transfer_type)
             if refused is not None:
@@ -375,11 +325,12 @@ class Batch:
             self.bus.answer(transfer.command, report)
         else:
             self.bus.refuse(transfer.command, error)
-        self._end_waits()
+        self.end_waits()
         self.bus.note(transfer.past(report, error))
         self._release_if_idle()
 
-    def _end_waits(self) -> None:
+    def end_waits(self) -> None:
+        """End waiting for versions where no receive can bring them."""
         refusal = None if self.transfer is not None else self.refusal("recv")
         if refusal is not None:
             self.waits.fail(refusal)
@@ -427,61 +378,11 @@ class Batch:
 
     def lose(self, message: RegistrationClosed) -> None:
         """Another member is gone."""
-        registration, now = message.closed, time.monotonic()
-        name = self.name(registration)
-        remedy = {
-            "no": "close this batch, and register it again once that side is back",
-            "perhaps": "transfers go on once that side has registered it again",
-            "soon": "transfers go on once it is back",
-        }[message.returns]
-        text = f"batch {self.batch_id!r}: {name} is gone ({message.reason}): {remedy}"
-        error: EthaRayError = PeerLostError(text) if message.lost else BatchClosedError(text)
-        if self.state is BatchState.REGISTERING:
-            self.early.setdefault(registration, message)
-            self.work.confirm(message.agreed)
-        if self.state is BatchState.READY:
-            self.state = BatchState.LOST
-        if self.state is not BatchState.LOST:
-            return
-        self.losses.add(registration, Loss(error, message.completed, message.returns), now)
-        if message.returns != "no":
-            # Who leaves in order may have come to the end, and so may this worker, in a moment.
-            when = now if message.lost else now + FAILURE_TIMEOUT
-            self.renew_at = when if self.renew_at is None else min(self.renew_at, when)
-        transfer = self.transfer
-        if transfer is None or transfer.state is not TransferState.ASKING:
-            self.receiving.announced.pop(registration, None)
-        self._end_waits()
-        self.digesting.fail(error)
-        if transfer is not None and (registration in self.registered.sources or registration in self.registered.targets):
-            self._lose_needed(transfer, registration, f"{name} went away ({message.reason}) while its data was being read", error)
-        self.receiving.lost(registration)
-
-    def _lose_needed(self, transfer: UnderWay, registration: str, why: str, error: EthaRayError) -> None:
-        if transfer.state is TransferState.LENDING:
-            pass  # it has what it wanted
-        elif transfer.runs or transfer.state is TransferState.ASKING:
-            self.receiving.spoil(transfer, registration, why, error)
-        elif transfer.state is TransferState.ANNOUNCED and registration not in transfer.outstanding:
-            pass  # it has what it needs
-        elif self.losses.final is not None:
-            self.cancel(error)
-        else:
-            # It waits until all are there again. Those that have taken what was announced then say so, and do not take it twice.
-            transfer.state = TransferState.BLOCKED
-            latest = time.monotonic() + SUCCESSION_TIMEOUT
-            transfer.deadline = latest if transfer.deadline is None else min(transfer.deadline, latest)
+        self.losing.lose(message)
 
     def lose_agent(self, incarnation: str, reason: str) -> None:
         """An agent is gone, or what it said may be."""
-        if self.state is BatchState.REGISTERING and self.work.has_agreed:
-            self.early_agents[incarnation] = reason  # it may have taken this batch for ready, and spoken
-        for registration, peer in list(self.registered.others.items()):
-            agent = peer.member.agent
-            if agent.incarnation == incarnation:
-                message = self._closed_message(registration, self.registration, reason, lost=True)
-                message.returns = "soon" if agent.restarts else "perhaps"
-                self.lose(message)
+        self.losing.lose_agent(incarnation, reason)
 
     # -------------------------------------------------------------------------------------------------- helpers
 
@@ -489,17 +390,6 @@ class Batch:
         """Another member, for messages."""
         peer = self.registered.others.get(registration)
         return peer.name if peer is not None else "a peer"
-
-    def _say_closed(self, others: Mapping[str, Peer], reason: str, lost: bool, returns: Returns, ready: bool = True) -> None:
-        for registration, peer in others.items():
-            if registration not in self.losses.members:
-                message = self._closed_message(self.registration, registration, reason, lost=lost)
-                message.returns, message.completed = returns, self.completed
-                message.agreed = self.work.agreed if ready else ()
-                self.bus.tell(peer.member.agent, message)
-
-    def _closed_message(self, closed: str, target: str, reason: str, *, lost: bool) -> RegistrationClosed:
-        return RegistrationClosed(batch_id=self.batch_id, closed=closed, target=target, reason=reason, lost=lost)
 
     def _not_ready(self) -> str:
         who = self.job.cancellation.waits_for if self.job is not None else ""

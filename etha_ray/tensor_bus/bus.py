@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,6 +14,15 @@ from etha_ray.tensor_bus.registered import Peer, Registered
 from etha_ray.tensor_bus.transfer_state import UnderWay
 from etha_ray.tensor_bus.versions import Holding
 from etha_ray.transport.base import CopyProgram
+
+
+class BatchState(enum.Enum):
+    """Drawn at the top of `batch`."""
+
+    REGISTERING = "registering"
+    READY = "ready"
+    LOST = "lost"
+    CLOSED = "closed"
 
 
 class Bus(Protocol):

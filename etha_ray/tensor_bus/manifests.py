@@ -59,11 +59,14 @@ class Manifests:
             base = record.base or record.manifest
             if base not in self._known:
                 self._known[base] = self.load(base, Manifest)
+            made = base
             if record.differences:
                 changed = self.load(record.differences, Differences).tensors
-                found = Manifest(tuple(changed.get(index, spec) for index, spec in enumerate(self._known[base].tensors)))
-                if self.add(found) != record.manifest:
-                    raise StoreError(f"manifest {record.manifest} is not what {base} and {record.differences} make; {_INTRUDER}")
+                made = self.add(Manifest(tuple(changed.get(index, spec) for index, spec in enumerate(self._known[base].tensors))))
+            if made != record.manifest:
+                raise StoreError(
+                    f"manifest {record.manifest} is not what {base} and {record.differences or 'no differences'} make; {_INTRUDER}"
+                )
         return self._known[record.manifest]
 
     def store(self, digest: str, body: msgspec.Struct) -> None:

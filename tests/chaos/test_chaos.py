@@ -10,7 +10,9 @@ from tests.chaos.__main__ import play
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("kills", "with_ray"), [(12, False), (4, True)], ids=["two hosts", "Ray's actors"])
+@pytest.mark.parametrize(
+    ("kills", "with_ray"), [pytest.param(12, False, id="hosts"), pytest.param(4, True, id="Ray's actors", marks=pytest.mark.slow)]
+)
 def test_a_few_kills(kills: int, with_ray: bool, tmp_path: Path) -> None:
     result = play(kills=kills, seed=20261126, folder=tmp_path, with_ray=with_ray)
     assert result["bad"] == []

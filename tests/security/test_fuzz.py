@@ -143,12 +143,15 @@ def test_the_network(caplog: pytest.LogCaptureFixture) -> None:
                 with contextlib.suppress(EthaRayError):
                     handler.client.close()
                 cluster.clients.remove(handler.client)
-            for time in range(3):  # what was damaged before may only be found now, on either channel
-                with contextlib.suppress(EthaRayError):
-                    works(cluster, f"after {number}, {time}")
+            failed: list[str] = []
+            while len(failed) < 3:  # what was damaged before may only be found now, on either channel
+                try:
+                    works(cluster, f"after {number}, {len(failed)}")
                     break
+                except EthaRayError as error:
+                    failed.append(f"{type(error).__name__}: {error}")
             else:
-                pytest.fail("nothing crosses any more")
+                pytest.fail(f"round {number}: nothing crosses any more: {failed}")
     assert damage.count
     assert [record.getMessage() for record in caplog.records if "agent failed on" in record.getMessage()] == []
 

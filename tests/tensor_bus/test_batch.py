@@ -14,7 +14,7 @@ from etha_ray.errors import (
     PeerLostError,
     TransferTimeoutError,
 )
-from etha_ray.tensor_bus.batch import BatchState
+from etha_ray.tensor_bus.bus import BatchState
 from etha_ray.tensor_bus.commands import (
     DataRead,
     DataReady,

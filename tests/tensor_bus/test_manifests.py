@@ -80,8 +80,9 @@ def test_what_another_program_wrote_is_refused() -> None:
     first, other = Manifest((TensorSpec("float32", (3,)),)), Manifest((TensorSpec("float32", (4,)),))
     base = mine.say(record(mine.add(first)))
     differing = mine.say_differences(record(mine.add(other)), base)
-    with pytest.raises(StoreError, match=r"is not what .* make; another program"):
-        Manifests(store).read(msgspec.structs.replace(differing, manifest="0" * 32))
+    for changed in ({"manifest": "0" * 32}, {"differences": ""}):
+        with pytest.raises(StoreError, match=r"is not what .* make; another program"):
+            Manifests(store).read(msgspec.structs.replace(differing, **changed))
     store.set_bytes(manifest_key(base.manifest), b"garbage")
     with pytest.raises(StoreError, match="does not hold what its name says; another program"):
         Manifests(store).read(base)
