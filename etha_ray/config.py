@@ -135,6 +135,11 @@ def worker_variables(namespace: str, agent_rank: int | None) -> dict[str, str | 
     return variables
 
 
+def nccl_interface() -> str:
+    """The network interfaces that NCCL is told to use (NCCL_SOCKET_IFNAME); nothing where it chooses."""
+    return os.environ.get("NCCL_SOCKET_IFNAME", "")
+
+
 def etcd_for_tests() -> tuple[str, int] | None:
     """Host and port of an etcd that tests may use (ETHA_RAY_TEST_ETCD, HOST:PORT), or None. Raises `ConfigError` if it is neither."""
     text = os.environ.get("ETHA_RAY_TEST_ETCD")

@@ -36,6 +36,7 @@ Each class also inherits the builtin a caller would catch without knowing etha_r
     │   ├── TransferTimeoutError    TimeoutError      the other side did not arrive in time
     │   ├── TransferCancelledError  RuntimeError      closed or shut down while under way
     │   ├── IntegrityError          RuntimeError      what arrived is not what was sent
+    │   ├── CommunicatorError       ConnectionError   NCCL failed between two agents that both live
     │   └── PeerLostError           ConnectionError   a process on the other side died
     ├── AgentError                  RuntimeError
     │   ├── AgentNotFoundError      ConnectionError   no agent answers at this path
@@ -186,6 +187,10 @@ class IntegrityError(TransferError):
 
     In place the tensors are torn then, as after `BatchTornError`; an atomic receive has left them alone.
     """
+
+
+class CommunicatorError(TransferError, ConnectionError):
+    """NCCL failed between two agents: the message names both, says it in NCCL's words, and what to look at."""
 
 
 class PeerLostError(TransferError, ConnectionError):

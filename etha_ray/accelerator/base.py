@@ -94,8 +94,11 @@ class Accelerator(ABC):
         """Whether its kernels may read and write the memory of ``device``: its own, or that of a peer that it can map."""
 
     @abstractmethod
-    def lane(self) -> Lane:
-        """A new lane."""
+    def lane(self, *, alone: bool = False) -> Lane:
+        """A lane. A device has few, so some may be the same; one that is ``alone`` is not.
+
+        Whatever waits on its lane for something outside the device must have it alone, or unrelated work waits behind it.
+        """
 
     @abstractmethod
     def current(self) -> Lane:

@@ -28,8 +28,9 @@ _GIB = 2**30
 class CudaLane(Lane):
     """A torch stream."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
+    def __init__(self, stream: torch.cuda.Stream, holder: object = None) -> None:
+        """``holder`` ends the stream when it is collected."""
+        self._stream, self._holder = stream, holder
 
     @property
     def pointer(self) -> int:
@@ -123,9 +124,16 @@ class CudaAccelerator(Accelerator):
             here.copy_(there)
         return True
 
-    def lane(self) -> CudaLane:
+    def lane(self, *, alone: bool = False) -> CudaLane:
+        """As in the interface: torch hands out the same 32 streams again and again, so those that are to be alone are cupy's."""
         with _device_errors(self._device):
-            return CudaLane(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+            if not alone or not self.launches:
+                return CudaLane(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+            import cupy
+
+            with cupy.cuda.Device(self._device.index):
+                stream = cupy.cuda.Stream(non_blocking=True)
+            return CudaLane(torch.cuda.ExternalStream(stream.ptr, self._device), stream)  # type: ignore[no-untyped-call]
 
     def current(self) -> CudaLane:
         return CudaLane(torch.cuda.current_stream(self._device))

@@ -85,7 +85,7 @@ class HostAccelerator(Accelerator):
     def reaches(self, device: torch.device) -> bool:
         return device == self.device
 
-    def lane(self) -> HostLane:
+    def lane(self, *, alone: bool = False) -> HostLane:
         return HostLane()
 
     def current(self) -> HostLane:

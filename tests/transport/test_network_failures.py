@@ -157,7 +157,7 @@ def test_one_stream_that_is_cut_off_alone(line: Cable, reader: NetworkTransport)
         address = Address(line.host, int(first_word(process)))
         program, targets = prepare(reader, address)
         program.run()
-        stream = next(iter(reader._sessions[address]._streams))
+        stream = next(iter(reader._sessions[address].streams._streams))
         port = stream.socket.getsockname()[1]
         midway = Midway(program, targets)
         line.drop_packets_to(port)

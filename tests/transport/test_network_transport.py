@@ -215,7 +215,7 @@ def test_what_does_not_fit_the_export_is_named(pair: Pair) -> None:
         refused(0, start, size, torch.float32, "is not within it")
     with pytest.raises(TensorMismatchError, match=r"read 0: source is \(4, 5\).*target is \(5, 4\)"):
         pair.reader.prepare(pair.reads([torch.zeros(4, 5)], [torch.zeros(5, 4)]))
-    with pytest.raises(WrongDeviceError, match="read 0: a meta target"):
+    with pytest.raises(WrongDeviceError, match="read 0: its target is on meta, and this agent has only the CPU"):
         pair.reader.prepare(pair.reads([torch.zeros(4, 5)], [torch.zeros(4, 5, device="meta")]))
 
 

@@ -1,7 +1,7 @@
 """The owner's side: tensors under names, the programs that readers prepared on them, and a thread for each stream.
 
-A session is one reader's connection: a channel, and the streams that name the channel's hello. When the channel is lost, so
-that the reader is dead, stopped or cut off, its streams are ended and its programs dropped.
+A session is one reader's connection: a channel, the streams that name the channel's hello, and one end of a communicator if a program
+needs it. When the channel is lost, so that the reader is dead, stopped or cut off, all of it is ended and its programs are dropped.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
-from etha_ray.dtypes import CASTABLE, DTYPES
 from etha_ray.errors import (
     ConfigError,
     EthaRayError,
     HandleExpiredError,
     NotShareableError,
     PeerLostError,
-    TensorMismatchError,
-    WrongDeviceError,
+    TransferCancelledError,
+    error_class,
 )
 from etha_ray.net import Channel, Connection, Service, accept_channels
-from etha_ray.transport.buckets import Region, cut_into_buckets
-from etha_ray.transport.mapped import MappedTransport
+from etha_ray.transport.base import OneSidedTransport
 from etha_ray.transport.network import wire
-from etha_ray.transport.network.runs import BucketMemory, lay_out, send_runs
+from etha_ray.transport.network.device import Device, check_device
+from etha_ray.transport.network.given import Given, given
+from etha_ray.transport.network.giving import CLOSED, Giver
+from etha_ray.transport.network.rounds import Rounds
+from etha_ray.transport.network.runs import send_runs
 from etha_ray.transport.network.staging import Staging, check_bucket_size
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,19 @@ class Export:
 @dataclass(frozen=True)
 class _Program:
     exports: tuple[Export, ...]
-    buckets: list[BucketMemory]
+    given: Given
+
+    @property
+    def rounds(self) -> Rounds:
+        """What goes by the communicator."""
+        if self.given.rounds is None:
+            raise PeerLostError("a reader asked for rounds of a program that has none")
+        return self.given.rounds
+
+    @property
+    def closing(self) -> bool:
+        """Whether somebody waits for its tensors to be let go."""
+        return any(export._closed for export in self.exports)
 
 
 @dataclass
@@ -68,6 +82,7 @@ class _Session:
     channel: Channel
     programs: dict[int, _Program] = field(default_factory=dict)
     streams: set[Connection] = field(default_factory=set)
+    giver: Giver | None = None
     over: bool = False
 
 
@@ -75,13 +90,15 @@ class Exports:
     """All exports of an agent, and the services that give them out.
 
     Args:
-        staging: for what must be packed.
+        staging, copier: for what must be packed.
         failure_timeout: seconds after which a silent reader is lost.
+        device: the agent's, if it has one.
     """
 
-    def __init__(self, staging: Staging, failure_timeout: float) -> None:
+    def __init__(self, staging: Staging, copier: OneSidedTransport, failure_timeout: float, device: Device | None) -> None:
         self._staging = staging
-        self._copier = MappedTransport(threads=1)
+        self._copier = copier
+        self._device = device
         self._changed = threading.Condition()
         self._exports: dict[str, Export] = {}
         self._sessions: dict[bytes, _Session] = {}
@@ -93,8 +110,7 @@ class Exports:
     def export(self, name: str, tensors: Sequence[torch.Tensor]) -> Export:
         """See `NetworkTransport.export`."""
         for index, tensor in enumerate(tensors):
-            if tensor.device.type != "cpu":
-                raise WrongDeviceError(f"export {name!r}: tensor {index} is on {tensor.device}; the network transport reads cpu tensors")
+            check_device(tensor, self._device, f"export {name!r}: tensor {index}")
             if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
                 raise NotShareableError(f"export {name!r}: tensor {index} is not dense, or a lazily conjugated or negated view")
         export = Export(self, name, [tensor.detach() for tensor in tensors])
@@ -109,10 +125,15 @@ class Exports:
         with self._changed:
             exports = list(self._exports.values())
             streams = [stream for session in self._sessions.values() for stream in session.streams]
+            givers = [session.giver for session in self._sessions.values() if session.giver is not None]
         for stream in streams:
             stream.shutdown()
+        for giver in givers:
+            giver.end(TransferCancelledError("the transport was closed"))
         for export in exports:
             self._withdraw(export)
+        for giver in givers:
+            giver.wait()
 
     def _withdraw(self, export: Export) -> None:
         with self._changed:
@@ -149,6 +170,9 @@ class Exports:
         logger.info("a reader's session ended: %s", reason)
         for stream in streams:
             stream.shutdown()
+        if session.giver is not None:
+            session.giver.end(reason)
+            session.giver.wait()
 
     def _receive(self, channel: Channel, message: bytes) -> None:
         try:
@@ -156,37 +180,55 @@ class Exports:
         except msgspec.DecodeError as error:
             raise PeerLostError(f"{channel.peer} sent a request that is none ({error}); run the same etha_ray on both sides") from error
         session = self._sessions[channel.hello]
-        if isinstance(request, wire.Release):
+        if isinstance(request, wire.Prepare):
+            channel.send(wire.encode(self._prepare(session, request)))
+        elif isinstance(request, wire.Release):
             with self._changed:
                 session.programs.pop(request.program, None)
-            return
-        answer: wire.Prepared | wire.Rejected
+        elif isinstance(request, wire.Broken):
+            raise error_class(request.kind)(f"{channel.peer}: {request.message}")
+        elif session.giver is None:
+            raise PeerLostError(f"{channel.peer} asked for what goes by a communicator, and has none")
+        elif isinstance(request, wire.Pull):
+            session.giver.pull(request)
+        else:
+            session.giver.stop(request.run)
+
+    def _prepare(self, session: _Session, request: wire.Prepare) -> wire.Prepared | wire.Rejected:
         try:
-            program = self._prepare(request)
+            check_bucket_size(request.bucket_size, self._staging.limit, "the owner's")
+            exports: dict[str, Export] = {}
+            tensors: dict[str, tuple[torch.Tensor, ...]] = {}
             with self._changed:
-                if any(export._closed for export in program.exports):
+                for region in request.regions:
+                    if region.export not in self._exports:
+                        raise HandleExpiredError(f"export {region.export!r} is not there (any more): register it again on its side")
+                    exports[region.export] = self._exports[region.export]
+                    tensors[region.export] = exports[region.export].tensors
+            program = _Program(tuple(exports.values()), given(request, tensors, self._device))
+            if program.given.rounds is not None:
+                self._introduce(session)
+            with self._changed:
+                if program.closing:
                     raise HandleExpiredError("what was to be read was closed by its owner meanwhile; register it again on both sides")
                 session.programs[request.program] = program
-            answer = wire.Prepared(request.program)
         except EthaRayError as error:
-            answer = wire.Rejected(request.program, type(error).__name__, str(error))
-        channel.send(wire.encode(answer))
+            return wire.Rejected(request.program, type(error).__name__, str(error))
+        return program.given.answer
 
-    def _prepare(self, request: wire.Prepare) -> _Program:
-        check_bucket_size(request.bucket_size, self._staging.limit, "the owner's")
-        exports: dict[str, Export] = {}
-        tensors: dict[str, tuple[torch.Tensor, ...]] = {}
-        with self._changed:
-            for region in request.regions:
-                if region.export not in self._exports:
-                    raise HandleExpiredError(f"export {region.export!r} is not there (any more): register it again on its side")
-                exports[region.export] = self._exports[region.export]
-                tensors[region.export] = exports[region.export].tensors
-        views = [_view(tensors[region.export], region) for region in request.regions]
-        dtypes = [DTYPES[region.wire] for region in request.regions]
-        regions = [Region(region.size, dtype.itemsize) for region, dtype in zip(request.regions, dtypes, strict=True)]
-        buckets = [lay_out(bucket, views, dtypes, checked=request.checked) for bucket in cut_into_buckets(regions, request.bucket_size)]
-        return _Program(tuple(exports.values()), buckets)
+    def _introduce(self, session: _Session) -> None:
+        """Have the session get a communicator, for the first of its programs that goes by one."""
+        if session.giver is not None:
+            return
+        assert self._device is not None
+        channel = session.channel
+
+        def say(message: wire.FromOwner) -> None:
+            with contextlib.suppress(PeerLostError):  # that is heard by `_lost`
+                channel.send(wire.encode(message))
+
+        session.giver = Giver(self._device, channel.peer, say, lambda program: self._reading(session, program))
+        session.giver.start()
 
     # ----------------------------------------------------------------------------------------------- the streams'
 
@@ -205,11 +247,15 @@ class Exports:
                 session.streams.discard(stream)
 
     def _answer(self, session: _Session, stream: Connection, request: wire.Fetch) -> None:
-        with self._reading(session, request) as bucket:
-            if bucket is None:
-                reason = "what it reads was closed by its owner; register it again on both sides"
-                stream.send(wire.Failed(HandleExpiredError.__name__, reason))
-            elif not bucket.staged:
+        with self._reading(session, request.program) as program:
+            if program is None:
+                stream.send(wire.Failed(HandleExpiredError.__name__, CLOSED))
+                return
+            buckets = program.given.buckets
+            if not 0 <= request.bucket < len(buckets):
+                raise PeerLostError(f"a reader asked for bucket {request.bucket} of {len(buckets)}")
+            bucket = buckets[request.bucket]
+            if not bucket.staged:
                 stream.send(wire.Data(bucket.nbytes, bucket.checksum(None)))
                 send_runs(stream, bucket.placed(None))
             else:
@@ -219,39 +265,17 @@ class Exports:
                     send_runs(stream, bucket.placed(staging))
 
     @contextlib.contextmanager
-    def _reading(self, session: _Session, request: wire.Fetch) -> Iterator[BucketMemory | None]:
-        """The bucket, with its exports kept from closing; None if they are closed."""
+    def _reading(self, session: _Session, number: int) -> Iterator[_Program | None]:
+        """A program, with its exports kept from closing; None if they are closed."""
         with self._changed:
-            program = session.programs.get(request.program)
-            if program is not None and not 0 <= request.bucket < len(program.buckets):
-                raise PeerLostError(f"a reader asked for bucket {request.bucket} of {len(program.buckets)}")
+            program = session.programs.get(number)
             exports = () if program is None else program.exports
             for export in exports:
                 export._readers += 1
         try:
-            yield None if program is None else program.buckets[request.bucket]
+            yield program
         finally:
             with self._changed:
                 for export in exports:
                     export._readers -= 1
                 self._changed.notify_all()
-
-
-def _view(tensors: Sequence[torch.Tensor], region: wire.WireRegion) -> torch.Tensor:
-    """The region of an export's tensors; everything a reader says is checked."""
-    where = f"tensor {region.index} of export {region.export!r}"
-    if not 0 <= region.index < len(tensors):
-        raise TensorMismatchError(f"{where} is not there: it has {len(tensors)}")
-    tensor = tensors[region.index]
-    if wire.dtype_name(tensor.dtype) != region.dtype:
-        raise TensorMismatchError(f"{where} is {tensor.dtype}, and was taken for {region.dtype}; both sides must mean the same tensor")
-    sent = DTYPES.get(region.wire)
-    if sent is None or (sent != tensor.dtype and (not {sent, tensor.dtype} <= CASTABLE or sent.itemsize >= tensor.itemsize)):
-        raise TensorMismatchError(f"{where} is {tensor.dtype} and cannot be sent as {region.wire}")
-    inside = len(region.start) == len(region.size) == tensor.dim() and all(
-        first >= 0 and size >= 0 and first + size <= extent
-        for first, size, extent in zip(region.start, region.size, tensor.shape, strict=True)
-    )
-    if not inside:
-        raise TensorMismatchError(f"{where} has shape {tuple(tensor.shape)}: {region.size} from {region.start} is not within it")
-    return tensor[tuple(slice(first, first + size) for first, size in zip(region.start, region.size, strict=True))]

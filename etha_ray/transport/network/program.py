@@ -1,80 +1,32 @@
-"""What is to be read, and a program that reads it: prepared once, run any number of times."""
+"""A program that reads from other agents: prepared once, run any number of times."""
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-from etha_ray.dtypes import DTYPES
-from etha_ray.errors import EthaRayError, TransferCancelledError, WrongDeviceError
+from etha_ray.errors import EthaRayError, TransferCancelledError
 from etha_ray.net import Address
-from etha_ray.transport.base import Copy, CopyProgram, check_copy
-from etha_ray.transport.buckets import Member, Region, cut_into_buckets
-from etha_ray.transport.network import wire
-from etha_ray.transport.network.runs import BucketMemory, lay_out
-from etha_ray.transport.network.session import Fetching, Session
-
-_numbers = itertools.count(1)
-_SHOWN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteRegion:
-    """A box of a tensor that another agent exported."""
-
-    address: Address
-    """Of the owner's server."""
-    export: str
-    index: int
-    """Of the tensor among the export's."""
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    """Per dimension."""
-    dtype: torch.dtype
-    """The tensor's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A target and where its values come from. Where the dtypes differ the values are cast, as ``Tensor.copy_`` does."""
-
-    source: RemoteRegion
-    target: torch.Tensor
-    """On the CPU, of the region's size, of any strides."""
-    name: str = ""
-    """What errors call it."""
+from etha_ray.transport.base import CopyProgram
+from etha_ray.transport.network.device import Device, Path
+from etha_ray.transport.network.fetching import DataPath, Job
+from etha_ray.transport.network.parts import Layout, Part, Read, check_read
+from etha_ray.transport.network.session import Session
+from etha_ray.transport.network.streams import Fetching
+from etha_ray.transport.network.taking import Taking
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What comes from one owner."""
+class _Running:
+    """A job on its way."""
 
-    address: Address
-    request: wire.Prepare
-    buckets: list[BucketMemory]
-    reads: list[int]
-    names: list[str]
-
-    def describe(self, number: int) -> str:
-        """What the bucket of this number has of which tensors."""
-        regions = self.request.regions
-        cut = cut_into_buckets([Region(each.size, DTYPES[each.wire].itemsize) for each in regions], self.request.bucket_size)
-        shown = [self._show(member) for member in cut[number].members]
-        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        return "; ".join(shown[:_SHOWN]) + more
-
-    def _show(self, member: Member) -> str:
-        region, name = self.request.regions[member.region], self.names[member.region]
-        start = [first + within for first, within in zip(region.start, member.start, strict=True)]
-        return (
-            f"{name or f'tensor {region.index} of export {region.export!r}'}, {list(member.size)} elements from {start} on of the sender's"
-        )
+    path: DataPath[Any]
+    job: Job
+    part: Part
 
 
 class NetworkProgram(CopyProgram):
@@ -85,23 +37,28 @@ class NetworkProgram(CopyProgram):
         reads: Sequence[Read],
         bucket_size: int,
         checked: bool,
+        device: Device | None,
+        path: Path,
+        say_once: Callable[[str], None],
         session: Callable[[Address], Session],
         forget: Callable[[tuple[Address, int]], None],
     ) -> None:
         self._session = session
+        self._path = path
+        self._say_once = say_once
         self._nbytes = sum(read.target.numel() * read.source.dtype.itemsize for read in reads)
         grouped: dict[Address, list[int]] = {}
         for index, read in enumerate(reads):
-            _check(read, f"read {index}")
+            check_read(read, device, f"read {index}")
             if read.target.numel():
                 grouped.setdefault(read.source.address, []).append(index)
         owners = sorted(grouped.items(), key=lambda item: str(item[0]))
-        self._parts = [_part(address, [reads[index] for index in group], group, bucket_size, checked) for address, group in owners]
+        self._parts = [Part(address, [reads[index] for index in group], group, bucket_size, checked, device) for address, group in owners]
         self._unfinished: frozenset[int] = frozenset()
         self._targets = [read.target for read in reads]  # the parts hold addresses in them
         self._turn = threading.Lock()
         self._lock = threading.Lock()
-        self._running: list[tuple[Session, Fetching]] = []
+        self._running: list[_Running] = []
         self._cancelled: TransferCancelledError | None = None
         self._under_way = False
         for part in self._parts:
@@ -114,18 +71,27 @@ class NetworkProgram(CopyProgram):
     @property
     def wire_nbytes(self) -> int:
         """Bytes that one run takes over the network: less than `nbytes` where the target's dtype is narrower."""
-        return sum(bucket.nbytes for part in self._parts for bucket in part.buckets)
+        return sum(part.wire_nbytes for part in self._parts)
 
-    def introduce(self) -> list[Session]:
-        """Have every owner know the program; nothing where they do already. The sessions, in the order of the parts.
+    def introduce(self) -> list[tuple[Session, Layout]]:
+        """Have every owner know the program, and its communicator joined if it needs one; nothing where that is so already.
 
-        Raises what `NetworkTransport.prepare` does.
+        The sessions, and where what comes on them is put, in the order of the parts. Raises what `NetworkTransport.prepare` does.
         """
         sessions = [self._session(part.address) for part in self._parts]
         futures = [session.prepare(part.request) for session, part in zip(sessions, self._parts, strict=True)]
-        for future in futures:
-            future.result()
-        return sessions
+        introduced = []
+        for session, future, part in zip(sessions, futures, self._parts, strict=True):
+            answer = future.result()
+            if self._path == "nccl":
+                part.require(answer)
+            elif lacks := part.lacks(answer):
+                self._say_once(lacks)
+            introduced.append((session, part.lay_out(answer)))
+        for session, layout in introduced:
+            if layout.rounds is not None:
+                session.taker()
+        return introduced
 
     def run(self) -> int:
         """Read every region into its target, and return the bytes of the sources; it has all arrived when this returns.
@@ -137,6 +103,7 @@ class NetworkProgram(CopyProgram):
             PeerLostError: an owner died, was stopped or cut off, or cannot be reached; the message has its address.
             HandleExpiredError: an owner does not export a tensor any more, or not again after a restart.
             NoTransportError: an owner has another secret, or another version.
+            CommunicatorError: NCCL failed, or stood still, between two agents that live.
             IntegrityError: bytes arrived with another checksum than they were sent with; the message says of which tensors.
             TransferCancelledError: `cancel` was called, or the transport was closed.
             TransferError: the transport was closed before.
@@ -144,10 +111,9 @@ class NetworkProgram(CopyProgram):
         with self._turn:
             with self._lock:
                 self._under_way, self._cancelled = True, None
-            self._unfinished = frozenset(index for part in self._parts for index in part.reads)
+            self._unfinished = frozenset(index for part in self._parts for index in part.places)
             try:
-                sessions = self.introduce()
-                self._fetch(sessions)
+                self._fetch(self.introduce())
                 self._unfinished = frozenset()
             finally:
                 with self._lock:
@@ -168,53 +134,37 @@ class NetworkProgram(CopyProgram):
                 return
             self._cancelled = error = TransferCancelledError("the read was cancelled; its targets hold a mix of old and new bytes")
             running = list(self._running)
-        for session, fetching in running:
-            session.cancel(fetching, error)
+        for each in running:
+            each.path.cancel(each.job, error)
 
-    def _fetch(self, sessions: Sequence[Session]) -> None:
-        finished: queue.SimpleQueue[Fetching] = queue.SimpleQueue()
-        running = [
-            (session, Fetching(part.request.program, part.buckets, finished.put, part.describe))
-            for session, part in zip(sessions, self._parts, strict=True)
-        ]
+    def _fetch(self, introduced: Sequence[tuple[Session, Layout]]) -> None:
+        finished: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        running: list[_Running] = []
+        for part, (session, layout) in zip(self._parts, introduced, strict=True):
+            number = part.request.program
+            if layout.buckets:
+                fetching = Fetching(number, layout.buckets, finished.put, layout.describe_bucket)
+                running.append(_Running(session.streams, fetching, part))
+            if layout.rounds is not None:
+                taking = Taking(number, layout.rounds, finished.put, layout.describe_message)
+                running.append(_Running(session.taker(), taking, part))
         with self._lock:
             if self._cancelled is not None:
                 raise self._cancelled
             self._running = running
-        for session, fetching in running:
-            session.submit(fetching)
+        for each in running:
+            each.path.submit(each.job)
         first: EthaRayError | None = None
         for _ in running:
             error = finished.get().error
             if error is not None and first is None:
                 first = error
-                for session, fetching in running:
-                    session.cancel(fetching, error)
+                for each in running:
+                    each.path.cancel(each.job, error)
         if first is not None:
-            failed = (part for part, (_, fetching) in zip(self._parts, running, strict=True) if fetching.error is not None)
-            self._unfinished = frozenset(index for part in failed for index in part.reads)
+            self._unfinished = frozenset(index for each in running if each.job.error is not None for index in each.part.places)
             raise first
 
     def __repr__(self) -> str:
-        buckets = sum(len(part.buckets) for part in self._parts)
+        buckets = sum(part.bucket_count for part in self._parts)
         return f"NetworkProgram({self._nbytes} bytes from {len(self._parts)} agents in {buckets} buckets)"
-
-
-def _check(read: Read, name: str) -> None:
-    source, target = read.source, read.target
-    if target.device.type != "cpu":
-        raise WrongDeviceError(f"{name}: a {target.device} target on the network transport, which moves cpu tensors")
-    # What holds for a copy holds here, of a source without memory.
-    check_copy(Copy((torch.empty(source.size, dtype=source.dtype, device="meta"),), target), name)
-
-
-def _part(address: Address, reads: Sequence[Read], places: list[int], bucket_size: int, checked: bool) -> _Part:
-    dtypes = [wire.wire_dtype(read.source.dtype, read.target.dtype) for read in reads]
-    regions = [
-        wire.WireRegion(s.export, s.index, s.start, s.size, wire.dtype_name(s.dtype), wire.dtype_name(dtype))
-        for s, dtype in zip((read.source for read in reads), dtypes, strict=True)
-    ]
-    views = [read.target.detach() for read in reads]
-    cut = cut_into_buckets([Region(tuple(view.shape), dtype.itemsize) for view, dtype in zip(views, dtypes, strict=True)], bucket_size)
-    buckets = [lay_out(bucket, views, dtypes, checked=checked) for bucket in cut]
-    return _Part(address, wire.Prepare(next(_numbers), bucket_size, regions, checked), buckets, places, [read.name for read in reads])

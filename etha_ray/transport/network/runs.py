@@ -2,7 +2,7 @@
 
 A tensor's row-major elements are runs of consecutive bytes. Runs of `_MIN_RUN` bytes and more are handed to the kernel where
 they lie, a thousand in one call, so they are copied once on each side and not by us. Shorter ones, and what is cast, go
-through staging memory: packed before sending, unpacked after receiving.
+through staging memory: packed before sending, unpacked after receiving. So does all that is in a device's memory.
 
 Python's own `socket.sendmsg` would need an object for each run, for as long as the program lives; here it is 16 bytes.
 
@@ -25,10 +25,10 @@ import torch
 import xxhash
 
 from etha_ray.net import Connection
-from etha_ray.transport.base import Copy
+from etha_ray.transport.base import Copy, OneSidedTransport
 from etha_ray.transport.buckets import Bucket, Member, boxes
 from etha_ray.transport.cutting import as_bits
-from etha_ray.transport.mapped import MappedTransport
+from etha_ray.transport.network.device import Device
 
 Runs: TypeAlias = "np.ndarray[Any, np.dtype[np.uintp]]"
 """(n, 2): address and bytes, as C's ``struct iovec``."""
@@ -121,17 +121,22 @@ class BucketMemory:
                 total.update(cast(Any, np.ascontiguousarray(part)))
         return total.intdigest()
 
-    def pack(self, copier: MappedTransport, staging: torch.Tensor) -> None:
+    def pack(self, copier: OneSidedTransport, staging: torch.Tensor) -> None:
         """Fill the staging memory from the tensors."""
         copier.prepare([Copy((staged.view,), staged.within(staging)) for staged in self.staged]).run()
 
-    def unpack(self, copier: MappedTransport, staging: torch.Tensor) -> None:
+    def unpack(self, copier: OneSidedTransport, staging: torch.Tensor) -> None:
         """Fill the tensors from the staging memory."""
         copier.prepare([Copy((staged.within(staging),), staged.view) for staged in self.staged]).run()
 
 
-def lay_out(bucket: Bucket, views: Sequence[torch.Tensor], wire: Sequence[torch.dtype], *, checked: bool) -> BucketMemory:
-    """``bucket`` in the memory of ``views``, which are the regions it was cut from, where ``wire`` are the dtypes that travel."""
+def lay_out(
+    bucket: Bucket, views: Sequence[torch.Tensor], wire: Sequence[torch.dtype], device: Device | None, *, checked: bool
+) -> BucketMemory:
+    """``bucket`` in the memory of ``views``, which are the regions it was cut from, where ``wire`` are the dtypes that travel.
+
+    What ``device`` holds is always staged: the kernel cannot reach it.
+    """
     summed: list[Memory | slice] = []
     parts: list[Runs] = []
     staged: list[Staged] = []
@@ -139,8 +144,9 @@ def lay_out(bucket: Bucket, views: Sequence[torch.Tensor], wire: Sequence[torch.
     count = filled = 0
     after_staged = False
     for member in bucket.members:
-        view = _narrowed(views[member.region], member)
-        runs = _runs(view) if view.dtype == wire[member.region] else None
+        view = narrowed(views[member.region], member)
+        far = device is not None and device.holds(view)
+        runs = _runs(view) if view.dtype == wire[member.region] and not far else None
         if runs is not None:
             after_staged = False
             parts.append(runs)
@@ -193,7 +199,8 @@ def _move(call: Callable[..., int], flags: int, connection: Connection, runs: Ru
         done += moved
 
 
-def _narrowed(view: torch.Tensor, member: Member) -> torch.Tensor:
+def narrowed(view: torch.Tensor, member: Member) -> torch.Tensor:
+    """The member, of the view of its region."""
     return view if tuple(view.shape) == member.size else _box(view, member.start, member.size)
 
 

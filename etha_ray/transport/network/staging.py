@@ -27,8 +27,10 @@ class Staging:
     does not wait for another borrower; that is why sending and receiving have a staging each (see `NetworkTransport`).
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, pinned: bool = False) -> None:
+        """``pinned``: for copies from and to a GPU, which works on other memory more slowly."""
         self.limit = limit
+        self._pinned = pinned
         self.peak = 0
         """Most bytes that there were at a time, lent or kept."""
         self._lent = 0
@@ -64,4 +66,4 @@ class Staging:
             while self._lent + sum(kept.nbytes for kept in self._kept) > self.limit:
                 self._kept.pop(0)
             self.peak = max(self.peak, self._lent + sum(kept.nbytes for kept in self._kept))
-            return torch.empty(size, dtype=torch.uint8)
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)

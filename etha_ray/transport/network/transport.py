@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from etha_ray.accelerator import Accelerator
 from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import ConfigError, TransferError
 from etha_ray.net import Address, Service
 from etha_ray.net.handshake import check_secret
-from etha_ray.transport.base import Capabilities
+from etha_ray.transport.base import Capabilities, OneSidedTransport
 from etha_ray.transport.buckets import DEFAULT_BUCKET_SIZE
 from etha_ray.transport.mapped import MappedTransport
+from etha_ray.transport.nccl import Communicators
+from etha_ray.transport.network.device import Device, Path
 from etha_ray.transport.network.exports import Export, Exports
-from etha_ray.transport.network.program import NetworkProgram, Read
+from etha_ray.transport.network.parts import Read
+from etha_ray.transport.network.program import NetworkProgram
 from etha_ray.transport.network.session import Session
 from etha_ray.transport.network.staging import MIN_BUCKET_SIZE, Staging, check_bucket_size
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_BUDGET = 256 << 20
 """Bytes of staging memory that an agent may have."""
@@ -35,11 +42,16 @@ class NetworkTransport:
 
     Args:
         secret: of the pool; see `etha_ray.net`.
-        memory_budget: bytes of staging memory over all running programs, in both directions together. Half of it is for
-            sending and half for receiving: with one for both, two agents could each fill theirs with what waits for the other.
+        memory_budget: bytes of staging memory over all running programs, in both directions together, and as much on the device.
+            Half of it is for sending and half for receiving: with one for both, two agents could each fill theirs with what waits
+            for the other.
         streams: TCP connections to each owner.
         failure_timeout: seconds after which a silent agent counts as lost; the same on all agents.
         checksums: what this end reads is compared with the checksums of what was sent. Owners make them for who asks.
+        accelerator: the agent's device. Tensors in its memory can be given and read too.
+        communicators: carry bytes between the devices of two agents; or why there are none, with what to install.
+        path: "auto": what is on a device at both ends goes by communicator if both have them, and all else by TCP, through this
+            host's memory; "tcp": all does; "nccl": reads that would not go by communicator are refused.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -53,6 +65,9 @@ class NetworkTransport:
         streams: int = STREAMS,
         failure_timeout: float = FAILURE_TIMEOUT,
         checksums: bool = True,
+        accelerator: Accelerator | None = None,
+        communicators: Communicators | str = "",
+        path: Path = "auto",
     ) -> None:
         if memory_budget < 2 * MIN_BUCKET_SIZE or streams < 1:
             raise ConfigError(
@@ -63,9 +78,17 @@ class NetworkTransport:
         self._streams = streams
         self._failure_timeout = failure_timeout
         self.checksums = checksums
-        self._sending, self._receiving = Staging(memory_budget // 2), Staging(memory_budget // 2)
-        self._copier = MappedTransport(threads=1)
-        self._exports = Exports(self._sending, failure_timeout)
+        self._path: Path = path
+        self._device: Device | None = None
+        self._copier: OneSidedTransport = MappedTransport(threads=1)
+        pinned = False
+        if accelerator is not None:
+            self._device = Device(accelerator, "its path is 'tcp'" if path == "tcp" else communicators, memory_budget)
+            self._copier = self._device.copier
+            pinned = accelerator.device.type == "cuda"
+        self._sending, self._receiving = (Staging(memory_budget // 2, pinned=pinned) for _ in range(2))
+        self._exports = Exports(self._sending, self._copier, failure_timeout, self._device)
+        self._said: set[str] = set()
         self._lock = threading.Lock()
         self._sessions: dict[Address, Session] = {}
         self._dropped: deque[tuple[Address, int]] = deque()
@@ -73,9 +96,10 @@ class NetworkTransport:
 
     @property
     def capabilities(self) -> Capabilities:
-        """The same for every instance."""
+        """Those of an agent with this device."""
+        devices = {"cpu"} if self._device is None else {"cpu", self._device.accelerator.device.type}
         return Capabilities(
-            same_host_only=False, devices=frozenset({"cpu"}), needs_staging=False, one_sided=True, casts=True, combines=False
+            same_host_only=False, devices=frozenset(devices), needs_staging=False, one_sided=True, casts=True, combines=False
         )
 
     @property
@@ -85,15 +109,20 @@ class NetworkTransport:
 
     @property
     def staging_peak(self) -> int:
-        """Most bytes of staging memory that there were, of both directions: never above the budget."""
+        """Most bytes of this host's staging memory that there were, of both directions: never above the budget."""
         return self._sending.peak + self._receiving.peak
+
+    @property
+    def device_staging_peak(self) -> int:
+        """As `staging_peak`, of the device's memory: what was taken is kept."""
+        return 0 if self._device is None else self._device.staging_nbytes
 
     def export(self, name: str, tensors: Sequence[torch.Tensor]) -> Export:
         """Make tensors of any strides readable by ``name``, until the export is closed.
 
         Raises:
             ConfigError: the name is taken.
-            WrongDeviceError, NotShareableError: a tensor is not a dense one on the CPU.
+            WrongDeviceError, NotShareableError: a tensor is not a dense one, on the CPU or the agent's device.
         """
         return self._exports.export(name, tensors)
 
@@ -104,14 +133,17 @@ class NetworkTransport:
 
         Raises:
             TensorMismatchError: a target does not fit its region, or a region its tensor; or the dtypes cannot be cast.
-            WrongDeviceError: a target is not on the CPU.
+            WrongDeviceError: a target is neither on the CPU nor on the agent's device.
             ConfigError: the bucket size is out of range on either side.
-            HandleExpiredError, PeerLostError, NoTransportError, TransferError: as `NetworkProgram.run`.
+            NoTransportError: it cannot go by the path that was asked for; or as `NetworkProgram.run`.
+            HandleExpiredError, PeerLostError, CommunicatorError, TransferError: as `NetworkProgram.run`.
         """
         check_bucket_size(bucket_size, self._receiving.limit, "this side's")
         self._forget_dropped()
         # A program may be collected anywhere, under any lock: that it is gone is only noted then.
-        program = NetworkProgram(reads, bucket_size, self.checksums, self._session, self._dropped.append)
+        program = NetworkProgram(
+            reads, bucket_size, self.checksums, self._device, self._path, self._say_once, self._session, self._dropped.append
+        )
         program.introduce()
         return program
 
@@ -135,11 +167,19 @@ class NetworkTransport:
             if session is not None and session.error is None:
                 return session
             fresh = self._sessions[address] = Session(
-                address, self._secret, self._receiving, self._copier, self._streams, self._failure_timeout
+                address, self._secret, self._device, self._receiving, self._copier, self._streams, self._failure_timeout
             )
         if session is not None:
             session.close()
         return fresh
+
+    def _say_once(self, lacks: str) -> None:
+        """Log why tensors on devices go by TCP, unless that was asked for."""
+        with self._lock:
+            said = lacks in self._said or self._path == "tcp"
+            self._said.add(lacks)
+        if not said:
+            logger.warning("tensors on GPUs go by TCP, through this host's memory: %s (said once)", lacks)
 
     def _forget_dropped(self) -> None:
         """Have owners forget the programs that are gone."""

@@ -1,0 +1,117 @@
+"""The owner's end of a communicator: it sends the rounds of what a reader asked for, one run after the other."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from etha_ray.accelerator import Lane
+from etha_ray.errors import EthaRayError, HandleExpiredError, TransferCancelledError
+from etha_ray.transport.nccl.communicator import SENDER
+from etha_ray.transport.network import wire
+from etha_ray.transport.network.device import Device
+from etha_ray.transport.network.joining import End
+from etha_ray.transport.network.rounds import Loaded, Rounds
+from etha_ray.transport.network.slots import DEPTH, Slot
+
+CLOSED = "what it reads was closed by its owner; register it again on both sides"
+
+
+class Readable(Protocol):
+    """A program whose tensors are kept from closing for now."""
+
+    @property
+    def rounds(self) -> Rounds:
+        """What is to be sent."""
+
+    @property
+    def closing(self) -> bool:
+        """Whether somebody waits for the tensors to be let go."""
+
+
+class Giver(End[wire.Pull]):
+    """One session's.
+
+    Args:
+        say: sends a message to the reader.
+        reading: keeps the tensors of a program, by its number, from closing; None where they are closed.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        peer: str,
+        say: Callable[[wire.FromOwner], None],
+        reading: Callable[[int], AbstractContextManager[Readable | None]],
+    ) -> None:
+        super().__init__(device, SENDER, peer, lambda error: say(wire.Broken(type(error).__name__, str(error)[: wire.MAX_REASON])))
+        self._say = say
+        self._reading = reading
+        self._stopped = 0
+
+    def pull(self, asked: wire.Pull) -> None:
+        """A run that is to be sent after those before it. On the channel's thread; does not wait."""
+        with self._changed:
+            self._waiting.append(asked)
+            self._changed.notify_all()
+
+    def stop(self, run: int) -> None:
+        """Send no more of this run, if it is not over already."""
+        self._stopped = max(self._stopped, run)
+
+    def _identify(self) -> bytes:
+        assert self._device.communicators is not None
+        unique_id = self._device.communicators.unique_id()
+        self._say(wire.Join(unique_id))
+        return unique_id
+
+    def _drop(self, job: wire.Pull, error: EthaRayError) -> None:
+        """The reader hears of it by `Broken`, or has lost the session too."""
+
+    def _serve(self, job: wire.Pull) -> None:
+        with self._device.sending.take(self._check) as slot, self._reading(job.program) as given:
+            if given is None:
+                self._say(wire.Ended(job.run, HandleExpiredError.__name__, CLOSED, []))
+                return
+            try:
+                ended = self._give(job, given, slot)
+            except BaseException:
+                self._quiet(slot)
+                raise
+        self._say(ended)
+
+    def _give(self, job: wire.Pull, given: Readable, slot: Slot) -> wire.Ended:
+        under_way: deque[tuple[Lane, Loaded]] = deque()
+        sums: list[int] = []
+
+        def settle() -> None:
+            lane, loaded = under_way.popleft()
+            self._settle(lane)
+            if loaded.sums is not None:
+                sums.extend(loaded.sums.values())
+
+        kind = message = ""
+        for number in range(len(given.rounds)):
+            if len(under_way) == DEPTH:
+                settle()
+            if given.closing:
+                kind, message = HandleExpiredError.__name__, CLOSED
+            elif self._stopped >= job.run:
+                kind, message = TransferCancelledError.__name__, "the run was stopped by its reader"
+            if kind:
+                break
+            lane, loaded = slot.lanes[number % DEPTH], given.rounds.load(number, slot)
+            if loaded.copies is not None:
+                loaded.copies.enqueue(lane)
+            if loaded.sums is not None:
+                loaded.sums.enqueue(lane)
+            if under_way:
+                lane.after(under_way[-1][0])  # it is packed while the one before is on the wire, and sent after that
+            self._say(wire.Launched(job.run))
+            self._hand_over(lambda communicator, loaded=loaded, lane=lane: communicator.send(loaded.messages, lane))  # type: ignore[misc]
+            under_way.append((lane, loaded))
+        while under_way:
+            settle()
+        return wire.Ended(job.run, kind, message, [] if kind else sums)
