@@ -1,7 +1,8 @@
 """A TCP socket that speaks in frames, and says by `PeerLostError` whom it lost and why.
 
-A frame is the length of its header and of its payload (``!HI``), a header (a msgspec struct, as msgpack), and the payload's
-raw bytes. Lengths are checked before anything is read, so a stranger's bytes cost at most `MAX_HEADER` of memory.
+A frame is the lengths of its header and of its payload (``!HI``), the CRC-32 of these and of what follows (``!II``), a header (a
+msgspec struct, as msgpack), and the payload's raw bytes. Lengths are checked before anything is read, so a stranger's bytes cost at
+most `MAX_HEADER` of memory; and nobody waits for bytes that only a damaged length speaks of, while heartbeats keep trickling in.
 
 Two threads may use one connection, one to send and one to receive. Any other may call `shutdown`, which wakes both; only the
 thread that receives calls `close`, so a descriptor is never closed, and its number given away, under somebody's system call.
@@ -14,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,12 +26,19 @@ from etha_ray.errors import PeerLostError
 MAX_HEADER = 4096
 """Bytes of the largest header."""
 
-_PREFIX = struct.Struct("!HI")
+_LENGTHS = struct.Struct("!HI")
+_CHECKS = struct.Struct("!II")
 _JOINED_BYTES = 64 << 10  # up to here one copy is cheaper than a system call of its own
 _TIMEVAL = struct.Struct("ll")
 _MIN_WAIT = 1e-3
 
 _T = TypeVar("_T")
+
+
+def prefix(head: bytes, payload: bytes = b"") -> bytes:
+    """What stands before these two in a frame."""
+    lengths = _LENGTHS.pack(len(head), len(payload))
+    return lengths + _CHECKS.pack(zlib.crc32(lengths), zlib.crc32(payload, zlib.crc32(head)))
 
 
 class Connection:
@@ -92,7 +101,7 @@ class Connection:
         """
         head = self._encoder.encode(header)
         assert len(head) <= MAX_HEADER, f"a header of {len(head)} bytes"
-        data = _PREFIX.pack(len(head), len(payload)) + head
+        data = prefix(head, payload) + head
         try:
             if len(payload) <= _JOINED_BYTES:
                 self._sock.sendall(data + payload)
@@ -108,14 +117,19 @@ class Connection:
         Raises:
             PeerLostError: the connection is over, time is up, or what came is no frame that fits the limits.
         """
-        head, size = _PREFIX.unpack(self._take(_PREFIX.size))
-        if not 0 < head <= MAX_HEADER or size > max_payload:
+        lengths = self._take(_LENGTHS.size)
+        of_lengths, of_rest = _CHECKS.unpack(self._take(_CHECKS.size))
+        head, size = _LENGTHS.unpack(lengths)
+        if zlib.crc32(lengths) != of_lengths or not 0 < head <= MAX_HEADER or size > max_payload:
             raise self.lost(f"it sent something else than frames with a payload of at most {max_payload} bytes")
+        data = self._take(head)
+        payload = self._take(size)
+        if zlib.crc32(payload, zlib.crc32(data)) != of_rest:
+            raise self.lost("what it sent was damaged on its way")
         try:
-            header = decoder.decode(self._take(head))
+            return decoder.decode(data), payload
         except msgspec.DecodeError as error:
             raise self.lost(f"it sent a header that is none ({error}); both sides must run the same etha_ray version") from error
-        return header, self._take(size)
 
     def _take(self, count: int) -> bytearray:
         # The memory for a payload grows as its bytes come: a length alone allocates nothing much.

@@ -29,7 +29,7 @@ SECRET_BYTES = 32
 MAX_HELLO = 1024
 """Bytes that the dialling end may say to the service when it opens a connection."""
 
-_VERSION = 2
+_VERSION = 3
 _NONCE_BYTES = 32
 _Nonce: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=_NONCE_BYTES, max_length=_NONCE_BYTES)]
 _Service: TypeAlias = Annotated[str, msgspec.Meta(max_length=64)]

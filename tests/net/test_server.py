@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -19,6 +20,7 @@ import pytest
 
 from etha_ray.errors import ConfigError, NoTransportError, PeerLostError
 from etha_ray.net import Address, Connection, Server, dial
+from etha_ray.net.connection import prefix
 from etha_ray.net.handshake import Challenge, Proof, Refused, Welcome, admit, introduce
 from etha_ray.net.server import MAX_STRANGERS
 
@@ -66,9 +68,15 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def frame(header: msgspec.Struct | bytes, payload: int = 0) -> bytes:
+def frame(header: msgspec.Struct | bytes) -> bytes:
     data = header if isinstance(header, bytes) else msgspec.msgpack.encode(header)
-    return struct.pack("!HI", len(data), payload) + data
+    return prefix(data) + data
+
+
+def lengths(head: int, payload: int) -> bytes:
+    """The beginning of a frame that is as long as this says."""
+    both = struct.pack("!HI", head, payload)
+    return both + struct.pack("!II", zlib.crc32(both), 0)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
@@ -100,8 +108,9 @@ def test_many_at_a_time(server: Server) -> None:
         frame(Proof("greet", b"", bytes(32), b"")),
         frame(Proof("greet", b"", bytes(32), bytes(32))),
         frame(msgspec.msgpack.encode(("greet", b"", b"short", b""))),
-        frame(Proof("greet", b"", bytes(32), bytes(32)), payload=2**32 - 1),
-        struct.pack("!HI", 65535, 0) + bytes(65535),
+        lengths(100, 2**32 - 1) + bytes(100),
+        lengths(65535, 0) + bytes(65535),
+        lengths(100, 0) + bytes(100),
         b"",
     ],
     ids=lambda garbage: repr(garbage[:12]),
@@ -166,8 +175,8 @@ def test_the_server_must_prove_itself_too() -> None:
 
         def pretend() -> None:
             with listener.accept()[0] as sock:
-                sock.sendall(frame(Challenge(2, bytes(32))))
-                proof = msgspec.msgpack.decode(sock.recv(10_000)[6:], type=Proof)
+                sock.sendall(frame(Challenge(3, bytes(32))))
+                proof = msgspec.msgpack.decode(sock.recv(10_000)[len(prefix(b"")) :], type=Proof)
                 # The client's own proof is the one thing that it has from who knows the secret.
                 sock.sendall(frame(Welcome(proof.mac)))
                 everything(sock)
@@ -186,12 +195,12 @@ def test_another_version_is_told() -> None:
 
         def pretend() -> None:
             with listener.accept()[0] as sock:
-                sock.sendall(frame(Challenge(3, bytes(32))))
+                sock.sendall(frame(Challenge(4, bytes(32))))
                 everything(sock)
 
         thread = threading.Thread(target=pretend)
         thread.start()
-        with pytest.raises(NoTransportError, match="version 3 of the protocol, this side 2"):
+        with pytest.raises(NoTransportError, match="version 4 of the protocol, this side 3"):
             dial(address, SECRET, "greet")
         thread.join()
 
@@ -249,7 +258,7 @@ def test_a_length_alone_costs_no_memory(server: Server) -> None:
     before = psutil.Process().memory_info().rss
     with contextlib.ExitStack() as stack:
         for _ in range(MAX_STRANGERS):
-            stack.enter_context(stranger(server)).sendall(struct.pack("!HI", 4096, 2**32 - 1) + bytes(4000))
+            stack.enter_context(stranger(server)).sendall(lengths(4096, 0) + bytes(4000))
         assert psutil.Process().memory_info().rss - before < 64 << 20
 
 
@@ -329,7 +338,7 @@ def test_admit_compares_all_of_a_proof() -> None:
 
             thread = threading.Thread(target=serve)
             thread.start()
-            challenge = msgspec.msgpack.decode(client.recv(1000)[6:], type=Challenge)
+            challenge = msgspec.msgpack.decode(client.recv(1000)[len(prefix(b"")) :], type=Challenge)
             said = ("client", challenge.nonce, bytes(32), "greet", b"")
             mac = hmac.digest(SECRET, msgspec.msgpack.encode(said), "sha256")
             client.sendall(frame(msgspec.structs.replace(Proof("greet", b"", bytes(32), mac), **change)))
