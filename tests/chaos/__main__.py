@@ -41,6 +41,7 @@ def play(kills: int, seed: int, folder: Path, progress: bool = False, with_ray: 
         "minutes": (time.monotonic() - begin) / 60,
         "strikes": _by_kind(monkey.strikes),
         "during": {call: sum(s.during == call for s in monkey.strikes) for call in sorted({s.during for s in monkey.strikes})},
+        "passed_on": sum(bool(entry.through) for entry in entries),
         "outcomes": {call: dict(counts.most_common()) for call, counts in sorted(outcomes(entries).items())},
         "bad": bad if still else [*bad, "when the strikes were over, nothing crossed any more"],
     }
@@ -51,7 +52,11 @@ def _by_kind(strikes: list[Strike]) -> dict[str, dict[str, Any]]:
     for kind in sorted({strike.kind for strike in strikes}):
         own = [strike for strike in strikes if strike.kind == kind]
         times = sorted(strike.recovery for strike in own if strike.recovery is not None)
-        table[kind] = {"strikes": len(own), "kills": sum(strike.kills for strike in own)}
+        table[kind] = {
+            "strikes": len(own),
+            "kills": sum(strike.kills for strike in own),
+            "relays": sum(bool(strike.relays) for strike in own),
+        }
         if times:
             at_99 = times[min(len(times) - 1, int(0.99 * len(times)))]
             table[kind] |= {"recovery_p50": statistics.median(times), "recovery_p99": at_99, "recovery_max": times[-1]}
@@ -60,16 +65,18 @@ def _by_kind(strikes: list[Strike]) -> dict[str, dict[str, Any]]:
 
 def _show(result: dict[str, Any]) -> None:
     console = Console()
-    table = Table("strike", "how often", "processes killed", "recovery p50", "p99", "longest", title="seconds until all receivers went on")
+    columns = ("strike", "how often", "hit a relay", "processes killed", "recovery p50", "p99", "longest")
+    table = Table(*columns, title="seconds until all receivers went on")
     for kind, row in result["strikes"].items():
         times = [f"{row[key]:.2f}" if key in row else "" for key in ("recovery_p50", "recovery_p99", "recovery_max")]
-        table.add_row(kind, str(row["strikes"]), str(row["kills"]), *times)
+        table.add_row(kind, str(row["strikes"]), str(row["relays"]), str(row["kills"]), *times)
     console.print(table)
     table = Table("call", "how it ended", title="calls of the players")
     for call, counts in result["outcomes"].items():
         table.add_row(call, ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     console.print(table)
     console.print(f"{result['kills']} kills in {result['minutes']:.1f} min, seed {result['seed']}; during {result['during']}")
+    console.print(f"{result['passed_on']} receives had something passed on to them by others that received it")
     for sentence in result["bad"]:
         console.print(sentence, style="red", markup=False)
 

@@ -23,6 +23,7 @@ class Entry:
         version: of a transfer, as its report says.
         nonce: what a sender's tensors held.
         taken: for each sender, the nonce that a receiver's tensors held afterwards.
+        through: those of its own side that passed on to a receiver what it took.
         wrong: what does not belong into a receiver's tensors; empty when all is well.
     """
 
@@ -38,6 +39,7 @@ class Entry:
     version: int = 0
     nonce: int = 0
     taken: list[int] = field(default_factory=list)
+    through: list[str] = field(default_factory=list)
     wrong: str = ""
 
 
@@ -73,6 +75,8 @@ class Reader:
         self._read: dict[Path, int] = {}
         self.entries: dict[tuple[str, int, int], Entry] = {}
         self.latest: dict[str, Entry] = {}
+        self.through: dict[str, list[str]] = {}
+        """Who passed on to each receiver in its last good receive."""
         self._order: list[Entry] = []
 
     def poll(self) -> None:
@@ -85,6 +89,8 @@ class Reader:
                 last = self.latest.get(entry.who)
                 if last is None or (entry.life, entry.number) >= (last.life, last.number):
                     self.latest[entry.who] = entry
+                if entry.call == "recv" and entry.outcome == "ok":
+                    self.through[entry.who] = entry.through
 
     def since(self, moment: float) -> list[Entry]:
         """Calls that have begun or ended after that moment, or shortly before."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from tests.chaos.journal import Entry
 from tests.chaos.ray_stage import RayPart, RayStage
-from tests.chaos.stage import Part, Stage
+from tests.chaos.stage import SEATS, Part, Stage
 
 PATIENCE = 60.0
 """Seconds within which everybody must have gone on after a strike."""
@@ -32,6 +32,8 @@ class Strike:
     begin: float
     end: float
     kills: int = 0
+    relays: list[str] = field(default_factory=list)
+    """Which of the victims passed on to others what it received."""
     recovery: float | None = None
 
 
@@ -56,11 +58,11 @@ class Monkey:
             self._stop_agent: 6,
         }
         if isinstance(self.stage, Stage):
-            weights |= {self._kill_etcd: 6, self._pause_etcd: 3, self._cut: 5}
+            weights |= {self._kill_etcd: 6, self._pause_etcd: 3, self._cut: 3, self._cut_off: 3}
         self._kinds, self._weights = list(weights), list(weights.values())
 
     @property
-    def _two_hosts(self) -> Stage:
+    def _hosts(self) -> Stage:
         assert isinstance(self.stage, Stage)
         return self.stage
 
@@ -112,26 +114,35 @@ class Monkey:
     def _kill_etcd(self) -> Strike:
         with self._moment("SIGKILL of etcd") as strike:
             strike.victims, strike.kills = ["etcd"], 1
-            self._two_hosts.etcd.kill()
+            self._hosts.etcd.kill()
             self._watch(self.random.uniform(0.0, 3.0))
-            self._two_hosts.etcd.restart()
+            self._hosts.etcd.restart()
         return strike
 
     def _pause_etcd(self) -> Strike:
         with self._moment("SIGSTOP of etcd") as strike:
             strike.victims = ["etcd"]
-            self._two_hosts.etcd.pause()
+            self._hosts.etcd.pause()
             self._watch(self.random.uniform(0.5, 6.0))
-            self._two_hosts.etcd.resume()
+            self._hosts.etcd.resume()
         return strike
 
     def _cut(self) -> Strike:
-        side = self.random.choice(["near", "far"])
-        with self._moment("link down") as strike:
-            strike.victims = [f"{side} end"]
-            self._two_hosts.cable.cut(side)
+        return self._without("link down", [self.random.choice(list(self._hosts.cables))])
+
+    def _cut_off(self) -> Strike:
+        host = self.random.randrange(1, 3)
+        return self._without("host cut off", [cable for cable in self._hosts.cables if host in cable])
+
+    def _without(self, kind: str, cables: list[tuple[int, int]]) -> Strike:
+        ends = [self.random.choice(self._hosts.cables[cable]) for cable in cables]
+        with self._moment(kind) as strike:
+            strike.victims = [_cable(*cable) for cable in cables]
+            for end in ends:
+                end.cut()
             self._watch(self.random.uniform(0.5, 8.0))
-            self._two_hosts.cable.mend(side)
+            for end in ends:
+                end.mend()
         return strike
 
     def _kill(self, strike: Strike, part: Part | RayPart) -> None:
@@ -163,9 +174,20 @@ class Monkey:
                 break
             time.sleep(0.001)
         time.sleep(self.random.choice([0.0, self.random.uniform(0.0, 0.01), self.random.uniform(0.0, 0.1)]))
-        strike = Strike(kind, [], during, time.monotonic(), 0.0)
+        strike, pass_on = Strike(kind, [], during, time.monotonic(), 0.0), self._pass_on()
         yield strike
         strike.end = time.monotonic()
+        strike.relays = [victim for victim in strike.victims if victim in pass_on]
+
+    def _pass_on(self) -> set[str]:
+        """The parts and the cables by which receivers get what others received, as of their last good receives."""
+        rank, found = {player.name: rank for rank, player in enumerate(self.stage.players)}, set[str]()
+        for reader, relays in self.stage.reader.through.items():
+            for relay in relays:
+                found |= {relay, self.stage.agents[rank[relay]].name}
+                if isinstance(self.stage, Stage):
+                    found.add(_cable(*sorted(SEATS[rank[who]][2] for who in (relay, reader))))
+        return found
 
     # ------------------------------------------------------------------------------------------------- watching
 
@@ -181,7 +203,7 @@ class Monkey:
                 fresh = entry.call == "recv" and entry.outcome == "ok" and entry.end is not None and entry.end > since
                 if fresh and all(each in sent for each in enumerate(entry.taken)):
                     got[entry.who] = min(got.get(entry.who, entry.end or 0.0), entry.end or 0.0)
-            if len(got) == 2:
+            if len(got) == sum(player.name.startswith("b") for player in self.stage.players):
                 return max(got.values()) - since
         return None
 
@@ -209,3 +231,7 @@ class Monkey:
 
     def _state(self) -> str:
         return "; ".join(f"{e.who} {e.call} {e.outcome} {e.detail[:300]}" for e in self.stage.reader.latest.values())
+
+
+def _cable(one: int, other: int) -> str:
+    return f"cable of hosts {one} and {other}"

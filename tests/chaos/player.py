@@ -155,6 +155,7 @@ class Player:
         found: dict[str, Any] = {"version": result.version} if name in ("send", "recv") else {}
         if name == "recv":
             found["taken"], found["wrong"] = self.look()
+            found["through"] = [f"{self.seat.side}{index}" for name, index in map(_member, result.peers) if name == self.seat.side]
         return self.journal.end(entry, outcome="ok", **found)
 
     def look(self) -> tuple[list[int], str]:
@@ -183,6 +184,12 @@ class Player:
     def local_shape(self, pair: str) -> torch.Size:
         """Of this player's tensor."""
         return self.expected(pair).shape
+
+
+def _member(shown: str) -> tuple[str, int]:
+    """Side and index of what reports call a[0]."""
+    name, _, index = shown.rstrip("]").partition("[")
+    return name, int(index)
 
 
 def _rows(pair: str, sender: int, senders: int) -> slice:

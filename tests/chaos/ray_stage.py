@@ -64,8 +64,6 @@ class RayPart:
 class RayStage:
     """Four agents and, beside each, a sender or a receiver, on one host."""
 
-    etcd = cable = None
-
     def __init__(self, folder: Path) -> None:
         self.folder, self.reader = folder, Reader(folder)
         self.namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"

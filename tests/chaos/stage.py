@@ -1,4 +1,4 @@
-"""What is played on: an etcd, agents and players on two hosts that share no memory, and somebody who starts again what dies."""
+"""What is played on: an etcd, agents and players on three hosts that share no memory, and somebody who starts again what dies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from etha_ray.testing.etcd_server import EtcdServer, free_ports
 from tests.chaos.journal import Reader
 from tests.chaos.player import Seat, run
 from tests.cluster.hosts import enter
-from tests.net.namespaces import Cable, cable
+from tests.net.namespaces import Cable, End, cable, join
 from tests.tensor_bus.cluster import LONG, fresh, left_in_shm
 
 _OWN_SHM = "mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm && exec sleep infinity"
@@ -57,23 +57,32 @@ class Part:
         return self.lives == life and bool(self.process.is_alive())
 
 
-class Stage:
-    """Two agents here and two over there, with a sender and a receiver on each host."""
+SEATS = (("a", 0, 0), ("a", 1, 1), ("b", 0, 0), ("b", 1, 1), ("b", 2, 2), ("b", 3, 2))
+"""Side, index and host of each player, in the order of their agents' ranks."""
 
-    def __init__(self, folder: Path, wire: Cable) -> None:
-        self.folder, self.cable = folder, wire
+
+class Stage:
+    """Three hosts, this one and two over there: a sender and a receiver on each of the first two, and two receivers on the third.
+
+    So what a sender gives to all is passed on: to the third host by the receiver on the other sender's host, and within the third.
+    """
+
+    def __init__(self, folder: Path, wires: list[Cable]) -> None:
+        self.folder, self.reader = folder, Reader(folder)
+        self.cables: dict[tuple[int, int], tuple[End, End]] = {(0, host): (wire.near, wire.far) for host, wire in enumerate(wires, 1)}
+        self.cables |= {(one + 1, other + 1): ends for (one, other), ends in join(wires).items()}
         self.namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
-        self.etcd = self._etcd()
-        self.far = subprocess.Popen([*wire.over_there, "unshare", "--mount", "sh", "-c", _OWN_SHM])
-        self.reader = Reader(folder)
-        self.paths = [agent_paths(rank, self.namespace) for rank in range(4)]
-        self.agents = [Part(f"agent {rank}", self._agent(rank)) for rank in range(4)]
-        self.players = [Part(f"{side}{index}", self._player(side, index)) for side in "ab" for index in range(2)]
+        self.etcd = self._etcd(wires[0].here)
+        self.far = [subprocess.Popen([*wire.over_there, "unshare", "--mount", "sh", "-c", _OWN_SHM]) for wire in wires]
+        self.paths = [agent_paths(rank, self.namespace) for rank in range(len(SEATS))]
+        self.agents = [Part(f"agent {rank}", self._agent(rank)) for rank in range(len(SEATS))]
+        self.players = [Part(f"{side}{index}", self._player(rank)) for rank, (side, index, _) in enumerate(SEATS)]
         self.every_pid: set[int] = set()
         self.odd_ends: list[str] = []
         self._lock = threading.RLock()
         self._over = threading.Event()
-        eventually(lambda: b"sleep" in Path(f"/proc/{self.far.pid}/cmdline").read_bytes())
+        for far in self.far:
+            eventually(lambda far=far: b"sleep" in Path(f"/proc/{far.pid}/cmdline").read_bytes())
         for part in self.parts:
             self._start(part)
         self._supervisor = threading.Thread(target=self._supervise)
@@ -88,25 +97,26 @@ class Stage:
         """By its name."""
         return next(part for part in self.parts if part.name == name)
 
-    def _etcd(self) -> EtcdServer:
+    def _etcd(self, here: str) -> EtcdServer:
         port, peer_port = free_ports(2)
-        reached = ["--listen-client-urls", f"http://0.0.0.0:{port}", "--advertise-client-urls", f"http://{self.cable.here}:{port}"]
-        server = EtcdServer(self.folder / "etcd", reached, host=self.cable.here, port=port, peer_port=peer_port)
+        reached = ["--listen-client-urls", f"http://0.0.0.0:{port}", "--advertise-client-urls", f"http://{here}:{port}"]
+        server = EtcdServer(self.folder / "etcd", reached, host=here, port=port, peer_port=peer_port)
         server.restart()
         return server
 
-    def _host(self, rank: int) -> int | None:
-        """Over there are ranks 1 and 3, so that each side is on both hosts."""
-        return self.far.pid if rank % 2 else None
+    def _over_there(self, rank: int) -> int | None:
+        host = SEATS[rank][2]
+        return self.far[host - 1].pid if host else None
 
     def _agent(self, rank: int) -> Callable[[int], Any]:
         arguments = ["--store", self.etcd.url, "--rank", str(rank), "--namespace", self.namespace, "--threads", "1", "--restarts"]
         log = str(self.folder / f"agent{rank}.log")
-        return lambda _: fresh.Process(target=_run_agent, args=(self._host(rank), log, arguments), daemon=True)
+        return lambda _: fresh.Process(target=_run_agent, args=(self._over_there(rank), log, arguments), daemon=True)
 
-    def _player(self, side: str, index: int) -> Callable[[int], Any]:
-        rank = index + 2 * (side == "b")
-        seat = Seat(side, index, 2, 2, rank, self.paths[rank], self._host(rank), self.folder)
+    def _player(self, rank: int) -> Callable[[int], Any]:
+        side, index, _ = SEATS[rank]
+        size, senders = (sum(each == of for each, _, _ in SEATS) for of in (side, "a"))
+        seat = Seat(side, index, size, senders, rank, self.paths[rank], self._over_there(rank), self.folder)
         return lambda life: fresh.Process(target=run, args=(seat, life), daemon=True)
 
     def _start(self, part: Part) -> None:
@@ -157,14 +167,15 @@ class Stage:
                         part.process.kill()
                         part.process.join()
         finally:
-            self._left_over_there = [f"{name} over there" for name in os.listdir(f"/proc/{self.far.pid}/root/dev/shm")]
-            self.far.kill()
-            self.far.wait()
+            self._left_over_there = [f"{name} over there" for far in self.far for name in os.listdir(f"/proc/{far.pid}/root/dev/shm")]
+            for far in self.far:
+                far.kill()
+                far.wait()
             self.etcd.stop()
 
     def faults(self) -> list[str]:
         """What agents wrote into their logs that is nobody's doing but theirs."""
-        logs = (self.folder / f"agent{rank}.log" for rank in range(4))
+        logs = (self.folder / f"agent{rank}.log" for rank in range(len(SEATS)))
         return [f"{log} has a traceback" for log in logs if log.exists() and "Traceback (most recent call last)" in log.read_text()]
 
     def left(self) -> list[str]:
@@ -178,8 +189,8 @@ class Stage:
 def stage(folder: Path) -> Iterator[Stage]:
     """Ends with everything stopped. Skips where network namespaces cannot be made."""
     folder.mkdir(parents=True, exist_ok=True)
-    with cable() as wire:
-        made = Stage(folder, wire)
+    with cable() as first, cable() as second:
+        made = Stage(folder, [first, second])
         try:
             yield made
         finally:

@@ -18,3 +18,6 @@ def test_a_few_kills(kills: int, with_ray: bool, tmp_path: Path) -> None:
     assert result["bad"] == []
     assert result["kills"] >= kills
     assert result["outcomes"]["recv"]["ok"] > kills
+    if not with_ray:  # there all share one host
+        assert result["passed_on"] > kills
+        assert any(row["relays"] for row in result["strikes"].values())

@@ -9,9 +9,36 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of a cable: a device here, or in a namespace; and the routes through it, which the kernel forgets while it is down."""
+
+    namespace: str | None
+    device: str
+    routes: list[tuple[str, ...]] = field(default_factory=list)
+
+    def cut(self) -> None:
+        """Take it out: from now on packets vanish."""
+        self._set("link", "set", self.device, "down")
+
+    def mend(self) -> None:
+        """Put it in again."""
+        self._set("link", "set", self.device, "up")
+        for route in self.routes:
+            self._set("route", "replace", *route)
+
+    def lead(self, *route: str) -> None:
+        """From now on this way leads through it."""
+        self.routes.append((*route, "dev", self.device))
+        self._set("route", "replace", *self.routes[-1])
+
+    def _set(self, *what: str) -> None:
+        _ip(*([] if self.namespace is None else ["-n", self.namespace]), *what)
 
 
 @dataclass(frozen=True)
@@ -19,27 +46,22 @@ class Cable:
     """Run a program ``over_there`` by prefixing its command; reach it at ``host``, and this side from there at ``here``."""
 
     namespace: str
-    device: str
     host: str
     here: str
+    near: End
+    far: End
 
     @property
     def over_there(self) -> tuple[str, ...]:
         return ("ip", "netns", "exec", self.namespace)
 
     def cut(self, side: str) -> None:
-        """Take one end of the cable out: from now on packets vanish."""
-        if side == "near":
-            _ip("link", "set", self.device, "down")
-        else:
-            _ip("-n", self.namespace, "link", "set", "far", "down")
+        """Take one end of the cable out, "near" or "far": from now on packets vanish."""
+        (self.near if side == "near" else self.far).cut()
 
     def mend(self, side: str) -> None:
         """Put it in again."""
-        if side == "near":
-            _ip("link", "set", self.device, "up")
-        else:
-            _ip("-n", self.namespace, "link", "set", "far", "up")
+        (self.near if side == "near" else self.far).mend()
 
     def drop_packets_to(self, port: int) -> None:
         """From now on what is sent from over there to this port vanishes, as by a firewall that forgot the connection."""
@@ -54,7 +76,7 @@ class Cable:
 
     def sent_here(self) -> int:
         """Bytes that went from this side to the other since the cable was laid."""
-        shown = subprocess.run(["ip", "-s", "-j", "link", "show", self.device], check=True, capture_output=True, timeout=30).stdout
+        shown = subprocess.run(["ip", "-s", "-j", "link", "show", self.near.device], check=True, capture_output=True, timeout=30).stdout
         return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
 
     def _tc(self, *arguments: str) -> None:
@@ -63,16 +85,24 @@ class Cable:
             pytest.skip(f"traffic control is not to be had here: {done.stderr.strip()}")
 
 
-def join(cables: list[Cable]) -> None:
-    """Lay a cable between each two of these namespaces, and have all reach this one at any of its addresses."""
+def join(cables: list[Cable]) -> dict[tuple[int, int], tuple[End, End]]:
+    """Lay a cable between each two of these namespaces, and have all reach this one at any of its addresses.
+
+    Returns the ends of each cable, by the indices of the namespaces that it joins.
+    """
     for cable in cables:
-        _ip("-n", cable.namespace, "route", "add", "default", "via", cable.here)
-    for number, (one, other) in enumerate(itertools.combinations(cables, 2)):
-        ends = f"x{number}a", f"x{number}b"  # x0a: the first's to the second
-        _ip("-n", one.namespace, "link", "add", ends[0], "type", "veth", "peer", "name", ends[1], "netns", other.namespace)
-        for near, far, end in ((one, other, ends[0]), (other, one, ends[1])):
-            _ip("-n", near.namespace, "link", "set", end, "up")
-            _ip("-n", near.namespace, "route", "add", far.host, "dev", end, "src", near.host)
+        cable.far.lead("default", "via", cable.here)
+    laid: dict[tuple[int, int], tuple[End, End]] = {}
+    for number, (first, second) in enumerate(itertools.combinations(range(len(cables)), 2)):
+        one, other = cables[first], cables[second]
+        ends = End(one.namespace, f"x{number}a"), End(other.namespace, f"x{number}b")  # x0a: the first's to the second
+        _ip("-n", one.namespace, "link", "add", ends[0].device, "type", "veth", "peer", "name", ends[1].device, "netns", other.namespace)
+        for end in ends:
+            end.mend()
+        ends[0].lead(other.host, "src", one.host)
+        ends[1].lead(one.host, "src", other.host)
+        laid[first, second] = ends
+    return laid
 
 
 _numbers = itertools.count()
@@ -102,7 +132,7 @@ def cable() -> Iterator[Cable]:
         _ip("-n", namespace, "addr", "add", f"{far}/30", "dev", "far")
         _ip("-n", namespace, "link", "set", "far", "up")
         _ip("-n", namespace, "link", "set", "lo", "up")
-        yield Cable(namespace, device, far, near)
+        yield Cable(namespace, far, near, End(None, device), End(namespace, "far"))
     finally:
         # Connections that nobody closed would keep the namespace, and it the cable, for minutes.
         subprocess.run(["ip", "link", "del", device], capture_output=True, timeout=30)
