@@ -1,22 +1,23 @@
 """A transport within one host whose copies are looked at once more when they are done.
 
 Nothing travels there, so this is off unless asked for. Both ends are at hand, so no checksum is needed: source and target are
-compared, bit for bit. What is cast or combined on its way has no bits in common with its sources, and is not compared.
+compared, bit for bit, where the target is. What is cast or combined on its way has no bits in common with its sources, and is not
+compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from etha_ray.errors import IntegrityError
 from etha_ray.transport.base import Capabilities, Copy, CopyProgram, OneSidedTransport
-from etha_ray.transport.cutting import plain_pieces
+from etha_ray.transport.cutting import as_bits, plain_pieces, slabs
 
 _PIECE_BYTES = 256 << 10
+_DEVICE_ELEMENTS = 16 << 20
 
 
 class CheckedTransport(OneSidedTransport):
@@ -53,7 +54,7 @@ class _CheckedProgram(CopyProgram):
         """As in the interface. Raises `IntegrityError` when a target has other bits than its source."""
         self._wrong = None
         count = self._program.run()
-        wrong = [place for place, copy in enumerate(self._copies) if copy.is_plain and not _equal(copy)]
+        wrong = _wrong(self._copies)
         if wrong:
             self._wrong = frozenset(wrong)
             first = self._copies[wrong[0]].name or f"copy {wrong[0]}"
@@ -68,13 +69,43 @@ class _CheckedProgram(CopyProgram):
         return self._program.unfinished() if self._wrong is None else self._wrong
 
 
+def _wrong(copies: Sequence[Copy]) -> list[int]:
+    """The places of the plain copies whose target has other bits than its source."""
+    wrong: list[int] = []
+    places: list[int] = []
+    found: list[torch.Tensor] = []
+    for place, copy in enumerate(copies):
+        if not copy.is_plain or not copy.target.numel():
+            continue
+        if copy.target.device.type == copy.sources[0].device.type == "cpu":
+            if not _equal(copy):
+                wrong.append(place)
+        else:
+            differences = differing(copy.target, copy.sources[0])
+            places += [place] * len(differences)
+            found += differences
+    # The devices compare one after the other and are waited for once.
+    for device in {flag.device for flag in found}:
+        here = [(place, flag) for place, flag in zip(places, found, strict=True) if flag.device == device]
+        differ = torch.stack([flag for _, flag in here]).cpu().tolist()
+        wrong += [place for (place, _), differs in zip(here, differ, strict=True) if differs]
+    return sorted(set(wrong))
+
+
+def differing(target: torch.Tensor, source: torch.Tensor) -> list[torch.Tensor]:
+    """For parts of ``target``, a truth value each on its device: whether it has other bits than that part of ``source``."""
+    flags = []
+    for ours, theirs in slabs((as_bits(target), as_bits(source)), _DEVICE_ELEMENTS):
+        one, other = (_as_integers(each) for each in (ours, theirs.to(ours.device)))
+        flags.append(one.ne(other).any())
+    return flags
+
+
 def _equal(copy: Copy) -> bool:
-    if not copy.target.numel():
-        return True
     pieces = plain_pieces(copy.target, copy.sources[0], _PIECE_BYTES)
-    return all(np.array_equal(_integers(target), _integers(source)) for target, source in pieces)
+    return all(np.array_equal(_as_integers(target).numpy(), _as_integers(source).numpy()) for target, source in pieces)
 
 
-def _integers(piece: torch.Tensor) -> Any:
+def _as_integers(piece: torch.Tensor) -> torch.Tensor:
     """Whose comparison is that of the bits: no NaN differs from itself."""
-    return (torch.view_as_real(piece).view(torch.int64) if piece.is_complex() else piece).numpy()
+    return torch.view_as_real(piece).view(torch.int64) if piece.is_complex() else piece

@@ -36,8 +36,9 @@ def computed_pieces(views: Views, limit: int) -> list[Views]:
 
 
 def slabs(views: Views, limit: int) -> list[Views]:
-    """The views as parts of at most ``limit`` elements, in their own dtypes, cut along leading dimensions only: for a GPU, whose
-    calls cost more than its caches gain from strips.
+    """The views, which are not empty, as parts of at most ``limit`` elements, in their own dtypes, cut along leading dimensions only.
+
+    For a GPU, whose calls cost more than its caches gain from strips.
     """
     parts: list[Views] = []
     _cut(_merged(tuple(view.detach() for view in views)), limit, parts)

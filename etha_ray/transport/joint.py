@@ -1,7 +1,8 @@
 """One program over two transports: what this host's memory holds is copied, what other hosts hold is read.
 
 A target that combines contributions of which some are remote is made in rounds: the remote ones are read into scratch memory,
-a bounded part at a time, and combined from there with those at hand.
+a bounded part at a time, and combined from there with those at hand. So is a target on a device that the network does not write to:
+what is read into the CPU's memory is copied there.
 """
 
 from __future__ import annotations
@@ -57,17 +58,17 @@ def prepare(
         if all(isinstance(source, torch.Tensor) for source in move.sources):
             copies.append(_copy(move, {}))
             places[0].append(place)
-        elif move.op is None and isinstance(move.sources[0], RemoteRegion):
+        elif network is None:
+            raise NoTransportError("a source is on another host, and this agent has no network: give it the address of its host")
+        elif move.op is None and isinstance(move.sources[0], RemoteRegion) and move.target.device.type in network.capabilities.devices:
             reads.append(Read(move.sources[0], move.target, move.name))
             places[1].append(place)
         else:
             mixed.append(move)
             places[2].append(place)
     local = mapped.prepare(copies)
-    if not reads and not mixed:
+    if network is None or (not reads and not mixed):
         return local
-    if network is None:
-        raise NoTransportError("a source is on another host, and this agent has no network: give it the address of its host")
     rounds = [_Round(network.prepare(fetch, bucket_size), mapped.prepare(combine)) for fetch, combine in _rounds(mixed, SCRATCH_BYTES)]
     return _JointProgram(local, network.prepare(reads, bucket_size), rounds, places)
 
@@ -135,6 +136,7 @@ def _rounds(moves: Sequence[Move], scratch_bytes: int) -> Iterator[tuple[list[Re
     """What to read and then to combine, round by round; all rounds use the same scratch memory."""
     pieces = [piece for move in moves for piece in _pieces(move, scratch_bytes)]
     needed = [_scratch_of(piece) for piece in pieces]
+    # On the CPU also for targets elsewhere: a network writes nowhere else.
     scratch = torch.empty(max([min(scratch_bytes, sum(needed)), *needed]), dtype=torch.uint8)
     used = 0
     reads: list[Read] = []

@@ -10,7 +10,8 @@ import torch
 
 from etha_ray.errors import IntegrityError
 from etha_ray.transport import Copy, CopyProgram, MappedTransport
-from etha_ray.transport.checked import CheckedTransport
+from etha_ray.transport.checked import CheckedTransport, differing
+from etha_ray.transport.cutting import as_bits
 from etha_ray.transport.network import NetworkTransport, Read, RemoteRegion
 from tests.contracts.transport import bits, random_tensor
 from tests.net.pair import SECRET, Pair, Relay
@@ -91,3 +92,14 @@ def test_a_nan_is_what_it_is() -> None:
     with contextlib.closing(CheckedTransport(MappedTransport(1))) as transport:
         source = torch.full((100, 2), float("nan"), dtype=torch.complex128)[:, 0]
         transport.prepare([Copy((source,), torch.zeros(100, dtype=torch.complex128))]).run()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float64, torch.complex128, torch.float8_e5m2, torch.float4_e2m1fn_x2])
+def test_comparing_as_it_is_done_on_a_device(dtype: torch.dtype) -> None:
+    whole = random_tensor((70, 9, 3), dtype, 1)
+    for source in (whole, whole[:, 2:7, 1], whole[1, 1, 1]):
+        target = torch.empty(source.shape, dtype=dtype)
+        as_bits(target).copy_(as_bits(source))
+        assert not any(differing(target, source))
+        as_bits(target).reshape(-1).view(torch.uint8)[-1:] ^= 64
+        assert any(differing(target, source))

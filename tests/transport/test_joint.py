@@ -134,6 +134,29 @@ def test_a_remote_source_needs_a_network(owner: _Owner, mapped: MappedTransport)
         prepare([Move((owner.remote(torch.ones(3)),), torch.zeros(3))], mapped, None)
 
 
+def test_what_the_network_does_not_write_to_is_copied_there(owner: _Owner, reader: NetworkTransport) -> None:
+    """The device is one that holds nothing, so the copies that would go there are looked at."""
+    source, target = torch.arange(100.0), torch.zeros(100, device="meta")
+    handed: list[torch.Tensor] = []
+
+    class Device(MappedTransport):
+        def prepare(self, copies: Sequence[Copy]) -> CopyProgram:  # type: ignore[override]
+            class Handed(CopyProgram):
+                nbytes = sum(copy.sources[0].nbytes for copy in copies)
+
+                def run(self) -> int:
+                    assert all(copy.target.is_meta and not copy.sources[0].is_meta for copy in copies)
+                    handed.extend(copy.sources[0].clone() for copy in copies)
+                    return self.nbytes
+
+            return Handed()
+
+    program = prepare([Move((owner.remote(source),), target)], Device(1), reader)
+    assert program.run() == source.nbytes
+    assert torch.equal(torch.cat(handed), source)
+    assert program.unfinished() == frozenset()
+
+
 def test_an_owner_that_is_gone_is_an_error(owner: _Owner, reader: NetworkTransport, mapped: MappedTransport) -> None:
     here, target, combined = torch.ones(3), torch.zeros(2, 3), torch.zeros(3)
     remote = owner.remote(torch.ones(3))
