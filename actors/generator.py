@@ -43,7 +43,8 @@ class Generator(Receiver):
 
     def build(self) -> Mapping[str, Tensor]:
         self._held_out = held_out_batch(load_corpus(), windows=_HELD_OUT_WINDOWS, length=WINDOW)
-        self._model = TensorParallelGenerator(self._training.model, rank=self.seat.rank, generators=self.seat.ranks)
+        seat, config = self.seat, self._training.model
+        self._model = TensorParallelGenerator(config, rank=seat.rank, generators=seat.ranks, device=self.device)
         return self._model.weights
 
     def judge(self) -> Judgement:
@@ -60,4 +61,5 @@ class CheckpointGenerator(Receiver):
         self._entries = entries
 
     def build(self) -> Mapping[str, Tensor]:
-        return empty_shards(self._entries, "target", self.seat.rank, self.seat.ranks)
+        shards = empty_shards(self._entries, "target", self.seat.rank, self.seat.ranks)
+        return {name: shard.to(self.device) for name, shard in shards.items()}

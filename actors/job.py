@@ -19,6 +19,7 @@ from actors.generator import CheckpointGenerator, Generator, Receiver
 from actors.model import crossings
 from actors.report import ByteMap
 from actors.sharding import Crossing, differences
+from actors.spread import spread
 from actors.trainer import CheckpointTrainer, Trainer, Training
 from actors.worker import SIDE_NAMES, Moved, Seat, Worker
 
@@ -60,13 +61,15 @@ def checkpoint_workload(entries: tuple[TensorEntry, ...]) -> Workload:
 
 
 class Group:
-    """The Ray actors of one side, each on its seat's node, taking no share of its logical CPUs."""
+    """The Ray actors of one side, each on its seat's node, with a GPU if the seat has one, and no share of the logical CPUs."""
 
     def __init__(self, worker: type[Worker], seats: Sequence[Seat], argument: Any) -> None:
         remote: Any = ray.remote(worker)
-        places = (NodeAffinitySchedulingStrategy(seat.node_id, soft=False) for seat in seats)
-        options = (remote.options(num_cpus=0, scheduling_strategy=place) for place in places)
-        self._actors = [option.remote(seat, argument) for option, seat in zip(options, seats, strict=True)]
+        self._actors = []
+        for seat in seats:
+            place = NodeAffinitySchedulingStrategy(seat.node_id, soft=False)
+            options = remote.options(num_cpus=0, num_gpus=int(seat.gpu), scheduling_strategy=place)
+            self._actors.append(options.remote(seat, argument))
 
     def start(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of every rank at once; the answers to come, by rank."""
@@ -77,7 +80,7 @@ class Group:
         return list(ray.get(self.start(method, *arguments)))
 
     def form(self) -> list[Any]:
-        """Begin to make the actors one gloo group with what they hold; the answers to come."""
+        """Begin to make the actors one process group with what they hold; the answers to come."""
         host, port = ray.get(self._actors[0].open_rendezvous.remote())
         return self.start("join", host, port)
 
@@ -118,15 +121,15 @@ class SyncJob:
 def sync_job(workload: Workload, trainers: int, generators: int) -> Iterator[SyncJob]:
     """Launch agents and both groups, connect them, and end them again. Needs an initialised Ray.
 
-    Agents 0 to `trainers` - 1 serve the trainers, the following ones the generators. In this order they fill the nodes of the
-    cluster, as many on each, this process's first. The pool has a name of its own: two jobs may run at once.
+    Trainers, then generators, fill the nodes of the cluster: a GPU each, where there are as many (`spread`). The pool has a name
+    of its own: two jobs may run at once.
     """
     namespace = f"weight-sync-{os.getpid()}-{secrets.token_hex(4)}"
-    places = spread(trainers + generators)
-    sources = [Seat("source", rank, trainers, node, rank, namespace) for rank, node in enumerate(places[:trainers])]
-    targets = [Seat("target", rank, generators, node, trainers + rank, namespace) for rank, node in enumerate(places[trainers:])]
+    spread_over = spread(trainers + generators)
+    sources = spread_over.seats("source", 0, trainers, namespace)
+    targets = spread_over.seats("target", trainers, generators, namespace)
     with (
-        etha_ray.launch_agents({node: ["cpu"] * places.count(node) for node in places}, namespace=namespace),
+        etha_ray.launch_agents(spread_over.devices, namespace=namespace),
         Group(workload.trainer, sources, workload.argument) as trainer_group,
         Group(workload.generator, targets, workload.argument) as generator_group,
     ):
@@ -134,16 +137,6 @@ def sync_job(workload: Workload, trainers: int, generators: int) -> Iterator[Syn
         ray.get([answer for group in groups for answer in group.form()])
         ray.get([answer for group in groups for answer in group.start("connect")])
         yield SyncJob(*groups)
-
-
-def spread(workers: int) -> list[str]:
-    """The node of each worker: neighbours in rank are on one node, or on the next one."""
-    here = ray.get_runtime_context().get_node_id()
-    known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    nodes = [node for node in known if node["Alive"] and node["Resources"].get("CPU")]
-    others = sorted((node["NodeManagerAddress"], node["NodeID"]) for node in nodes if node["NodeID"] != here)
-    found = [here, *(node_id for _, node_id in others)]
-    return [found[worker * len(found) // workers] for worker in range(workers)]
 
 
 def _byte_map(sources: int, received: Sequence[Moved]) -> ByteMap:

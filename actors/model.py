@@ -64,8 +64,8 @@ def _identity(partial: Tensor) -> Tensor:
 def _rotate(x: Tensor) -> Tensor:
     """Rotary positions for x of shape (windows, heads, length, head size)."""
     half = x.shape[-1] // 2
-    rates = _ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32) / half)
-    angles = torch.arange(x.shape[-2], dtype=torch.float32).outer(rates)
+    rates = _ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angles = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device).outer(rates)
     cos, sin = angles.cos(), angles.sin()
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
@@ -176,13 +176,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class ShardedTrainer:
     """One trainer of a data-parallel group: its `Shard(0)` part of every parameter, and AdamW over those parts.
 
-    All ranks of `mesh` (one-dimensional, over the default process group) call the constructor and `step` together.
+    All ranks of `mesh` (one-dimensional, over the default process group) call the constructor and `step` together. It says on
+    which device the model is.
     `weights` maps names to the parameters themselves. They are updated in place: their storage stays where it is for
     the trainer's whole life, so it may be registered once, and is at rest whenever no `step` runs.
     """
 
     def __init__(self, config: ModelConfig, mesh: DeviceMesh, *, total_steps: int, learning_rate: float = 3e-3, seed: int = 0) -> None:
-        self._model = build_model(config, seed)
+        self._model = build_model(config, seed).to(mesh.device_type)
         for layer in self._model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(self._model, mesh=mesh)
@@ -198,7 +199,8 @@ class ShardedTrainer:
 
     def step(self, batch: Batch) -> float:
         """Learn from this rank's batch together with the others; returns the mean loss of all batches (nats a byte)."""
-        loss = cross_entropy(self._model(batch.inputs), batch.targets)
+        inputs, targets = (tokens.to(self._mesh.device_type) for tokens in (batch.inputs, batch.targets))
+        loss = cross_entropy(self._model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._schedule.step()
@@ -218,31 +220,40 @@ def _rate_share(step: int, total_steps: int) -> float:
 class TensorParallelGenerator:
     """One generator of a tensor-parallel group: its slice of every parameter, and inference with those slices.
 
-    `weights` maps names to plain CPU tensors of the shapes of `generator_shapes`, full of NaN until weights arrive;
+    `weights` maps names to plain tensors on `device`, of the shapes of `generator_shapes`, full of NaN until weights arrive;
     their storage never moves. `loss` and `sample` are collectives: all ranks of `group` (None: the default group)
     call them together with equal arguments.
     """
 
-    def __init__(self, config: ModelConfig, *, rank: int = 0, generators: int = 1, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rank: int = 0,
+        generators: int = 1,
+        group: dist.ProcessGroup | None = None,
+        device: str = "cpu",
+    ) -> None:
         self._config = config
+        self._device = device
         self._rank = rank
         self._generators = generators
         self._group = group
         # NaN and not zeros: a weight that never arrived must spoil the loss, not hide in it.
         self.weights: dict[str, Tensor] = {
-            name: torch.full(shape, math.nan) for name, shape in generator_shapes(config, generators, rank).items()
+            name: torch.full(shape, math.nan, device=device) for name, shape in generator_shapes(config, generators, rank).items()
         }
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:
         """Mean loss per byte over `batch`, in nats."""
-        return cross_entropy(self._logits(batch.inputs), batch.targets).item()
+        return cross_entropy(self._logits(batch.inputs.to(self._device)), batch.targets.to(self._device)).item()
 
     @torch.no_grad()
     def sample(self, length: int, *, temperature: float = 0.7, seed: int = 0) -> list[int]:
         """Write `length` bytes from nothing: the same on all ranks, and in every run with the same weights and seed."""
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.tensor([[START_TOKEN]])
+        generator = torch.Generator(self._device).manual_seed(seed)
+        tokens = torch.tensor([[START_TOKEN]], device=self._device)
         for _ in range(length):
             logits = self._logits(tokens)[0, -1]
             logits[START_TOKEN] = -math.inf

@@ -38,7 +38,7 @@ class Trainer(Worker):
 
     def build(self) -> Mapping[str, DTensor]:
         training = self._training
-        mesh = init_device_mesh("cpu", (self.seat.ranks,))
+        mesh = init_device_mesh(self.device, (self.seat.ranks,))
         self.mesh = mesh
         self._corpus = load_corpus()
         self._model = ShardedTrainer(
@@ -75,4 +75,5 @@ class CheckpointTrainer(Worker):
         self._entries = entries
 
     def build(self) -> Mapping[str, Tensor]:
-        return load_shards(self._entries, "source", self.seat.rank, self.seat.ranks)
+        shards = load_shards(self._entries, "source", self.seat.rank, self.seat.ranks)
+        return {name: shard.to(self.device) for name, shard in shards.items()}

@@ -24,10 +24,11 @@ from rich.text import Text
 
 from actors.checkpoint import read_checkpoint
 from actors.cluster import ray_cluster
-from actors.job import Sync, SyncJob, Workload, checkpoint_workload, spread, sync_job, training_workload
+from actors.job import Sync, SyncJob, Workload, checkpoint_workload, sync_job, training_workload
 from actors.model import ModelConfig
 from actors.report import ByteMap, RunSummary, VersionRow, format_bytes, format_number, format_seconds, write_report
 from actors.screen import bad_input, exit_codes
+from actors.spread import spread
 from actors.trainer import Training
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -70,8 +71,8 @@ def main(
 ) -> None:
     """Train a small transformer on real text and bring its weights to generators over the bus.
 
-    Runs on the Ray cluster at RAY_ADDRESS, as `ray job submit` sets it, over all its nodes that have CPUs: trainers first, then
-    generators; or on an embedded Ray. Exits with 1 when a tensor
+    Runs on the Ray cluster at RAY_ADDRESS, as `ray job submit` sets it, over all its nodes, trainers first, then generators, each on
+    a GPU where there are as many; or on an embedded Ray. Exits with 1 when a tensor
     arrived with other bits than it was sent with, or when the job failed, and with 2 when it cannot be done as asked.
     """
     screen = Console(highlight=False)
@@ -130,10 +131,12 @@ def _run(plan: Plan, screen: Console) -> tuple[list[VersionRow], ByteMap]:
 
 
 def _tell_nodes(plan: Plan, screen: Console) -> None:
-    places = spread(plan.trainers + plan.generators)
-    if len(set(places)) > 1:
-        trainers, generators = places[: plan.trainers], places[plan.trainers :]
-        screen.print(f"Trainers on {len(set(trainers))}, generators on {len(set(generators))} of {len(set(places))} nodes")
+    found = spread(plan.trainers + plan.generators)
+    if len(set(found.nodes)) > 1:
+        trainers, generators = found.nodes[: plan.trainers], found.nodes[plan.trainers :]
+        screen.print(f"Trainers on {len(set(trainers))}, generators on {len(set(generators))} of {len(set(found.nodes))} nodes")
+    if found.gpus:
+        screen.print("Each on a GPU")
 
 
 @dataclass(frozen=True)

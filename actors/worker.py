@@ -1,4 +1,4 @@
-"""What a trainer and a generator have in common: a place in their own gloo group, and one on the bus.
+"""What a trainer and a generator have in common: a place in their own process group, and one on the bus.
 
 These are plain classes; `actors.job` makes Ray actors of them. The methods of all ranks of a side are called together.
 """
@@ -35,7 +35,7 @@ _TRANSFER_TIMEOUT = 300.0
 class Seat:
     """Where a worker sits: its rank among `ranks` of its side, its Ray node, and the agent that serves it in the pool `namespace`.
 
-    Without an `agent_rank` it is one of its node's.
+    Without an `agent_rank` it is one of its node's, or that of its GPU, if it has one (`gpu`).
     """
 
     side: Side
@@ -44,6 +44,7 @@ class Seat:
     node_id: str
     agent_rank: int | None
     namespace: str
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Worker(ABC):
     def __init__(self, seat: Seat, crossings: Sequence[Crossing]) -> None:
         torch.set_num_threads(1)  # several workers share the cores
         self.seat = seat
+        self.device = "cuda" if seat.gpu else "cpu"  # Ray gave this process one alone
         self.crossings = tuple(crossings)
         self.mesh: DeviceMesh | etha_ray.MeshSpec = etha_ray.MeshSpec((seat.ranks,), (seat.rank,))
         self._rendezvous: TCPStore | None = None
@@ -78,10 +80,11 @@ class Worker(ABC):
         return host, self._rendezvous.port
 
     def join(self, host: str, port: int) -> None:
-        """Form the side's gloo group and build this worker's part of the model. A collective."""
+        """Form the side's process group and build this worker's part of the model. A collective."""
         if self._rendezvous is None:
             self._rendezvous = TCPStore(host, port, is_master=False)
-        dist.init_process_group("gloo", store=self._rendezvous, rank=self.seat.rank, world_size=self.seat.ranks)
+        backend = "cpu:gloo,cuda:nccl" if self.seat.gpu else "gloo"
+        dist.init_process_group(backend, store=self._rendezvous, rank=self.seat.rank, world_size=self.seat.ranks)
         self.weights = self.build()
 
     def connect(self) -> None:
