@@ -120,7 +120,8 @@ class Accelerator(ABC):
         """
         memory = self.empty(data.nbytes)
         if data.nbytes:
-            memory.copy_(torch.from_numpy(np.ascontiguousarray(data).reshape(-1).view(np.uint8)))
+            with self.current().current():
+                memory.copy_(torch.from_numpy(np.ascontiguousarray(data).reshape(-1).view(np.uint8)))
         return memory
 
     @abstractmethod

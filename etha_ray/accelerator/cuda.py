@@ -75,6 +75,7 @@ class CudaAccelerator(Accelerator):
         self._device = torch.device("cuda", index)
         self._lock = threading.Lock()
         self._modules: dict[KernelSource, Any] = {}
+        self._functions: dict[Kernel, Any] = {}
         self._peers: dict[int, bool] = {index: True}
 
     @property
@@ -144,26 +145,30 @@ class CudaAccelerator(Accelerator):
 
     def load(self, kernel: Kernel) -> None:
         with self._cupy_errors(kernel):
-            self._module(kernel.source).get_function(kernel.name)
+            self._function(kernel)
 
     def launch(self, kernel: Kernel, blocks: int, arguments: Sequence[int | torch.Tensor], lane: Lane) -> None:
         values = tuple(np.int64(each.data_ptr() if isinstance(each, torch.Tensor) else each) for each in arguments)
         with self._cupy_errors(kernel) as cupy:
-            function = self._module(kernel.source).get_function(kernel.name)
+            function = self._function(kernel)
             with cupy.cuda.Stream.from_external(_Protocol(lane.pointer)):
                 function((blocks,), (kernel.threads,), values)
 
-    def _module(self, source: KernelSource) -> Any:
-        """The compiled source. This device is cupy's current one."""
+    def _function(self, kernel: Kernel) -> Any:
+        """``kernel`` as cupy has it, in the device's memory. This device is cupy's current one."""
         import cupy
 
         with self._lock:
-            module = self._modules.get(source)
-            if module is None:
-                module = cupy.RawModule(code=source.code, options=source.options, backend="nvrtc")
-                module.compile()
-                self._modules[source] = module
-            return module
+            function = self._functions.get(kernel)
+            if function is None:
+                module = self._modules.get(kernel.source)
+                if module is None:
+                    module = cupy.RawModule(code=kernel.source.code, options=kernel.source.options, backend="nvrtc")
+                    self._modules[kernel.source] = module
+                function = module.get_function(kernel.name)
+                _ = function.attributes  # asking for them is what compiles it
+                self._functions[kernel] = function
+            return function
 
     @contextlib.contextmanager
     def _cupy_errors(self, kernel: Kernel) -> Iterator[Any]:

@@ -1,4 +1,7 @@
-"""What every one-sided transport promises. A test class inherits `OneSidedTransportContract` and gives a `transport`."""
+"""What every one-sided transport promises. A test class inherits `OneSidedTransportContract` and gives a `transport`.
+
+Tensors are made on torch's default device, so a class may have them on a GPU; what they should be is worked out on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ CASTABLE, COMBINABLE = sorted(dtypes.CASTABLE, key=str), sorted(dtypes.COMBINABL
 
 def random_bytes(nbytes: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -43,18 +46,18 @@ def bits(tensor: torch.Tensor) -> bytes:
     """The tensor's elements, in order, as bytes."""
     width = tensor.dtype.itemsize
     as_int = tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[width])
-    return bytes(as_int.contiguous().numpy().tobytes())
+    return bytes(as_int.contiguous().cpu().numpy().tobytes())
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Small numbers, which every dtype casts to every other in the same way on any path of torch's."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(0, 11, shape, generator=generator) / 2
+    values = torch.randint(0, 11, shape, generator=generator, device="cpu") / 2
     if dtype.is_floating_point and dtype != torch.float8_e8m0fnu:
         values -= 2.25
     if dtype.is_complex:
         values = torch.complex(values, -values)
-    return cast(values, dtype)
+    return cast(values, dtype).to(torch.get_default_device())
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -64,6 +67,7 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """The same numbers; NaN is NaN, whatever its payload."""
     assert one.dtype == other.dtype
+    one, other = one.cpu(), other.cpu()
     if one.dtype.is_complex:
         one, other = torch.view_as_real(one), torch.view_as_real(other)
     if one.dtype.is_floating_point:
@@ -84,7 +88,7 @@ def combination(sources: tuple[torch.Tensor, ...], target: torch.Tensor, op: str
 def combined(sources: tuple[torch.Tensor, ...], op: str) -> torch.Tensor:
     """What all_reduce would make of them, by way of float64 where floats are added up: sums here are exact in either."""
     dtype = sources[0].dtype
-    wide = [cast(s, WIDE.get(dtype, dtype)) for s in sources]
+    wide = [cast(s.cpu(), WIDE.get(dtype, dtype)) for s in sources]
     total = functools.reduce(COMBINE[op], wide)
     if op == "avg":
         parts = torch.view_as_real(total) if total.dtype.is_complex else total
@@ -168,6 +172,8 @@ class OneSidedTransportContract:
     @pytest.mark.parametrize("lead", [1, 3, 8, 15])
     def test_odd_alignment(self, transport: OneSidedTransport, dtype: torch.dtype, lead: int) -> None:
         """Tensors at any byte, as in a packed file."""
+        if torch.get_default_device().type != "cpu":
+            pytest.skip("torch has such tensors on the CPU only")
         size = dtype.itemsize
         source_bytes = random_bytes(300_000 * size + lead).numpy()
         target_bytes = random_bytes(300_000 * size + 5, seed=1).numpy()

@@ -98,7 +98,7 @@ static __device__ float float_of(u32 bits) {
     return both.value;
 }
 
-// Every cast goes by way of float, as torch's do, and rounds to nearest, ties to even. A NaN stays one and keeps its sign.
+// Every cast goes by way of float, as torch's do, and rounds to nearest, ties to even. A NaN stays one.
 
 struct Float32 {
     typedef u32 Bits;

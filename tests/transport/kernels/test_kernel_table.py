@@ -1,4 +1,4 @@
-"""Tables of regions: what they come to, and that the kernel does with them what torch does."""
+"""Tables of regions: what copies come to."""
 
 from __future__ import annotations
 
@@ -7,78 +7,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from etha_ray.transport.kernels.source import CAST, COPY_REGIONS, DIMS, IN_PACKS, TILE
+from etha_ray.transport.kernels.source import CAST, DIMS, IN_PACKS, TILE
 from etha_ray.transport.kernels.table import REGION, Region, regions_of, table_of
 from tests.accelerator.host import HostAccelerator
-from tests.contracts.transport import bits, numbers, random_bytes, random_tensor
-
-PLAIN = [torch.uint8, torch.bool, torch.bfloat16, torch.float32, torch.float64, torch.complex128, torch.float8_e4m3fn]
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def moved(source: torch.Tensor, target: torch.Tensor) -> list[Region]:
-    """Runs the kernel; the regions that it was given."""
-    regions = regions_of(source, target)
-    assert regions is not None
-    rows, first = table_of(regions)
-    accelerator = HostAccelerator()
-    arguments = (accelerator.upload(rows), accelerator.upload(first), len(rows), int(first[-1]))
-    accelerator.launch(COPY_REGIONS, 2, arguments, accelerator.lane())
-    return regions
-
-
-@st.composite
-def views(draw: st.DrawFn, shape: list[int], dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A view of ``shape``, a random slice of a random permutation of its memory, and that memory."""
-    margins = [draw(st.tuples(st.sampled_from([0, 0, 1, 8]), st.sampled_from([0, 0, 2]), st.sampled_from([1, 1, 1, 2]))) for _ in shape]
-    order = draw(st.permutations(range(len(shape)))) if draw(st.booleans()) else list(range(len(shape)))
-    held = [before + size * step + after for size, (before, after, step) in zip(shape, margins, strict=True)]
-    memory = (numbers if dtype in FLOATS else random_tensor)(tuple(held[dim] for dim in order), dtype, seed)
-    view = memory.permute([order.index(dim) for dim in range(len(shape))])
-    for dim, (size, (before, _, step)) in enumerate(zip(shape, margins, strict=True)):
-        view = view.narrow(dim, before, size * step)[(slice(None),) * dim + (slice(None, None, step),)]
-    return view, memory
-
-
-SHAPES = st.lists(st.sampled_from([1, 2, 3, 4, 5, 8, 16, 33]), min_size=0, max_size=4)
-
-
-@settings(max_examples=250, deadline=None)
-@given(st.data(), SHAPES, st.sampled_from(PLAIN))
-def test_any_layouts(data: st.DataObject, shape: list[int], dtype: torch.dtype) -> None:
-    (source, _), (target, memory) = (data.draw(views(shape, dtype, seed)) for seed in (0, 1))
-    wanted = memory.clone()
-    wanted.as_strided(target.shape, target.stride(), target.storage_offset()).copy_(source)
-    regions = moved(source, target)
-    assert bits(memory) == bits(wanted)
-    assert sum(region.units << region.kind for region in regions) == source.nbytes
-    for region in regions:
-        width = 1 << region.kind
-        steps = [step for _, *both in region.dims for step in both]
-        assert all(place % width == 0 for place in (region.source, region.target, *steps))
-
-
-@settings(max_examples=250, deadline=None)
-@given(st.data(), SHAPES, st.sampled_from(FLOATS), st.sampled_from(FLOATS))
-def test_any_casts(data: st.DataObject, shape: list[int], one: torch.dtype, other: torch.dtype) -> None:
-    (source, _), (target, memory) = data.draw(views(shape, one, 0)), data.draw(views(shape, other, 1))
-    wanted = memory.clone()
-    wanted.as_strided(target.shape, target.stride(), target.storage_offset()).copy_(source)
-    moved(source, target)
-    assert bits(memory) == bits(wanted)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 5 * TILE))
-def test_bytes_at_any_address(lead: int, other: int, size: int) -> None:
-    source, target = random_bytes(6 * TILE), random_bytes(6 * TILE, 1)
-    wanted = target.clone()
-    wanted[other : other + size] = source[lead : lead + size]
-    moved(source[lead : lead + size], target[other : other + size])
-    assert torch.equal(target, wanted)
+from tests.contracts.transport import random_bytes
 
 
 def widths(source: torch.Tensor, target: torch.Tensor) -> list[int]:
