@@ -1,8 +1,8 @@
 """A transport within one host whose copies are looked at once more when they are done.
 
 Nothing travels there, so this is off unless asked for. Both ends are at hand, so no checksum is needed: source and target are
-compared, bit for bit, where the target is. What is cast or combined on its way has no bits in common with its sources, and is not
-compared.
+compared, bit for bit, where the target is. What is cast or combined on its way is computed once more, a part at a time, and compared
+with that; only a NaN may then be another one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 
 from etha_ray.errors import IntegrityError
 from etha_ray.transport.base import Capabilities, Copy, CopyProgram, OneSidedTransport
+from etha_ray.transport.computing import combine, valued
 from etha_ray.transport.cutting import as_bits, plain_pieces, slabs
 
 _PIECE_BYTES = 256 << 10
 _DEVICE_ELEMENTS = 16 << 20
+_COMPUTED_ELEMENTS = 1 << 20
 
 
 class CheckedTransport(OneSidedTransport):
@@ -51,7 +53,7 @@ class _CheckedProgram(CopyProgram):
         return self._program.nbytes
 
     def run(self) -> int:
-        """As in the interface. Raises `IntegrityError` when a target has other bits than its source."""
+        """As in the interface. Raises `IntegrityError` when a target does not hold what its sources make."""
         self._wrong = None
         count = self._program.run()
         wrong = _wrong(self._copies)
@@ -70,14 +72,18 @@ class _CheckedProgram(CopyProgram):
 
 
 def _wrong(copies: Sequence[Copy]) -> list[int]:
-    """The places of the plain copies whose target has other bits than its source."""
+    """The places of the copies whose target does not hold what its sources make."""
     wrong: list[int] = []
     places: list[int] = []
     found: list[torch.Tensor] = []
     for place, copy in enumerate(copies):
-        if not copy.is_plain or not copy.target.numel():
+        if not copy.target.numel():
             continue
-        if copy.target.device.type == copy.sources[0].device.type == "cpu":
+        if not copy.is_plain:
+            differences = computed_otherwise(copy)
+            places += [place] * len(differences)
+            found += differences
+        elif copy.target.device.type == copy.sources[0].device.type == "cpu":
             if not _equal(copy):
                 wrong.append(place)
         else:
@@ -99,6 +105,28 @@ def differing(target: torch.Tensor, source: torch.Tensor) -> list[torch.Tensor]:
         one, other = (_as_integers(each) for each in (ours, theirs.to(ours.device)))
         flags.append(one.ne(other).any())
     return flags
+
+
+def computed_otherwise(copy: Copy) -> list[torch.Tensor]:
+    """For parts of a target that is cast or combined, a truth value each on its device: whether it holds anything else."""
+    flags = []
+    for target, *sources in slabs((copy.target, *(valued(source, copy.target) for source in copy.sources)), _COMPUTED_ELEMENTS):
+        expected = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        if copy.op is None:
+            expected.copy_(sources[0])
+        else:
+            combine((expected, *sources), copy.op, copy.divisor)
+        flags.append(_other_values(expected, target).any())
+    return flags
+
+
+def _other_values(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    if one.is_complex():
+        one, other = torch.view_as_real(one), torch.view_as_real(other)
+    differ = as_bits(one).ne(as_bits(other))
+    if one.dtype.is_floating_point:  # as float32, for torch knows few things of the small ones
+        differ &= ~(one.float().isnan() & other.float().isnan())
+    return differ
 
 
 def _equal(copy: Copy) -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
 from etha_ray.errors import IntegrityError
-from etha_ray.transport import Copy, CopyProgram, MappedTransport
+from etha_ray.transport import Copy, CopyProgram, MappedTransport, OneSidedTransport
 from etha_ray.transport.checked import CheckedTransport, differing
 from etha_ray.transport.cutting import as_bits
 from etha_ray.transport.network import NetworkTransport, Read, RemoteRegion
-from tests.contracts.transport import bits, random_tensor
+from tests.contracts.transport import OneSidedTransportContract, bits, combination, numbers, random_tensor
 from tests.net.pair import SECRET, Pair, Relay
 
 SOURCES = {
@@ -86,6 +86,38 @@ def test_a_copy_that_went_wrong_is_noticed(dtype: torch.dtype) -> None:
         assert program.unfinished() == frozenset({1})
         inner.on = False
         assert program.run() == program.nbytes
+
+
+COMPUTED = [
+    ((torch.float32,), torch.bfloat16, None),
+    ((torch.bfloat16,), torch.float64, None),
+    ((torch.complex64,), torch.float16, None),
+    ((torch.bfloat16,) * 3, torch.bfloat16, "avg"),
+    ((torch.complex64,) * 2, torch.complex128, "sum"),
+    ((torch.int16,) * 2, torch.int16, "max"),
+]
+
+
+@pytest.mark.parametrize(("dtypes", "target_dtype", "op"), COMPUTED)
+def test_what_is_computed_is_computed_again(dtypes: tuple[torch.dtype, ...], target_dtype: torch.dtype, op: str | None) -> None:
+    with contextlib.closing(Flipping(1)) as inner:
+        sources = tuple(numbers((2000, 9), dtype, seed)[:, 2:7] for seed, dtype in enumerate(dtypes))
+        target = torch.zeros((2000, 5), dtype=target_dtype)
+        copy = Copy(sources, target) if op is None else combination(sources, target, op)
+        program = CheckedTransport(inner).prepare([copy])
+        with pytest.raises(IntegrityError, match="copy 0: what was copied"):
+            program.run()
+        inner.on = False
+        assert program.run() == program.nbytes
+
+
+class TestChecked(OneSidedTransportContract):
+    """No copy that went well is taken for one that did not."""
+
+    @pytest.fixture
+    def transport(self) -> Iterator[OneSidedTransport]:
+        with contextlib.closing(CheckedTransport(MappedTransport(threads=1))) as transport:
+            yield transport
 
 
 def test_a_nan_is_what_it_is() -> None:
