@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from etha_ray.config import agent_paths
+from etha_ray.cuda.gpus import see_only
 from etha_ray.errors import AgentBusyError, AgentFailedError, error_class
 from etha_ray.kvstore import create_store
 from etha_ray.kvstore.gcs import in_local_mode
@@ -47,7 +49,7 @@ class AgentActor:
         pool_size: int,
         settings: PoolSettings,
     ) -> None:
-        self._take_process(device)
+        ordinal = self._take_process(device)
         if rank == min(neighbours):
             remove_dead_agents(namespace, first_rank=pool_size)
         cores = len(os.sched_getaffinity(0))
@@ -57,6 +59,7 @@ class AgentActor:
             self._store,
             paths=agent_paths(rank, namespace),
             device=device,
+            ordinal=ordinal,
             threads=max(1, cores // len(neighbours)),
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             memory_budget=settings.memory_budget,
@@ -67,13 +70,11 @@ class AgentActor:
         )
         self._agent.start()
 
-    def _take_process(self, device: str) -> None:
-        """Set this process up for the agent alone."""
-        if device.startswith("cuda:"):
-            os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
-        import torch
-
+    def _take_process(self, device: str) -> int | None:
+        """Set this process up for the agent alone; what it calls its GPU then, if it has one."""
+        ordinal = see_only(device) if device.startswith("cuda:") else None
         torch.set_num_threads(1)  # the transport has threads of its own
+        return ordinal
 
     def health(self) -> bool:
         """Whether the agent's loop runs."""
@@ -106,8 +107,8 @@ class LocalAgentActor(AgentActor):
         except Exception as error:
             self._failure = error
 
-    def _take_process(self, device: str) -> None:
-        pass
+    def _take_process(self, device: str) -> int | None:
+        return None
 
     def health(self) -> bool:
         """Whether the agent's loop runs. Raises what kept it from being made."""

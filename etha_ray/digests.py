@@ -31,6 +31,7 @@ Sums: TypeAlias = "np.ndarray[Any, np.dtype[np.uint64]]"
 """Σh, Σh², and how many elements they are of. Those of parts are added."""
 
 _ELEMENTS = 32 << 10  # of which all that is computed stays in the cache
+_MOVED_ELEMENTS = 4 << 20  # that come from a GPU at a time
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # odd: no two indices are the same multiple of it
 _MIX = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)  # of MurmurHash3's 64-bit finaliser
 _SHIFT = np.uint64(33)
@@ -53,21 +54,35 @@ def owned(layout: Layout | Pieces, index: int, shape: Sequence[int]) -> list[Box
 
 
 def sums(tensor: torch.Tensor, shape: Sequence[int], owned_boxes: Sequence[Box]) -> Sums:
-    """What the boxes of a local ``tensor``, on the CPU and of any strides, add to the sums of a global one of ``shape``."""
+    """What the boxes of a local ``tensor``, on any device and of any strides, add to the sums of a global one of ``shape``.
+
+    What is on a GPU comes to the CPU a piece at a time, so that there is never a second tensor.
+    """
     total = np.zeros(3, dtype=np.uint64)
     bits = as_bits(tensor)
     if bits.is_complex():  # 16 bytes: two words for each element
         bits, shape = torch.view_as_real(bits).view(torch.int64), (*shape, 2)
         owned_boxes = [((*first, 0), (*at, 0), (*size, 2)) for first, at, size in owned_boxes]
-    words = bits.numpy().view(f"u{bits.itemsize}")
     # Memory that goes back at once: of the allocator's, each thread's arena would keep some.
-    scratch = np.frombuffer(mmap.mmap(-1, 2 * 8 * max(1, min(words.size, _ELEMENTS))), dtype=np.uint64).reshape(2, -1)
+    scratch = np.frombuffer(mmap.mmap(-1, 2 * 8 * max(1, min(bits.numel(), _ELEMENTS))), dtype=np.uint64).reshape(2, -1)
     with np.errstate(over="ignore"):
         for first, at, size in owned_boxes:
-            for start, part in boxes(size, _ELEMENTS):
-                local = tuple(slice(a + s, a + s + n) for a, s, n in zip(at, start, part, strict=True))
-                _add(total, words[local], [a + s for a, s in zip(first, start, strict=True)], shape, scratch)
+            for moved, piece in boxes(size, _MOVED_ELEMENTS):
+                words = bits[_slices(at, moved, piece)].cpu().numpy().view(f"u{bits.itemsize}")
+                begin = [a + s for a, s in zip(first, moved, strict=True)]
+                for start, part in boxes(piece, _ELEMENTS):
+                    _add(
+                        total,
+                        words[_slices(start, (0,) * len(part), part)],
+                        [a + s for a, s in zip(begin, start, strict=True)],
+                        shape,
+                        scratch,
+                    )
     return total
+
+
+def _slices(at: Sequence[int], start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a + s, a + s + n) for a, s, n in zip(at, start, size, strict=True))
 
 
 def digest(total: Sums, dtype: torch.dtype, shape: Sequence[int]) -> str:

@@ -96,9 +96,12 @@ def place_storages(storages: dict[int, torch.UntypedStorage], ordinal: int, owne
             allocations: dict[int, Segment] = {}
             for key, storage in storages.items():
                 name = owners[key]
-                place = CudaPlace(storage, ordinal, _segment(cuda, gpu, ranges[key], allocations, name))
-                if storage.nbytes():
-                    _places[storage.data_ptr(), storage.nbytes()] = place
+                where = storage.data_ptr(), storage.nbytes()
+                place = _places.get(where)
+                if place is None:
+                    place = CudaPlace(storage, ordinal, _segment(cuda, gpu, ranges[key], allocations, name))
+                    if storage.nbytes():
+                        _places[where] = place
                 found[key] = place
     except DriverError as error:
         raise MemoryHandleError(f"{name}: CUDA's driver does not say where it is ({error})") from error

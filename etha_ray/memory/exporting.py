@@ -39,6 +39,8 @@ class ExportedTensors:
 
     def __init__(self, handles: Sequence[TensorHandle], storages: Sequence[torch.UntypedStorage], places: Sequence[CudaPlace] = ()) -> None:
         self.handles = list(handles)
+        self.gpu = places[0].ordinal if places else None
+        """Which GPU of this process, as it counts them, some of the tensors are on; None if all are on the CPU."""
         self._storages = list(storages)
         self._places = list(places)
 

@@ -32,6 +32,7 @@ from etha_ray.config import (
     check_transport,
     worker_environment,
 )
+from etha_ray.cuda.gpus import see_only
 from etha_ray.errors import AgentBusyError, ConfigError, StoreError
 from etha_ray.kvstore import KVStore, create_store
 from etha_ray.kvstore.lease import Lease
@@ -43,6 +44,7 @@ from etha_ray.tensor_bus.host import HostNonce, host_identity
 from etha_ray.tensor_bus.jobs import Job, Jobs
 from etha_ray.tensor_bus.leftovers import leave_folder, lives
 from etha_ray.tensor_bus.network import AgentNetwork, address_towards
+from etha_ray.tensor_bus.pinned import Pinned
 from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
 from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.service import BusService
@@ -50,7 +52,6 @@ from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.ways import Ways
 from etha_ray.transport.base import OneSidedTransport
 from etha_ray.transport.checked import CheckedTransport
-from etha_ray.transport.mapped import MappedTransport
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,10 @@ class TensorBusAgent:
         rank: this agent's rank in its pool.
         store: where agents find one another. Stays the caller's to close.
         paths: command queue and state file; by default those of ``rank`` in the default namespace.
-        device: what it is pinned to, "cpu".
+        device: what it is pinned to: "cpu", or "cuda:N", N being the node's own number of the GPU.
+        ordinal: what this process calls that GPU; by default N. 0 where it sees no other.
         threads: threads that copy; by default all cores of this process.
-        mapped: what moves bytes on this host, instead of a `MappedTransport` of ``threads``. Closed with the agent.
+        mapped: what moves bytes on this host, instead of what suits the device (`pinned`). Closed with the agent.
         transport: how it reads what others hold. "auto": mapped from memory where they share it, else over the network. "mapped", "nccl"
             or "tcp" are that way alone, also within one host; what cannot go so fails with `NoTransportError` when it is registered.
         host: the address of this host that agents of other hosts connect to; without one, only this host's agents are reached.
@@ -91,6 +93,7 @@ class TensorBusAgent:
         *,
         paths: AgentPaths | None = None,
         device: str = "cpu",
+        ordinal: int | None = None,
         threads: int | None = None,
         mapped: OneSidedTransport | None = None,
         transport: str = "auto",
@@ -103,6 +106,7 @@ class TensorBusAgent:
         self.rank = rank
         check_integrity(integrity)
         check_transport(transport)
+        pinned = Pinned.to(device, ordinal)
         self.paths = paths or agent_paths(rank)
         self._store = store
         self._stopping = threading.Event()
@@ -133,6 +137,8 @@ class TensorBusAgent:
                 device=device,
                 address="" if self._network is None else self._network.address,
                 restarts=restarts,
+                gpu=pinned.gpu,
+                trouble=pinned.trouble,
             )
             self._state = _claim_state(self.record)
             undo.callback(self._state.close, destroy=True)
@@ -140,9 +146,9 @@ class TensorBusAgent:
             self._queue = CommandQueue(self.paths.command_queue)
             undo.callback(self._queue.close, destroy=True)
             self._jobs = Jobs(self._queue.wake)
-            mapped = mapped or MappedTransport(threads or len(os.sched_getaffinity(0)))
+            mapped = mapped or pinned.transport(threads or len(os.sched_getaffinity(0)))
             self._mapped = CheckedTransport(mapped) if integrity == "on" else mapped
-            ways = Ways(self._mapped, None if self._network is None else self._network.transport, transport)
+            ways = Ways(self._mapped, None if self._network is None else self._network.transport, transport, pinned.ordinal)
             self._service = BusService(self.record, store, self._state, self._jobs, ways, self._network, self._history)
             self._queue.on_corrupt = self._service.handle_corrupt
             if self._network is not None:
@@ -198,10 +204,11 @@ class TensorBusAgent:
         return not self._stopping.is_set()
 
     def describe(self) -> dict[str, Any]:
-        """Rank, device, pid, host and paths, and counts of what it serves. From any thread."""
+        """Rank, device, the UUID of its GPU, pid, host and paths, and counts of what it serves. From any thread."""
         return {
             "rank": self.rank,
             "device": self.record.device,
+            "gpu": self.record.gpu,
             "pid": self.record.pid,
             "hostname": self.record.hostname,
             "state": "running" if self.running else "stopped",
@@ -369,6 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
         store,
         paths=paths,
         device=options.device,
+        ordinal=see_only(options.device) if options.device.startswith("cuda:") else None,
         threads=options.threads,
         host=options.host or address_towards(url),
         memory_budget=options.memory_budget,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from etha_ray.errors import (
     AgentFailedError,
@@ -80,6 +81,7 @@ class Batch:
     used: int = 0
     transfer: UnderWay | None = None
     holding: Holding = field(default_factory=Holding)
+    mark: bytes = b""
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -108,7 +110,20 @@ class Batch:
         if command.transfer_type == "send":
             transfer.version = self.holding.next_send(self.batch_id, command.version, self.used)
         self.transfer = transfer
+        if command.mark:
+            self.mark = command.mark
+            transfer.held = self.bus.when_passed(command.mark, partial(self._passed, transfer))
         self.advance()
+
+    def _passed(self, transfer: UnderWay, job: Job[None]) -> None:
+        """Its worker's GPU has come to where the transfer was asked for."""
+        if transfer.held is not job:
+            return  # it is over
+        transfer.held = None
+        if job.error is None:
+            self.advance()
+        else:
+            self.finish(job.error)
 
     def number(self, transfer: UnderWay) -> None:
         """A send is announced for the first time: its number, if it is counted, is settled now, and never counted again."""
@@ -293,7 +308,7 @@ class Batch:
     def advance(self) -> None:
         """Take the transfer under way as far as it goes now."""
         transfer = self.transfer
-        if transfer is None or self.state not in (BatchState.READY, BatchState.LOST):
+        if transfer is None or transfer.held is not None or self.state not in (BatchState.READY, BatchState.LOST):
             return  # LOST: a transfer that does not need the lost member goes on
         if transfer.state is TransferState.BLOCKED:
             if self.state is BatchState.LOST and not self.losing.can_do_without(transfer.command.transfer_type):
@@ -312,6 +327,9 @@ class Batch:
         """The transfer under way is over: its worker is answered. From this class and the two sides of the batch only."""
         transfer = self.transfer
         assert transfer is not None
+        if transfer.held is not None:
+            transfer.held.cancellation.cancel("the transfer is over")
+            transfer.held = None
         self.receiving.over(received=error is None and transfer.command.transfer_type == "recv")
         self.transfer = None
         transfer.state, transfer.seconds = TransferState.OVER, time.monotonic() - transfer.started
@@ -399,6 +417,8 @@ class Batch:
         if self.state is not BatchState.CLOSED or self.transfer is not None or self.job is not None:
             return
         self.registered.close()
+        if self.mark:
+            self.bus.forget_mark(self.mark)
         callbacks, self.closing = self.closing, []
         for callback in callbacks:
             callback()

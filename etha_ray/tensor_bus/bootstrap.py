@@ -28,6 +28,7 @@ class BootstrapInfo:
         command_queue_path, state_path: the agent's LMDB files.
         method: "direct" (AGENT_RANK), "offset" (LOCAL_RANK + AGENT_RANK_OFFSET) or "ray" (the agent of this node and device).
         device: the agent's device, such as "cpu" or "cuda:0".
+        gpu: UUID of the agent's GPU; empty if it has none, or cannot use it.
     """
 
     agent_rank: int
@@ -37,6 +38,7 @@ class BootstrapInfo:
     state_path: str
     method: Literal["direct", "offset", "ray"]
     device: str = "cpu"
+    gpu: str = ""
 
 
 def setup_ptrace() -> None:
@@ -90,6 +92,7 @@ def bootstrap_client(
         state_path=paths.state,
         method=method,
         device=client.device,
+        gpu=client.gpu,
     )
     return client, info
 

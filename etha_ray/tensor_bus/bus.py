@@ -43,6 +43,12 @@ class Bus(Protocol):
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         """Run a program beside the loop."""
 
+    def when_passed(self, mark: bytes, done: Callable[[Job[None]], None]) -> Job[None]:
+        """Wait beside the loop until a worker's GPU has passed a mark."""
+
+    def forget_mark(self, mark: bytes) -> None:
+        """Nothing waits for this mark again."""
+
     def note(self, past: PastTransfer) -> None:
         """A transfer is over."""
 

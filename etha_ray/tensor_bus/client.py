@@ -15,6 +15,7 @@ import posix_ipc
 import torch
 
 from etha_ray.config import FAILURE_TIMEOUT, agent_paths, check_timeout, worker_environment
+from etha_ray.cuda.marks import Mark, settle
 from etha_ray.errors import (
     AgentDiedError,
     BatchClosedError,
@@ -26,7 +27,7 @@ from etha_ray.errors import (
     UnknownPairError,
 )
 from etha_ray.layout import Layout, MeshSpec
-from etha_ray.memory import ExportedTensors, encode_handle, export_tensors
+from etha_ray.memory import ExportedTensors, ForAgent, encode_handle, export_tensors
 from etha_ray.replica import Replica
 from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.commands import (
@@ -64,13 +65,15 @@ _AT_ONCE = 0.1
 
 
 class _Batch:
-    """What the client keeps of a registered batch: the memory it exported, and the registration's reply until it is read.
+    """What the client keeps of a registered batch: the memory it exported, its mark on the GPU, and the registration's reply until it is
+    read.
 
     ``timed``: the agent ends the registration when its time is up; otherwise it goes on until the batch is closed.
     """
 
     def __init__(self, exported: ExportedTensors, registration: Reply, *, timed: bool) -> None:
         self.exported = exported
+        self.mark = None if exported.gpu is None else Mark(exported.gpu)
         self.registration: Reply | None = registration
         self.timed = timed
 
@@ -115,7 +118,8 @@ class TensorBusClient:
         self.client_id = self._connection.client_id
         self.command_queue = self._connection.queue
         self.state_env, self.state_db = self._connection.state.env, self._connection.state.db
-        self.device = self._connection.watch.record.device
+        record = self._connection.watch.record
+        self.device, self.gpu = record.device, record.gpu
         self._finalizer = weakref.finalize(self, self._connection.leave)
         # A process that ends without `close` has not left by choice, and its agent will find it dead.
         self._finalizer.atexit = False
@@ -236,7 +240,7 @@ class TensorBusClient:
                     known = sorted(self._pairs) or "none"
                     raise UnknownPairError(f"{label}: pair {pair_name!r} is not known here; call init_pair first. Known pairs: {known}")
                 parts.append(described(label, thing, pair_name, *self._pairs[pair_name]))
-            exported = export_tensors([tensor for tensor, _, _ in parts], labels=labels)
+            exported = export_tensors([tensor for tensor, _, _ in parts], labels, self.for_agent)
             entries = [
                 (pair_name, RegisteredTensor(encode_handle(handle), whole, offsets, allow_lossy).encode())
                 for (_, pair_name), (_, whole, offsets), handle in zip(tensors, parts, exported.handles, strict=True)
@@ -261,7 +265,8 @@ class TensorBusClient:
         """Transfer all tensors of a batch; completes when both sides have called it and the bytes have moved.
 
         A "send" is over when every receiver has taken the data, and its tensors must not be written before; the tensors of
-        a "recv" hold the new data when it is over.
+        a "recv" hold the new data when it is over. Of tensors on a GPU, what was launched on this thread's current stream before is
+        done first, on either side, and this call does not wait for it.
 
         Args:
             batch_id: a registered batch.
@@ -303,6 +308,8 @@ class TensorBusClient:
         if batch.registration is not None and self._answered(batch.registration):
             self._wait_registered(batch_id, timeout)  # raises what made the registration fail
         command = Transfer(batch_id=batch_id, transfer_type=transfer_type, atomic=atomic)
+        if batch.mark is not None:
+            command.mark = batch.mark.set()
         if version is not None:
             command.version = check_version(version)
         reply = self._connection.prepare(command, "transfer", batch_id, timeout if blocking else None)
@@ -384,6 +391,12 @@ class TensorBusClient:
         state = "closed" if self._connection.closed else f"batches={sorted(self._batches)}"
         return f"TensorBusClient(agent_rank={self.agent_rank}, {state})"
 
+    @property
+    def for_agent(self) -> ForAgent:
+        """Who opens this worker's memory, as `export_tensors` wants to know it."""
+        record = self._connection.watch.record
+        return ForAgent(record.device, record.gpu, record.trouble)
+
     # ------------------------------------------------------------------------------------------------ batches
 
     def _holding(self, batch_id: str) -> Holding:
@@ -393,7 +406,9 @@ class TensorBusClient:
 
     def _digest(self, batch_id: str, timeout: float | None) -> list[str]:
         check_timeout(timeout)
-        self._known(batch_id)
+        batch = self._known(batch_id)
+        if batch.exported.gpu is not None:
+            settle(batch.exported.gpu)  # the call blocks anyway, until all ranks have asked
         command, cancel = MakeDigest(batch_id=batch_id), CancelTransfer(batch_id=batch_id)
         return list(self._connection.call(command, "make_digest", batch_id, timeout, list[str], cancel))
 

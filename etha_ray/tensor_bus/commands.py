@@ -69,12 +69,14 @@ class Transfer(BaseCommand):
     """Run this side ("send" or "recv") of a registered batch.
 
     version: what a sender calls what it sends; None to count on. atomic: a receiver's tensors hold what they held until all is there.
+    mark: what the worker's GPU has to come to before its tensors are read or written (`etha_ray.cuda.marks`); empty without one.
     """
 
     batch_id: str
     transfer_type: Literal["send", "recv"]
     version: Version | None = None
     atomic: bool = False
+    mark: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
 
 
 class RegisterTensors(BaseCommand):

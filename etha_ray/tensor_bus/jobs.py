@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -97,6 +98,8 @@ class Jobs:
                 job.value = function(job.cancellation)
             except BaseException as error:  # whatever it is, the loop answers whoever waits with it
                 job.error = error
+                # Its traceback refers to the job, and would keep what the job had opened until Python collects both.
+                traceback.clear_frames(error.__traceback__)
             self.post(lambda: done(job))  # before the thread counts as ended: `close` looks for results after that
             self._threads.discard(threading.current_thread())
 

@@ -39,7 +39,8 @@ class AgentRecord(msgspec.Struct, frozen=True):
 
     ``incarnation`` differs after each start. ``host`` groups agents that may share memory; ``nonce_path`` and ``nonce`` let
     another agent check that they really do. ``address`` is where agents of other hosts connect to; empty if they cannot.
-    ``restarts``: somebody starts it again if it dies.
+    ``restarts``: somebody starts it again if it dies. ``gpu`` is the UUID of its GPU; empty if it has none, or cannot use the one
+    that ``device`` is, and ``trouble`` says why.
     """
 
     rank: int
@@ -55,6 +56,8 @@ class AgentRecord(msgspec.Struct, frozen=True):
     device: str
     address: str = ""
     restarts: bool = False
+    gpu: str = ""
+    trouble: str = ""
 
 
 class MemberRecord(msgspec.Struct, frozen=True):

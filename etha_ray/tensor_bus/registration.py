@@ -185,7 +185,7 @@ class Registration:
     def _open_own(self, grouped: dict[str, list[RegisteredTensor]], result: Registered) -> dict[str, list[torch.Tensor]]:
         labels = [f"tensor {position} of batch {self._request.batch_id!r}" for position in range(len(self._request.tensors))]
         handles = [decode_handle(tensor.handle) for tensors in grouped.values() for tensor in tensors]
-        opened = open_tensors(handles, labels=labels)
+        opened = open_tensors(handles, labels=labels, gpu=self._ways.gpu)
         result.opened.append(opened)
         tensors = iter(opened.tensors)
         own = {name: [next(tensors) for _ in entries] for name, entries in grouped.items()}

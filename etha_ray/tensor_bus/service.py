@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from etha_ray.cuda.marks import MarksOfOthers
 from etha_ray.errors import (
     BatchClosedError,
     EthaRayError,
@@ -20,6 +21,7 @@ from etha_ray.errors import (
     TransferCancelledError,
     TransferInProgressError,
     UnknownBatchError,
+    WrongDeviceError,
 )
 from etha_ray.kvstore import KVStore
 from etha_ray.tensor_bus.batch import Batch
@@ -60,7 +62,7 @@ from etha_ray.tensor_bus.commands import (
     Withdraw,
 )
 from etha_ray.tensor_bus.history import History, PastTransfer
-from etha_ray.tensor_bus.jobs import Job, Jobs
+from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.network import AgentNetwork
@@ -82,6 +84,9 @@ logger = logging.getLogger(__name__)
 
 _MOVERS = 8
 """Transfers that may copy at the same time; each uses the transport's threads."""
+
+_FIRST_LOOK, _LAST_LOOK = 20e-6, 1e-3
+"""Seconds between two looks at a GPU that is waited for, at first and at last."""
 
 
 class BusService:
@@ -122,6 +127,7 @@ class BusService:
         self._notices = Notices(record, store, jobs, self._outcomes, self._journal)
         self._replicas = Replicas(store, jobs, self._outcomes)
         self._batches = Batches(self, store, state, ways, jobs, self._links, self._journal, self._replicas)
+        self._marks = None if ways.gpu is None else MarksOfOthers(ways.gpu)
         self._timed: dict[int, Batch] = {}
         self._handlers: dict[type[BaseCommand], Callable[[Any], None]] = {
             Ping: self._outcomes.ok,
@@ -281,6 +287,25 @@ class BusService:
             self._jobs.post(partial(done, job))
 
         self._movers.submit(run)
+
+    def when_passed(self, mark: bytes, done: Callable[[Job[None]], None]) -> Job[None]:
+        """Wait beside the loop until a worker's GPU has passed a mark."""
+        marks = self._marks
+
+        def wait(cancellation: Cancellation) -> None:
+            if marks is None:
+                raise WrongDeviceError(f"agent {self.record.rank} is on {self.record.device}, and its worker sends from a GPU")
+            pause = _FIRST_LOOK
+            while not marks.passed(mark):
+                cancellation.pause(pause)
+                pause = min(1.5 * pause, _LAST_LOOK)
+
+        return self._jobs.start("wait for a GPU", wait, done)
+
+    def forget_mark(self, mark: bytes) -> None:
+        """Nothing waits for this mark again."""
+        if self._marks is not None:
+            self._marks.forget(mark)
 
     def note(self, past: PastTransfer) -> None:
         """A transfer is over."""

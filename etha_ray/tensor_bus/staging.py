@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -24,21 +25,34 @@ class Staging:
     """
 
     def __init__(self, fed: Sequence[Fed], prepare: Prepare) -> None:
-        self._inflows, self._prepare = [each.inflow for each in fed], prepare
-        self._memory: dict[int, torch.Tensor] = {}
+        memory = _SecondMemory()
+        self.read = Feed(fed, memory.within, prepare)
+        self.swap: CopyProgram = _AtFirstRun(partial(_swap, [each.inflow for each in fed], memory, prepare))
+
+
+class _SecondMemory:
+    """As large as the tensors, and on their devices. Nothing of it refers to who uses it: it goes with the batch, and not at some later
+    time when Python collects what refers to itself."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
-        self.read = Feed(fed, self._staged, prepare)
-        self.swap: CopyProgram = _AtFirstRun(self._prepare_swap)
 
-    def _staged(self, inflow: Inflow) -> torch.Tensor:
+    def of(self, inflow: Inflow) -> torch.Tensor:
+        """For the whole tensor of an inflow."""
         with self._lock:  # several programs of a feed may be prepared at a time
-            if inflow.place not in self._memory:
-                self._memory[inflow.place] = torch.empty(inflow.tensor.shape, dtype=inflow.tensor.dtype)
-            return inflow.within(self._memory[inflow.place])
+            if inflow.place not in self._tensors:
+                self._tensors[inflow.place] = torch.empty_like(inflow.tensor, memory_format=torch.contiguous_format)
+            return self._tensors[inflow.place]
 
-    def _prepare_swap(self) -> CopyProgram:
-        tensors = {inflow.place: inflow.tensor for inflow in self._inflows}
-        return self._prepare([Move((self._memory[place],), tensor) for place, tensor in tensors.items()])
+    def within(self, inflow: Inflow) -> torch.Tensor:
+        """For what an inflow fills."""
+        return inflow.within(self.of(inflow))
+
+
+def _swap(inflows: Sequence[Inflow], memory: _SecondMemory, prepare: Prepare) -> CopyProgram:
+    tensors = {inflow.place: inflow for inflow in inflows}
+    return prepare([Move((memory.of(inflow),), inflow.tensor) for inflow in tensors.values()])
 
 
 class _AtFirstRun(CopyProgram):

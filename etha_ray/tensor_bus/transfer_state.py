@@ -7,7 +7,8 @@ States::
                           ▲           │         │  │        ▲
                (atomic)   └───────────┴─────────┘  └──► SWAPPING
 
-BLOCKED until the batch is READY, and OVER then if the sides cannot send that way; WAITING until every sender has announced, and
+BLOCKED until the batch is READY and the worker's GPU has done what was launched before, and OVER then if the sides cannot send that
+way; WAITING until every sender has announced, and
 relays have some of what is read through them; MOVING while a thread copies, or more is to come from a relay; ASKING until every sender
 on another host, and every relay, has said that what was read still stood then. What a relay did not keep is read from the senders,
 MOVING again. An atomic receive waits again if what it read did not stand, and is SWAPPING while what it read is copied into the tensors.
@@ -26,6 +27,7 @@ from etha_ray.errors import EthaRayError, IntegrityError
 from etha_ray.report import Span, TransferReport
 from etha_ray.tensor_bus.commands import Transfer
 from etha_ray.tensor_bus.history import Flow, PastTransfer
+from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.versions import Announced
 from etha_ray.transport.base import CopyProgram
@@ -55,6 +57,7 @@ class UnderWay:
     while bytes moved, and ``lost`` why there is nothing more to wait for. ``stage`` is the one of its feed that moves, or is next,
     and ``moves`` whether one does. ``through`` are the relays that were read from and have not said that it stood, and ``relayed``
     those that have. ``failed``: a reading whose bytes did not match their checksums, while senders are asked whether they stood.
+    ``held``: what waits for the worker's GPU.
     """
 
     command: Transfer
@@ -80,6 +83,7 @@ class UnderWay:
     through: set[str] = field(default_factory=set)
     relayed: set[str] = field(default_factory=set)
     failed: tuple[CopyProgram, IntegrityError] | None = None
+    held: Job[None] | None = None
 
     @property
     def send(self) -> str:
@@ -165,6 +169,8 @@ class UnderWay:
 
     def waits_for(self, registered: Registered, announced: Container[str]) -> str:
         """Whom it waits for, in words; empty while bytes move."""
+        if self.held is not None:
+            return "its worker's GPU has not done what was launched before it"
         if self.state is TransferState.BLOCKED:
             return "the other side has not registered the batch"
         if self.state is TransferState.ANNOUNCED:

@@ -33,11 +33,13 @@ _tables: Decoder[dict[str, list[bytes]]] = Decoder(dict[str, list[bytes]])
 
 @dataclass(frozen=True)
 class Ways:
-    """What moves bytes to this agent: on this host, and between hosts if it has an address there. ``choice``: see `config.TRANSPORTS`."""
+    """What moves bytes to this agent: on this host, and between hosts if it has an address there. ``choice``: see `config.TRANSPORTS`.
+    ``gpu``: which GPU of this process memory of GPUs is mapped for, if it has one."""
 
     mapped: OneSidedTransport
     network: NetworkTransport | None
     choice: str = "auto"
+    gpu: int | None = None
     _unmapped: set[str] = field(default_factory=set)
 
     def afresh(self) -> Ways:
@@ -58,7 +60,7 @@ class Ways:
         if not self.is_mapped(member.agent):
             return None
         try:
-            return _mapped(member, registration, part, positions)
+            return _mapped(member, registration, part, positions, self.gpu)
         except HandleExpiredError:
             raise
         except MemoryHandleError as error:
@@ -104,7 +106,7 @@ def _where(part: Part) -> str:
     return f"batch {part.batch_id!r}, pair {part.pair_name!r}"
 
 
-def _mapped(member: MemberRecord, registration: str, part: Part, positions: Sequence[int]) -> OpenedTensors:
+def _mapped(member: MemberRecord, registration: str, part: Part, positions: Sequence[int], gpu: int | None) -> OpenedTensors:
     """Its agent's state file has their handles."""
     try:
         state = StateFile(member.agent.state_path)
@@ -129,4 +131,4 @@ def _mapped(member: MemberRecord, registration: str, part: Part, positions: Sequ
             " another program, or another version of etha_ray, writes to its state file"
         ) from error
     labels = [f"tensor {position} of batch {part.batch_id!r} from {member.peer!r}" for position in positions]
-    return open_tensors(handles, labels=labels)
+    return open_tensors(handles, labels=labels, gpu=gpu)

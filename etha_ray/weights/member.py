@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from etha_ray.config import check_name
+from etha_ray.cuda.marks import settle
 from etha_ray.errors import EthaRayError, NotShareableError
 from etha_ray.layout import MeshSpec
 from etha_ray.memory import ExportedTensors, export_tensors
@@ -81,7 +82,7 @@ class Member:
         self.client = bootstrap_client()[0] if given.client is None else given.client
         # Here, on the caller's thread, and once: nobody else writes to the tensors while they are moved to shared memory.
         try:
-            self._exported = export_tensors(list(self.tensors.values()), [repr(one.own) for one in crossing])
+            self._exported = export_tensors(list(self.tensors.values()), [repr(one.own) for one in crossing], self.client.for_agent)
             logger.info("weights %r: %s in %d tensors", self.name, format_bytes(self._exported.nbytes), len(self.tensors))
             self._places = {key: self._place(key) for key in self.tensors}
             self.address = AgentAddress.of(self.client)
@@ -97,6 +98,11 @@ class Member:
         notice = Notice(secrets.token_hex(8), self.seat.size, fingerprint(self._table))
         self.board.announce(self._slot, encode_notice(notice), body=self._table)
         self._announced = True
+
+    def settle(self) -> None:
+        """Wait until what this thread's current stream was given has written the tensors that are on a GPU: other threads send them."""
+        if self._exported is not None and self._exported.gpu is not None:
+            settle(self._exported.gpu)
 
     def check_unmoved(self) -> None:
         """Raise `NotShareableError` if a tensor has other memory than when it was published: its new values would not cross."""

@@ -100,6 +100,7 @@ class Publisher:
         if not self._pushing.acquire(blocking=False):
             raise TransferInProgressError(f"weights {self.name!r}: a push is under way; wait for it before the next")
         try:
+            self._member.settle()
             return self._push(version, deadline_in(timeout), timeout)
         finally:
             self._pushing.release()
@@ -108,6 +109,7 @@ class Publisher:
         """`push` on a thread of its own, for a process that is sender and receiver at once: ``result()`` of what it returns is its
         report, or raises. The weights must not be written to until then."""
         self._check_version(version)
+        self._member.settle()
         return in_background("push", lambda: self.push(version, timeout))
 
     def close(self) -> None:

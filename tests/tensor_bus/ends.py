@@ -51,6 +51,7 @@ class Bus:
         self.held: list[Holding] = []
         self.received_versions: list[int] = []
         self.dead: dict[str, str] = {}
+        self.marks: list[tuple[Job[None], Callable[[Job[None]], None]]] = []
 
     def tell(self, agent: AgentRecord, message: Message) -> None:
         self.said.append(message)
@@ -67,6 +68,13 @@ class Bus:
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         self.moves.append(done)
         self.programs.append(program)
+
+    def when_passed(self, mark: bytes, done: Callable[[Job[None]], None]) -> Job[None]:
+        self.marks.append((Job(), done))
+        return self.marks[-1][0]
+
+    def forget_mark(self, mark: bytes) -> None:
+        self.marks.clear()
 
     def note(self, past: PastTransfer) -> None:
         self.past.append(past)

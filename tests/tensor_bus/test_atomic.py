@@ -12,6 +12,7 @@ import torch
 import etha_ray.tensor_bus.agent as module
 from etha_ray.config import AgentPaths
 from etha_ray.errors import AgentDiedError, BatchClosedError, BatchTornError, ConfigError, PeerLostError, TransferTimeoutError
+from etha_ray.tensor_bus import pinned
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.testing import eventually, succeed
@@ -191,7 +192,7 @@ _STOPS = {0: 0, 1: 2, 2: 2, 3: 3}
 def stuck_agent(arguments: list[str]) -> None:
     """An agent that stands still for good in one of its runs, in the midst of the copy."""
     rank = int(arguments[arguments.index("--rank") + 1])
-    module.MappedTransport = lambda _: Stopping(_STOPS[rank])  # type: ignore[assignment, misc]
+    pinned.MappedTransport = lambda _: Stopping(_STOPS[rank])  # type: ignore[assignment, misc]
     module.main(arguments)
 
 

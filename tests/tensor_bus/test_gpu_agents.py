@@ -1,0 +1,267 @@
+"""Agents on GPUs, and workers with tensors there. The GPUs are of the host's memory (`tests/cuda/fake.py`), all else is real."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from etha_ray.cuda import driver, marks
+from etha_ray.errors import ConfigError, PeerLostError, TransferError, TransferTimeoutError, WrongDeviceError
+from etha_ray.tensor_bus import client as client_room
+from etha_ray.tensor_bus.agent import TensorBusAgent
+from etha_ray.testing import succeed
+from etha_ray.transport.mapped import MappedTransport
+from tests.cuda.fake import FakeGpus, install, library, uuid
+from tests.tensor_bus.cluster import LONG, LocalCluster, Worker
+from tests.tensor_bus.cluster import connect as connect_worker
+
+
+class FakeMark:
+    """Passed when the test says so."""
+
+    made: list[FakeMark] = []  # noqa: RUF012
+
+    def __init__(self, ordinal: int) -> None:
+        self.ordinal, self.done, self.set_times = ordinal, True, 0
+        self.error: Exception | None = None
+        self.made.append(self)
+        self._handle = len(self.made).to_bytes(8, "little")
+
+    def set(self) -> bytes:
+        self.set_times += 1
+        marks._own[self._handle] = self  # type: ignore[assignment]
+        return self._handle
+
+    def passed(self) -> bool:
+        if self.error is not None:
+            raise self.error
+        return self.done
+
+
+def mark_on(ordinal: int) -> FakeMark:
+    (found,) = (mark for mark in FakeMark.made if mark.ordinal == ordinal)
+    return found
+
+
+class GpuCluster(LocalCluster):
+    """Agents on GPUs 0 and 1 of the host, which this process sees both."""
+
+    def start_agent(self, rank: int, mapped: Any = None, threads: int = 1) -> TensorBusAgent:
+        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], device=f"cuda:{rank}", mapped=mapped or MappedTransport(threads))
+        agent.start()
+        return agent
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
+    monkeypatch.setenv("FAKE_CUDA_DEVICES", "")
+    monkeypatch.setattr(driver, "_driver", None)
+    monkeypatch.setattr(client_room, "Mark", FakeMark)
+    monkeypatch.setattr(client_room, "settle", lambda ordinal: None)
+    monkeypatch.setattr(FakeMark, "made", [])
+    monkeypatch.setattr(marks, "_own", weakref.WeakValueDictionary())
+    return install("0,1", patch=monkeypatch.setattr)
+
+
+@pytest.fixture
+def cluster(gpus: FakeGpus) -> Iterator[GpuCluster]:
+    with GpuCluster(2) as cluster:
+        yield cluster
+    assert gpus.held == 0
+
+
+def transferred(first: Any, second: Any, **more: Any) -> None:
+    succeed(
+        lambda: first.transfer("send", blocking=True, timeout=LONG),
+        lambda: second.transfer("recv", blocking=True, timeout=LONG, **more),
+    )
+
+
+def test_a_tensor_crosses_from_gpu_to_gpu(gpus: FakeGpus, cluster: GpuCluster) -> None:
+    source, target = gpus.empty(30, 40).copy_(torch.randn(30, 40)), gpus.empty(30, 40, dtype=torch.bfloat16, ordinal=1).zero_()
+    first, second, _, _ = cluster.batch(source, target)
+    transferred(first, second)
+    assert torch.equal(target, source.bfloat16())
+    assert first.client.gpu == uuid(0)
+    assert cluster.agents[1].describe()["gpu"] == uuid(1)
+
+
+def test_atomically_and_with_digests(gpus: FakeGpus, cluster: GpuCluster) -> None:
+    source, target = gpus.empty(300).copy_(torch.randn(300)), gpus.empty(300, ordinal=1).zero_()
+    first, second, _, _ = cluster.batch(source, target)
+    transferred(first, second, atomic=True)
+    assert torch.equal(target, source)
+    assert first.digest() == second.digest()
+
+
+def test_a_cpu_tensor_beside_a_gpu_agent(gpus: FakeGpus, cluster: GpuCluster) -> None:
+    first, second, source, target = cluster.batch()
+    transferred(first, second)
+    assert torch.equal(source, target)
+    assert FakeMark.made == []
+
+
+class TestWrongDevice:
+    def test_another_gpu_than_the_agents(self, gpus: FakeGpus, cluster: GpuCluster) -> None:
+        one, _ = cluster.pair()
+        with pytest.raises(
+            WrongDeviceError, match=rf"tensor 0 of batch 'x' is a cuda:1 tensor \({uuid(1)}\).*agent is on cuda:0 .*{uuid(0)}"
+        ):
+            one.register_tensors("x", [(gpus.empty(3, ordinal=1), "pair")])
+
+    def test_a_cpu_agent(self, gpus: FakeGpus) -> None:
+        with LocalCluster(2) as cluster:
+            one, _ = cluster.pair()
+            with pytest.raises(WrongDeviceError, match="is a cuda:0 tensor on a CPU agent; move it"):
+                one.register_tensors("x", [(gpus.empty(3), "pair")])
+
+    def test_an_agent_whose_torch_has_no_cuda(self, gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, "cuda", None)
+            cluster = GpuCluster(2)
+        with cluster:
+            first, second, source, target = cluster.batch()
+            transferred(first, second)  # what is on the CPU crosses all the same
+            assert torch.equal(source, target)
+            one, _ = cluster.pair()
+            with pytest.raises(
+                WrongDeviceError, match=r"is a cuda:0 tensor, and the agent of cuda:0 cannot use CUDA: torch .* has no CUDA"
+            ):
+                one.register_tensors("x", [(gpus.empty(3), "pair")])
+
+    @pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:x", ""])
+    def test_what_is_no_device(self, cluster: GpuCluster, device: str) -> None:
+        with pytest.raises(ConfigError, match=rf"device '{device}' is not understood"):
+            TensorBusAgent(7, cluster.store, device=device)
+
+
+class TestPendingWork:
+    """What a worker launched before it asked for a transfer is done first, and nobody stands still for it."""
+
+    def test_a_send_is_announced_when_it_is_done(self, gpus: FakeGpus, cluster: GpuCluster) -> None:
+        first, second, source, target = cluster.batch(gpus.empty(9).fill_(1), gpus.empty(9, ordinal=1).zero_())
+        sends = mark_on(0)
+        sends.done = False
+        sending, receiving = first.transfer("send"), second.transfer("recv")
+        with pytest.raises(TimeoutError):
+            receiving.result(0.3)
+        first.client.ping()
+        source.fill_(2)
+        sends.done = True
+        sending.result(LONG)
+        receiving.result(LONG)
+        assert target.eq(2).all()
+
+    def test_a_target_is_not_written_before(self, gpus: FakeGpus, cluster: GpuCluster) -> None:
+        first, second, _, target = cluster.batch(gpus.empty(9).fill_(1), gpus.empty(9, ordinal=1).zero_())
+        receives = mark_on(1)
+        receives.done = False
+        sending, receiving = first.transfer("send"), second.transfer("recv")
+        with pytest.raises(TimeoutError):
+            sending.result(0.3)
+        assert target.eq(0).all()
+        receives.done = True
+        receiving.result(LONG)
+        assert target.eq(1).all()
+
+    def test_it_may_take_too_long(self, gpus: FakeGpus, cluster: GpuCluster) -> None:
+        first, second, source, target = cluster.batch(gpus.empty(9).fill_(1), gpus.empty(9, ordinal=1).zero_())
+        mark_on(0).done = False
+        with pytest.raises(TransferTimeoutError, match="its worker's GPU has not done what was launched before it"):
+            first.transfer("send", blocking=True, timeout=0.2)
+        mark_on(0).done = True
+        transferred(first, second)
+        assert torch.equal(source, target)
+        assert mark_on(0).set_times == 2
+
+    def test_the_gpu_fails(self, gpus: FakeGpus, cluster: GpuCluster) -> None:
+        first, second, source, target = cluster.batch(gpus.empty(9).fill_(1), gpus.empty(9, ordinal=1).zero_())
+        mark_on(0).error = RuntimeError("CUDA error: an illegal memory access was encountered")
+        with pytest.raises(TransferError, match=r"the worker's GPU .* illegal memory access"):
+            first.transfer("send", blocking=True, timeout=LONG)
+        mark_on(0).error = None
+        transferred(first, second)
+        assert torch.equal(source, target)
+
+    def test_it_is_forgotten_with_the_batch(self, gpus: FakeGpus, cluster: GpuCluster) -> None:
+        first, second, _, _ = cluster.batch(gpus.empty(9), gpus.empty(9, ordinal=1))
+        mark_on(0).done = False
+        sending = first.transfer("send")
+        first.close()
+        with pytest.raises(Exception, match="closed"):
+            sending.result(LONG)
+        second.close()
+
+
+# --- workers that are processes
+
+
+def _begin(state: dict[str, Any], path: str, devices: str, rank: int, paths: Any) -> int:
+    state["gpus"] = install(devices, path)
+    client_room.Mark = _NoMark  # type: ignore[misc, assignment]
+    client_room.settle = lambda ordinal: None
+    return connect_worker(state, rank, paths)
+
+
+class _NoMark:
+    def __init__(self, ordinal: int) -> None:
+        pass
+
+    def set(self) -> bytes:
+        return b""
+
+
+def _register(state: dict[str, Any], ordinal: int, value: float, growing: bool, name: str, other: str) -> str:
+    gpus = state["gpus"]
+    state["client"].init_pair("pair", name, other, 1, timeout=LONG)
+    at = gpus.expandable(4, ordinal) + 1000 if growing else gpus.allocate(40_000, ordinal)
+    state["tensor"] = gpus.tensor(at, (10_000,)).fill_(value)
+    state["handler"] = state["client"].register_tensors("batch", [(state["tensor"], "pair")], timeout=LONG)
+    return str(state["client"].gpu)
+
+
+def _transfer(state: dict[str, Any], direction: str) -> None:
+    state["handler"].transfer(direction, blocking=True, timeout=LONG)
+
+
+def _sum(state: dict[str, Any]) -> float:
+    return float(state["tensor"].sum())
+
+
+@contextlib.contextmanager
+def two_workers(cluster: GpuCluster, growing: bool) -> Iterator[tuple[Worker, Worker]]:
+    """Of GPU 0, which the first calls cuda:1, and of GPU 1, which the second sees alone."""
+    workers = Worker(), Worker()
+    try:
+        workers[0].call(_begin, library(), "1,0", 0, cluster.paths[0])
+        workers[1].call(_begin, library(), "1", 1, cluster.paths[1])
+        workers[0].start(_register, 1, 3.0, growing, "a", "b")
+        workers[1].start(_register, 0, 0.0, growing, "b", "a")
+        assert [worker.result() for worker in workers] == [uuid(0), uuid(1)]
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+@pytest.mark.parametrize("growing", [False, True], ids=["cudaMalloc", "expandable"])
+def test_workers_that_see_their_gpu_under_another_number(cluster: GpuCluster, growing: bool) -> None:
+    with two_workers(cluster, growing) as (first, second):
+        first.start(_transfer, "send")
+        second.call(_transfer, "recv")
+        first.result()
+        assert second.call(_sum) == 30_000
+
+
+def test_a_worker_is_killed_and_its_memory_let_go(gpus: FakeGpus, cluster: GpuCluster) -> None:
+    with two_workers(cluster, False) as (first, second):
+        assert gpus.held > 0
+        os.kill(first.pid, 9)
+        with pytest.raises((PeerLostError, TransferTimeoutError), match="died"):
+            second.call(_transfer, "recv")
