@@ -1,26 +1,20 @@
-"""The client against agents in this process: outcomes, semaphores, queries, closing, threads."""
+"""The client against agents in this process: outcomes, semaphores, queries, threads, finding its agent."""
 
 from __future__ import annotations
 
-import gc
 import os
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
-from typing import Any
 
 import posix_ipc
 import pytest
 import torch
-from torch.distributed.tensor import Shard
 
-from etha_ray.errors import AgentDiedError, BatchClosedError, BatchUnmatchedError, ConfigError, QueueClosedError, TransferTimeoutError
+from etha_ray.errors import BatchUnmatchedError, ConfigError, TransferTimeoutError
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus import client as client_module
-from etha_ray.tensor_bus import pairing
-from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient, generate_semaphore_name
+from etha_ray.tensor_bus.client import TensorBusClient, generate_semaphore_name
 from etha_ray.tensor_bus.reply import OutcomeSemaphore
 from etha_ray.testing import eventually, succeed, together
 from tests.tensor_bus.cluster import LONG, SHM, local_cluster
@@ -143,165 +137,6 @@ class TestSignal:
             second.transfer("recv", blocking=True, timeout=LONG)
             assert sent.result(LONG).bytes == source.nbytes
             assert torch.equal(source, target)
-
-
-class TestLifetime:
-    def test_handler_outliving_its_client(self) -> None:
-        with local_cluster() as cluster:
-            first, second, _source, _target = cluster.batch()
-            assert "agent 0" in repr(first)
-            cluster.clients.remove(first.client)
-            gc.collect()
-            with pytest.raises(RuntimeError, match="garbage collected"):
-                first.transfer("send")
-            with pytest.raises(RuntimeError, match="keep a reference"):
-                first.close()
-            assert "client gone" in repr(first)
-            # It left: the other side learns of it, and its place in the pair is free.
-            with pytest.raises(BatchClosedError, match="client was closed"):
-                second.transfer("recv", blocking=True, timeout=LONG)
-            cluster.client(0).init_pair("pair of batch", "a", "b", 1, timeout=LONG)
-
-    def test_handler_made_by_hand(self) -> None:
-        with local_cluster() as cluster:
-            first, second, source, target = cluster.batch()
-            handler = BatchHandler(first.client, "batch", ["pair of batch"])
-            handler.transfer("send")
-            second.transfer("recv").result(LONG)
-            assert torch.equal(source, target)
-
-    def test_closing_twice(self) -> None:
-        with local_cluster() as cluster:
-            first, second, _, _ = cluster.batch()
-            first.close()
-            first.close()
-            second.close(blocking=False)
-            second.close()
-            first.client.close()
-            first.client.close()
-            first.close()
-            assert "closed" in repr(first.client)
-
-    def test_closed_client_refuses(self) -> None:
-        with local_cluster() as cluster:
-            first, _, source, _ = cluster.batch()
-            client = first.client
-            client.close()
-            for call in (
-                client.ping,
-                lambda: first.transfer("send"),
-                first.query_transfer_signal,
-                lambda: client.init_pair("p", "a", "b", 1),
-                lambda: client.register_tensors("c", [(source, "pair of batch")]),
-            ):
-                with pytest.raises(BatchClosedError, match="closed"):
-                    call()
-
-    @pytest.mark.parametrize("what", ["batch", "client"])
-    def test_closing_during_a_transfer(self, what: str) -> None:
-        with local_cluster() as cluster:
-            first, second, _, _ = cluster.batch()
-            client = first.client
-            errors = together(
-                lambda: first.transfer("send", blocking=True, timeout=LONG),
-                lambda: (eventually(second.query_transfer_signal), first.close() if what == "batch" else client.close()),
-            )
-            assert isinstance(errors[0], BatchClosedError)
-            with pytest.raises(BatchClosedError, match=r"a\[0\] is gone"):
-                second.transfer("recv", blocking=True, timeout=LONG)
-
-    def test_closing_under_many_waiting_threads(self) -> None:
-        with local_cluster() as cluster:
-            first, _second, _, _ = cluster.batch()
-            waiting = first.transfer("send")
-            results = together(*[lambda: waiting.result(LONG)] * 4, lambda: (time.sleep(0.05), first.client.close()))
-            assert [type(result) for result in results[:4]] == [BatchClosedError] * 4
-
-    def test_a_forked_child_may_not_use_it_and_breaks_nothing(self) -> None:
-        with local_cluster() as cluster:
-            first, second, source, target = cluster.batch()
-            sent = first.transfer("send")
-            before = sorted(own_semaphores())
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    first.client.ping(1.0)
-                except QueueClosedError:
-                    client = first.client
-                    cluster.clients.clear()
-                    client.close()
-                    client._finalizer()
-                    del client, sent
-                    gc.collect()
-                    code = 0
-                finally:
-                    os._exit(code)
-            assert os.waitpid(pid, 0)[1] == 0
-            assert sorted(own_semaphores()) == before
-            second.transfer("recv").result(LONG)
-            assert sent.result(LONG).bytes == source.nbytes
-            assert torch.equal(source, target)
-
-    @pytest.mark.parametrize("mesh", [None, (1,)], ids=["no mesh", "mesh"])
-    def test_the_next_client_takes_the_place_of_one_that_was_dropped(
-        self, mesh: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Nobody waits for a client that is dropped to leave, and its place is not free at once."""
-        release = pairing.release
-
-        def slowly(*arguments: Any) -> None:
-            time.sleep(0.3)
-            release(*arguments)
-
-        monkeypatch.setattr(pairing, "release", slowly)
-        with local_cluster(2) as cluster:
-            [one] = cluster.side("a", "b", [0], mesh, mesh and [Shard(0)])
-            [two] = cluster.side("b", "a", [1], mesh, mesh and [Shard(0)])
-            succeed(one.join, two.join)
-            cluster.clients.remove(two.client)
-            two.client = TensorBusClient(1, cluster.paths[1].command_queue, cluster.paths[1].state, LONG)
-            cluster.clients.append(two.client)
-            two.join()
-
-    def test_a_process_that_just_ends_says_nothing_and_leaves_nothing(self) -> None:
-        with local_cluster() as cluster:
-            paths = cluster.paths[0]
-            code = (
-                "from etha_ray.tensor_bus.client import TensorBusClient\n"
-                "import torch, os\n"
-                f"client = TensorBusClient(0, {paths.command_queue!r}, {paths.state!r})\n"
-                "client.init_pair('p', 'a', 'b', 1, blocking=False)\n"
-                "handler = client.register_tensors('b', [(torch.ones(3), 'p')], blocking=False)\n"
-                "semaphore = handler.transfer('send')\n"
-                "client.ping()\n"
-                "print(os.getpid())\n"
-            )
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=2 * LONG, check=True)
-            assert done.stderr == ""
-            mark = f"_{done.stdout.strip()}_"
-            eventually(lambda: cluster.agents[0].describe()["workers"] == 0)
-            assert [name for name in os.listdir(SHM) if name.startswith("sem.command") and mark in name] == []
-
-    def test_shutdown_of_the_agent_ends_what_waits(self) -> None:
-        with local_cluster() as cluster:
-            first, second, _, _ = cluster.batch()
-            lonely = cluster.client(0)
-            sent, results = first.transfer("send"), []
-            thread = threading.Thread(target=lambda: results.extend(together(lambda: lonely.init_pair("q", "a", "b", 1, timeout=LONG))))
-            thread.start()
-            eventually(lambda: cluster.agents[0].describe()["pairs"] == 2)
-            cluster.agents[0].stop()
-            thread.join(LONG)
-            assert "shut down" in str(results[0])
-            with pytest.raises(Exception, match=r"agent 0.*shut down"):
-                sent.result(LONG)
-            with pytest.raises(AgentDiedError, match="shut down"):
-                first.client.ping()
-            with pytest.raises(ConnectionError, match="shut down"):
-                second.transfer("recv", blocking=True, timeout=LONG)
-            first.close()
-            cluster.agents[0].stop()
 
 
 class TestOneThread:
