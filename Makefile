@@ -4,8 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# On all cores, each worker on a host of its own where such can be made. Files in their order, in which those with long tests come first.
-SIDE_BY_SIDE = $(if $(shell .ci/isolated echo yes 2> /dev/null),--dist loadfile --no-loadscope-reorder --tx '$(shell nproc)*popen//python=.ci/isolated $(BIN)/python')
+# Three workers for two cores, as tests mostly wait for other processes; each on a host of its own, where such can be made. Files in
+# their order, in which those with long tests come first.
+WORKERS      = $(shell expr $$(nproc) \* 3 / 2)
+SIDE_BY_SIDE = $(if $(shell .ci/isolated echo yes 2> /dev/null),--dist loadfile --no-loadscope-reorder --tx '$(WORKERS)*popen//python=.ci/isolated $(BIN)/python')
 
 .PHONY: help demo test test-local-mode test-slow test-cluster test-layouts chaos soak fuzz lint types bench docs wheel-check clean
 .DEFAULT_GOAL := help

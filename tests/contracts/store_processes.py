@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable
@@ -44,7 +45,8 @@ def in_processes(open_store: Callable[[str], KVStore]) -> tuple[StoreInAProcess,
     started: list[_Forked] = []
 
     def start(namespace: str, job: Job, *arguments: object) -> StoreProcess:
-        process = context.Process(target=_do, args=(partial(open_store, namespace), job, arguments), daemon=True)
+        work = pickle.dumps((partial(open_store, namespace), job, arguments))
+        process = context.Process(target=_do, args=(dict(os.environ), work), daemon=True)
         process.start()
         started.append(_Forked(process))
         return started[-1]
@@ -56,7 +58,9 @@ def in_processes(open_store: Callable[[str], KVStore]) -> tuple[StoreInAProcess,
     return start, end
 
 
-def _do(open_store: Callable[[], KVStore], job: Job, arguments: tuple[object, ...]) -> None:
+def _do(settings: dict[str, str], work: bytes) -> None:
+    os.environ.update(settings)  # the clean process may be older than these, and Ray reads its own when it is imported
+    open_store, job, arguments = pickle.loads(work)
     store = open_store()
     job(store, *arguments)
     store.close(cleanup=False)

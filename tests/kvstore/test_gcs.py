@@ -19,9 +19,8 @@ from etha_ray.testing import RayUnderTest
 from tests.contracts.kvstore import AddInParallel, KVStoreContract, MakeStore, StoreInAProcess, in_processes
 
 
-def open_as_driver(address: str, settings: dict[str, str], namespace: str) -> GcsStore:
-    """In a process of its own: a further driver of the cluster. What that was forked from may be older than Ray's token."""
-    os.environ.update(settings)
+def open_as_driver(address: str, namespace: str) -> GcsStore:
+    """In a process of its own: a further driver of the cluster."""
     ray.init(address=address, log_to_driver=False)
     return GcsStore(namespace)
 
@@ -68,8 +67,7 @@ class TestGcsStore(KVStoreContract):
 
     @pytest.fixture
     def store_in_a_process(self, ray_cluster: RayUnderTest) -> Iterator[StoreInAProcess]:
-        settings = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-        start, end = in_processes(partial(open_as_driver, ray.get_runtime_context().gcs_address, settings))
+        start, end = in_processes(partial(open_as_driver, ray.get_runtime_context().gcs_address))
         yield start
         end()
 
