@@ -1,6 +1,7 @@
 """Benchmarks, each with its baselines in the same run: ``run_`` and what ``etha-ray bench`` calls it."""
 
 from etha_ray.bench.figures import BenchResult, Figure, Ratio
+from etha_ray.bench.gpu import run_gpu
 from etha_ray.bench.network import run_network
 from etha_ray.bench.plan import run_plan
 from etha_ray.bench.processes import BenchError
@@ -14,6 +15,7 @@ __all__ = [
     "BenchResult",
     "Figure",
     "Ratio",
+    "run_gpu",
     "run_network",
     "run_plan",
     "run_roundtrip",

@@ -68,9 +68,10 @@ class BenchResult:
     def table(self) -> Table:
         """The same for people, with the goals."""
         machine = self.machine
+        processor = machine.get("gpu", machine["cpu"])
         table = Table(
             title=f"bench {self.bench}",
-            caption=f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, ray {machine['ray']}, {machine['date']}",
+            caption=f"{processor}, {machine['cores']} cores, torch {machine['torch']}, ray {machine['ray']}, {machine['date']}",
             title_justify="left",
             caption_justify="left",
         )

@@ -47,10 +47,15 @@ class Workload(msgspec.Struct, frozen=True):
     dtype: str
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """What all tensors are of."""
+        dtype: torch.dtype = _DTYPES[self.dtype]
+        return dtype
+
+    @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        dtype: torch.dtype = _DTYPES[self.dtype]
-        return dtype.itemsize
+        return self.torch_dtype.itemsize
 
     def ranks(self, side: SideName) -> int:
         """How many ranks a side has."""
@@ -97,7 +102,7 @@ def distinct(count: int, nbytes: int) -> Workload:
 
 
 class Decoder(msgspec.Struct, frozen=True):
-    """The sizes of a decoder-only transformer with grouped-query attention, a gated MLP and tied embeddings."""
+    """The sizes of a decoder-only transformer with grouped-query attention and a gated MLP; its embeddings may be tied."""
 
     layers: int
     hidden: int
@@ -106,6 +111,7 @@ class Decoder(msgspec.Struct, frozen=True):
     kv_heads: int
     head_dim: int
     vocabulary: int
+    tied: bool = True
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every weight, as FSDP shards it and as tensor parallelism does: by columns, by rows, or whole."""
@@ -131,22 +137,30 @@ class Decoder(msgspec.Struct, frozen=True):
             yield from (TensorSpec(f"{prefix}{name}.weight", shape, "S0", "S1") for name, shape in by_row.items())
             yield from (TensorSpec(f"{prefix}{name}.weight", (size,), "S0", "R") for name, size in norms.items())
         yield TensorSpec("model.norm.weight", (self.hidden,), "S0", "R")
+        if not self.tied:
+            yield TensorSpec("lm_head.weight", (self.vocabulary, self.hidden), "S0", "S0")
 
 
 MODELS = {
     "qwen3-0.6b": Decoder(layers=28, hidden=1024, intermediate=3072, heads=16, kv_heads=8, head_dim=128, vocabulary=151936),
+    "qwen3-8b": Decoder(layers=36, hidden=4096, intermediate=12288, heads=32, kv_heads=8, head_dim=128, vocabulary=151936, tied=False),
     "tiny": Decoder(layers=2, hidden=64, intermediate=96, heads=4, kv_heads=2, head_dim=16, vocabulary=257),
 }
-"""Shapes that ``bench sync`` knows. "tiny" shards unevenly and is for tests."""
+"""Shapes that the benchmarks know. "tiny" shards unevenly and is for tests."""
 
 
 class Shards:
-    """What one rank of a side holds: zeros at first. Each tensor has a storage of its own."""
+    """What one rank of a side holds: zeros at first. Each tensor has a storage of its own, on ``device``.
 
-    def __init__(self, workload: Workload, side: SideName, index: int) -> None:
+    With ``as_values`` the pattern of `fill` and `wrong` are numbers, rounded to the dtype, and else bits: numbers survive a cast.
+    """
+
+    def __init__(self, workload: Workload, side: SideName, index: int, device: torch.device | None = None, as_values: bool = False) -> None:
         self._workload = workload
+        self._device = device or torch.device("cpu")
+        self._as_values = as_values
         self._regions = [workload.layout(spec, side).region(index, spec.shape) for spec in workload.tensors]
-        self.tensors = [torch.zeros(region.shape, dtype=_DTYPES[workload.dtype]) for region in self._regions]
+        self.tensors = [torch.zeros(region.shape, dtype=workload.torch_dtype, device=self._device) for region in self._regions]
 
     def fill(self, version: int) -> None:
         """Write into each element what `wrong` with the same version expects there."""
@@ -164,22 +178,22 @@ class Shards:
 
     def _pattern(self, position: int, tensor: torch.Tensor, version: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Pieces of a tensor, and what each should hold: a hash of the global index, the tensor and the version."""
-        shape, bits = self._workload.tensors[position].shape, bits_of(tensor)
+        shape, held = self._workload.tensors[position].shape, tensor if self._as_values else bits_of(tensor)
         width = math.prod(shape[1:])
         for start, local, size in self._regions[position].boxes():
             # All dimensions but the first as one axis of global offsets within a row.
-            columns = torch.zeros((1,), dtype=torch.int64)
+            columns = torch.zeros((1,), dtype=torch.int64, device=self._device)
             for dim in range(1, len(shape)):
-                along = torch.arange(start[dim], start[dim] + size[dim])
+                along = torch.arange(start[dim], start[dim] + size[dim], device=self._device)
                 columns = (columns[:, None] * shape[dim] + along).reshape(-1)
             step = max(1, _CHUNK // max(1, len(columns)))
             for row in range(0, size[0], step):
                 count = min(step, size[0] - row)
-                rows = torch.arange(start[0] + row, start[0] + row + count) * width
+                rows = torch.arange(start[0] + row, start[0] + row + count, device=self._device) * width
                 indices = (rows[:, None] + columns).to(torch.int32)
                 expected = (indices * -1640531535 + (position * 7919 + version * 104729)) >> 15
-                part = bits[tuple(slice(first, first + n) for first, n in zip(local, size, strict=True))][row : row + count]
-                yield part, expected.to(bits.dtype).reshape(part.shape)
+                part = held[tuple(slice(first, first + n) for first, n in zip(local, size, strict=True))][row : row + count]
+                yield part, (expected.float() if self._as_values else expected).to(held.dtype).reshape(part.shape)
 
 
 def numpy_copies(workload: Workload, targets: Shards, index: int) -> list[NumpyCopy]:

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from etha_ray.bench import BenchResult, run_network, run_plan, run_roundtrip, run_small, run_store, run_sync
+from etha_ray.bench import BenchResult, run_gpu, run_network, run_plan, run_roundtrip, run_small, run_store, run_sync
+from etha_ray.bench.gpu import SHAPES
 from etha_ray.bench.processes import leaving_on_sigterm
 from etha_ray.cli.failures import failed
 from etha_ray.errors import EthaRayError
@@ -78,6 +79,22 @@ def network(
     Example: [bold]etha-ray bench network --shape tiny[/]
     """
     _show(lambda: run_network(shape, src, dst, dtype, steps), as_json)
+
+
+@app.command()
+def gpu(
+    shape: Annotated[list[str] | None, typer.Option(help="A model; may be given several times. Qwen3-0.6B and 8B without it.")] = None,
+    src: Annotated[int, typer.Option(help="Ranks that hold FSDP shards.")] = 2,
+    dst: Annotated[int, typer.Option(help="Ranks that hold tensor-parallel shards.")] = 2,
+    steps: Annotated[int, typer.Option(help="Runs to measure of each.")] = 15,
+    tensors: Annotated[int, typer.Option(help="How many small tensors of 4 KiB.")] = 10_000,
+    as_json: _Json = False,
+) -> None:
+    """Shards that change their layout and dtype within a GPU, against its copy rate and torch's calls. Needs a GPU, and no agents.
+
+    Example: [bold]etha-ray bench gpu --shape qwen3-0.6b --json[/]
+    """
+    _show(lambda: run_gpu(shape or SHAPES, src, dst, steps, tensors), as_json)
 
 
 @app.command()
