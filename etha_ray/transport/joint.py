@@ -1,8 +1,8 @@
 """One program over two transports: what this host's memory holds is copied, what other hosts hold is read.
 
 A target that combines contributions of which some are remote is made in rounds: the remote ones are read into scratch memory,
-a bounded part at a time, and combined from there with those at hand. So is a target on a device that the network does not write to:
-what is read into the CPU's memory is copied there.
+a bounded part at a time, and combined from there with those at hand. The scratch memory is where the target is, or the CPU's where the
+network does not write to that device; what goes there without being combined then takes the same way.
 """
 
 from __future__ import annotations
@@ -69,7 +69,15 @@ def prepare(
     local = mapped.prepare(copies)
     if network is None or (not reads and not mixed):
         return local
-    rounds = [_Round(network.prepare(fetch, bucket_size), mapped.prepare(combine)) for fetch, combine in _rounds(mixed, SCRATCH_BYTES)]
+    beside: dict[torch.device, list[Move]] = {}
+    for move in mixed:
+        written = move.target.device.type in network.capabilities.devices
+        beside.setdefault(move.target.device if written else torch.device("cpu"), []).append(move)
+    rounds = [
+        _Round(network.prepare(fetch, bucket_size), mapped.prepare(combine))
+        for device, group in beside.items()
+        for fetch, combine in _rounds(group, SCRATCH_BYTES, device)
+    ]
     return _JointProgram(local, network.prepare(reads, bucket_size), rounds, places)
 
 
@@ -132,12 +140,11 @@ def _run(program: CopyProgram, errors: dict[CopyProgram, BaseException]) -> None
 # --- rounds -------------------------------------------------------------------------------------------------------------
 
 
-def _rounds(moves: Sequence[Move], scratch_bytes: int) -> Iterator[tuple[list[Read], list[Copy]]]:
-    """What to read and then to combine, round by round; all rounds use the same scratch memory."""
+def _rounds(moves: Sequence[Move], scratch_bytes: int, device: torch.device) -> Iterator[tuple[list[Read], list[Copy]]]:
+    """What to read and then to combine, round by round; all rounds use the same scratch memory, on ``device``."""
     pieces = [piece for move in moves for piece in _pieces(move, scratch_bytes)]
     needed = [_scratch_of(piece) for piece in pieces]
-    # On the CPU also for targets elsewhere: a network writes nowhere else.
-    scratch = torch.empty(max([min(scratch_bytes, sum(needed)), *needed]), dtype=torch.uint8)
+    scratch = torch.empty(max([min(scratch_bytes, sum(needed)), *needed]), dtype=torch.uint8, device=device)
     used = 0
     reads: list[Read] = []
     copies: list[Copy] = []

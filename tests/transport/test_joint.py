@@ -98,8 +98,9 @@ def test_contributions_are_combined_in_bounded_memory(
     bounds: list[int] = []
     rounds = joint._rounds
 
-    def watched(moves: Sequence[Move], scratch_bytes: int) -> Iterator[tuple[list[Read], list[Copy]]]:
-        for reads, copies in rounds(moves, scratch_bytes):
+    def watched(moves: Sequence[Move], scratch_bytes: int, device: torch.device) -> Iterator[tuple[list[Read], list[Copy]]]:
+        assert device.type == "cpu"
+        for reads, copies in rounds(moves, scratch_bytes, device):
             bounds.extend(read.target.untyped_storage().nbytes() for read in reads)
             yield reads, copies
 
