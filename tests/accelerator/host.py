@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -42,15 +44,19 @@ extern "C" void launch(void (*kernel)(Word, Word, Word, Word, Word, Word), unsig
 
 @functools.cache
 def compiled(source: KernelSource) -> ctypes.CDLL:
-    """``source`` for the CPU. Skips the test where there is no compiler."""
+    """``source`` for the CPU; kept for the other processes of the tests. Skips the test where there is no compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++") or pytest.skip("no C++ compiler")
-    with tempfile.TemporaryDirectory() as folder:
-        kernels, shim, library = (Path(folder) / name for name in ("kernels.cpp", "shim.cpp", "kernels.so"))
-        kernels.write_text(source.code)
-        shim.write_text(SHIM)
-        command = [compiler, "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", f'-DKERNELS="{kernels}"', *source.options]
-        subprocess.run([*command, "-Wall", "-Wno-unknown-pragmas", "-Werror", str(shim), "-o", str(library)], check=True)
-        return ctypes.CDLL(str(library))
+    digest = hashlib.sha256(repr((source.code, source.options, SHIM)).encode()).hexdigest()[:16]
+    kept = Path(tempfile.gettempdir()) / f"etha_ray-test-kernels-{os.getuid()}-{digest}.so"
+    if not kept.exists() or kept.stat().st_uid != os.getuid():
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            kernels, shim, library = (Path(folder) / name for name in ("kernels.cpp", "shim.cpp", "kernels.so"))
+            kernels.write_text(source.code)
+            shim.write_text(SHIM)
+            command = [compiler, "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", f'-DKERNELS="{kernels}"', *source.options]
+            subprocess.run([*command, "-Wall", "-Wno-unknown-pragmas", "-Werror", str(shim), "-o", str(library)], check=True)
+            library.replace(kept)
+    return ctypes.CDLL(str(kept))
 
 
 class HostLane(Lane):

@@ -60,10 +60,10 @@ def say(what: object) -> None:
 
 
 @contextlib.contextmanager
-def peer(role: str, *arguments: str, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+def peer(role: str, *arguments: str, prefix: Sequence[str] = (), module: str = "tests.net.peer") -> Iterator[subprocess.Popen[str]]:
     """Start one; it is killed when the block is left. What it says first is read by `first_word`."""
     process = subprocess.Popen(
-        [*prefix, sys.executable, "-m", "tests.net.peer", role, *arguments],
+        [*prefix, sys.executable, "-m", module, role, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

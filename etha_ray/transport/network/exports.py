@@ -185,10 +185,10 @@ class Exports:
         elif isinstance(request, wire.Release):
             with self._changed:
                 session.programs.pop(request.program, None)
-        elif isinstance(request, wire.Broken):
-            raise error_class(request.kind)(f"{channel.peer}: {request.message}")
         elif session.giver is None:
-            raise PeerLostError(f"{channel.peer} asked for what goes by a communicator, and has none")
+            raise PeerLostError(f"{channel.peer} spoke of a communicator, and has none")
+        elif isinstance(request, wire.Broken):
+            session.giver.end(error_class(request.kind)(f"{channel.peer}: {request.message}"))  # the reader closes the channel
         elif isinstance(request, wire.Pull):
             session.giver.pull(request)
         else:

@@ -46,7 +46,9 @@ class Giver(End[wire.Pull]):
         say: Callable[[wire.FromOwner], None],
         reading: Callable[[int], AbstractContextManager[Readable | None]],
     ) -> None:
-        super().__init__(device, SENDER, peer, lambda error: say(wire.Broken(type(error).__name__, str(error)[: wire.MAX_REASON])))
+        super().__init__(
+            device, SENDER, peer, lambda error: say(wire.Broken(type(error).__name__, str(error)[: wire.MAX_REASON])), lambda _: None
+        )
         self._say = say
         self._reading = reading
         self._stopped = 0

@@ -46,19 +46,25 @@ class End(ABC, Generic[T]):
         device: whose memory the messages lie in.
         rank: `SENDER` or `RECEIVER`.
         peer: how errors call the other end.
-        broken: called on the end's thread, once, when the communicator cannot be used any more: not when the session's end is why.
+        tell: has the other end hear that the communicator cannot be used any more: called once, on the end's thread, unless the session's
+            end is why.
+        broken: called after `tell`, with why, once that is certain.
     """
 
-    def __init__(self, device: Device, rank: int, peer: str, broken: Callable[[EthaRayError], None]) -> None:
+    def __init__(
+        self, device: Device, rank: int, peer: str, tell: Callable[[EthaRayError], None], broken: Callable[[EthaRayError], None]
+    ) -> None:
         self.joined: Future[None] = Future()
         """Done when the communicator can be used; or why it cannot."""
         self._device = device
         self._rank = rank
         self._peer = peer
+        self._tell = tell
         self._broken = broken
         self._changed = threading.Condition()
         self._waiting: deque[T] = deque()
         self._error: EthaRayError | None = None
+        self._certain = False  # what failed did so here first
         self._communicator: Communicator | None = None
         self._thread = threading.Thread(target=self._main, name=f"etha-ray-nccl {peer}", daemon=True)
 
@@ -107,6 +113,7 @@ class End(ABC, Generic[T]):
         while not done():
             self._check()
             if time.monotonic() - began > limit:
+                self._certain = True
                 raise self._failure(f"was not {what} within {limit:g} s")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -175,10 +182,17 @@ class End(ABC, Generic[T]):
                 self._changed.wait()
 
     def _cause(self, error: EthaRayError) -> EthaRayError:
-        """Where the communicator failed because the other end died, or gave up: that, which the channel says a moment later."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._error is not None, _GRACE if isinstance(error, CommunicatorError) else 0)
-            return self._error or error
+        """Why what failed with ``error`` did. A communicator fails, too, when its other end dies or gives up: the channel says so then."""
+        if self._error is not None:
+            return self._error
+        self._abort()
+        self._tell(error)
+        if isinstance(error, CommunicatorError):
+            with self._changed:
+                self._changed.wait_for(lambda: self._error is not None, _GRACE)
+        if self._error is None or (self._certain and isinstance(self._error, CommunicatorError)):
+            return error
+        return self._error
 
     def _finish(self, error: EthaRayError, job: T | None) -> None:
         with self._changed:

@@ -133,7 +133,7 @@ class Session:
     def _join(self, said: wire.Join) -> None:
         if self._device is None or self._device.communicators is None or self._taker.done():
             raise PeerLostError(f"{self._channel.peer} wants a communicator that this agent did not ask for")
-        taker = Taker(self._device, self._channel.peer, said.unique_id, self._say, self._forgotten, self._broken, self._failure_timeout)
+        taker = Taker(self._device, self._channel.peer, said.unique_id, self._say, self._forgotten, self._cut, self._failure_timeout)
         with self._lock:
             if self.error is not None:
                 return
@@ -155,11 +155,6 @@ class Session:
 
     def _lost(self, channel: Channel, reason: EthaRayError) -> None:
         self._fail(reason)
-
-    def _broken(self, error: EthaRayError) -> None:
-        """The communicator is of no use any more: the owner is told, or it would wait for this end of it."""
-        self._say(wire.Broken(type(error).__name__, str(error)[: wire.MAX_REASON]))
-        self._cut(error)
 
     def _cut(self, error: EthaRayError) -> None:
         """A path is lost, and with it the session."""

@@ -57,7 +57,9 @@ class Taker(End[Taking], DataPath[Taking]):
         broken: Callable[[EthaRayError], None],
         failure_timeout: float,
     ) -> None:
-        super().__init__(device, RECEIVER, peer, broken)
+        super().__init__(
+            device, RECEIVER, peer, lambda error: say(wire.Broken(type(error).__name__, str(error)[: wire.MAX_REASON])), broken
+        )
         self._unique_id = unique_id
         self._say = say
         self._forget = forget
