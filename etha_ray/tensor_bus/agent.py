@@ -120,8 +120,18 @@ class TensorBusAgent:
         with contextlib.ExitStack() as undo:
             self._nonce = HostNonce()
             undo.callback(self._nonce.close)
-            self._network = None if host is None else AgentNetwork(store, host, incarnation, memory_budget, checksums=integrity != "off")
-            if self._network is not None:
+            self._network: AgentNetwork | None = None
+            if host is not None:
+                self._network = AgentNetwork(
+                    store,
+                    host,
+                    incarnation,
+                    memory_budget,
+                    checksums=integrity != "off",
+                    accelerator=pinned.accelerator,
+                    communicators=pinned.communicators(),
+                    path="nccl" if transport == "nccl" else "tcp" if transport == "tcp" else "auto",
+                )
                 undo.callback(self._network.close)
             self.record = AgentRecord(
                 rank=rank,

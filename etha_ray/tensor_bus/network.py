@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from etha_ray.accelerator import Accelerator
 from etha_ray.errors import ConfigError, EthaRayError, PeerLostError
 from etha_ray.kvstore import KVStore
 from etha_ray.net import SECRET_BYTES, Address, Channel, Server, accept_channels, connect
@@ -38,7 +39,8 @@ from etha_ray.tensor_bus.commands import (
     decode_command,
 )
 from etha_ray.tensor_bus.records import SECRET_KEY, AgentRecord
-from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET, NetworkTransport
+from etha_ray.transport.nccl import Communicators
+from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET, NetworkTransport, Path
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class AgentNetwork:
         incarnation: this agent's; others learn it when it connects.
         memory_budget: bytes of staging memory over all transfers under way.
         checksums: what this agent reads from others is compared with the checksums of what was sent.
+        accelerator, communicators, path: the agent's GPU, and how tensors there go; see `NetworkTransport`.
 
     Raises:
         ConfigError: ``host`` is no address of this host, or none that others could connect to; or the budget is too small.
@@ -66,7 +69,16 @@ class AgentNetwork:
     """
 
     def __init__(
-        self, store: KVStore, host: str, incarnation: str, memory_budget: int = DEFAULT_MEMORY_BUDGET, *, checksums: bool = True
+        self,
+        store: KVStore,
+        host: str,
+        incarnation: str,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        *,
+        checksums: bool = True,
+        accelerator: Accelerator | None = None,
+        communicators: Communicators | str = "",
+        path: Path = "auto",
     ) -> None:
         _check_host(host)
         self._hello = incarnation.encode()
@@ -75,7 +87,14 @@ class AgentNetwork:
         self._lock = threading.Lock()
         self._callers: dict[bytes, Channel] = {}
         self._secret = _pool_secret(store)
-        self.transport = NetworkTransport(self._secret, memory_budget=memory_budget, checksums=checksums)
+        self.transport = NetworkTransport(
+            self._secret,
+            memory_budget=memory_budget,
+            checksums=checksums,
+            accelerator=accelerator,
+            communicators=communicators,
+            path=path,
+        )
         services = {**self.transport.services, _MESSAGES: accept_channels(self._take, self._ended, opened=self._opened)}
         self._server = Server(self._secret, services, host)
 

@@ -1,4 +1,4 @@
-"""The device that an agent is pinned to, and what moves bytes there.
+"""The device that an agent is pinned to, what moves bytes there, and what carries them from there to other GPUs.
 
 An agent on a GPU that it cannot use serves CPU tensors all the same: the nodes of a cluster may say that they have GPUs, and their torch
 have no CUDA. Its record says what is wrong, so that a worker which comes with a tensor on that GPU hears it at once.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
-from etha_ray.accelerator import CudaAccelerator
+from etha_ray.accelerator import Accelerator, CudaAccelerator
 from etha_ray.cuda.gpus import find_gpu
-from etha_ray.errors import ConfigError, WrongDeviceError
+from etha_ray.errors import ConfigError, OptionalDependencyError
 from etha_ray.transport.base import OneSidedTransport
 from etha_ray.transport.kernels import KernelTransport
 from etha_ray.transport.mapped import MappedTransport
+from etha_ray.transport.nccl import Communicators
+from etha_ray.transport.nccl.cupy_nccl import CupyCommunicators
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +49,25 @@ class Pinned:
             logger.warning("%s cannot be used, and its agent serves CPU tensors alone: %s", device, gpu.trouble)
         return cls(device, found if gpu.uuid else None, *gpu)
 
-    def transport(self, threads: int) -> OneSidedTransport:
-        """What moves bytes between mapped tensors, those on the CPU with so many threads.
+    @cached_property
+    def accelerator(self) -> Accelerator | None:
+        """The GPU, to work with.
 
         Raises:
             WrongDeviceError: torch does not see the GPU that CUDA's driver sees.
         """
-        host = MappedTransport(threads)
-        if self.ordinal is None:
-            return host
+        return None if self.ordinal is None else CudaAccelerator(self.ordinal)
+
+    def transport(self, threads: int) -> OneSidedTransport:
+        """What moves bytes between mapped tensors, those on the CPU with so many threads. Raises as `accelerator`."""
+        accelerator, host = self.accelerator, MappedTransport(threads)
+        return host if accelerator is None else KernelTransport(accelerator, host)
+
+    def communicators(self) -> Communicators | str:
+        """What carries bytes to other agents' GPUs; or why there is none, with what to install."""
+        if self.accelerator is None:
+            return self.trouble or f"it is pinned to {self.device!r}"
         try:
-            return KernelTransport(CudaAccelerator(self.ordinal), host)
-        except WrongDeviceError:
-            host.close()
-            raise
+            return CupyCommunicators(self.accelerator)
+        except OptionalDependencyError as error:
+            return str(error)

@@ -94,6 +94,14 @@ def test_network_alone_needs_addresses() -> None:
             cluster.batch()
 
 
+def test_nccl_moves_what_is_on_gpus() -> None:
+    with (
+        contextlib.closing(Agents("auto", transport="nccl")) as cluster,
+        pytest.raises(NoTransportError, match=r"by NCCL .*use path 'auto'"),
+    ):
+        cluster.batch()
+
+
 def test_choices() -> None:
     with pytest.raises(ConfigError, match="'auto', 'mapped', 'nccl', 'tcp'"):
         TensorBusAgent(0, MemoryStore("ways"), transport="rdma")

@@ -15,9 +15,10 @@ owner's end sends (`giving`) and the reader's receives (`taking`), one run after
 
 from __future__ import annotations
 
+from etha_ray.transport.network.device import Path
 from etha_ray.transport.network.exports import Export
 from etha_ray.transport.network.parts import Read, RemoteRegion
 from etha_ray.transport.network.program import NetworkProgram
 from etha_ray.transport.network.transport import DEFAULT_MEMORY_BUDGET, NetworkTransport
 
-__all__ = ["DEFAULT_MEMORY_BUDGET", "Export", "NetworkProgram", "NetworkTransport", "Read", "RemoteRegion"]
+__all__ = ["DEFAULT_MEMORY_BUDGET", "Export", "NetworkProgram", "NetworkTransport", "Path", "Read", "RemoteRegion"]
