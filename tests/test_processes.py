@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 
 import pytest
 
-from etha_ray.processes import is_alive, pid_namespace, process_start_time
+from etha_ray import processes
+from etha_ray.processes import is_alive, permit_successor, permit_tracing, pid_namespace, process_start_time
 
 
 def test_the_start_time_of_a_process_stays_the_same() -> None:
@@ -58,3 +60,44 @@ def test_the_pid_namespace_is_shared_with_a_child() -> None:
 @pytest.mark.parametrize("pid", [0, -1, 2**22 + 1])
 def test_no_such_pid(pid: int) -> None:
     assert process_start_time(pid) is None
+
+
+class TestPermitTracing:
+    @pytest.fixture
+    def permitted(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """What the kernel is asked for, as if it had Yama."""
+        asked: list[int] = []
+
+        class Libc:
+            def prctl(self, option: int, argument: ctypes.c_ulong, *_: int) -> int:
+                assert option == 0x59616D61
+                asked.append(argument.value)
+                return 0
+
+        monkeypatch.setattr(processes, "_tracers", [])
+        monkeypatch.setattr(processes.ctypes, "CDLL", lambda *_, **__: Libc())
+        return asked
+
+    def test_one_process(self, permitted: list[int]) -> None:
+        assert permit_tracing(os.getpid()) == f"process {os.getpid()}"
+        assert permit_tracing(os.getpid()) == f"process {os.getpid()}"
+        assert permitted == [os.getpid()] * 2
+
+    def test_everybody_where_the_kernel_cannot_keep_two_apart(self, permitted: list[int]) -> None:
+        permit_tracing(os.getpid())
+        assert permit_tracing(1) == "every process of this user"
+        assert permit_tracing(1) == "every process of this user"
+        assert permitted == [os.getpid(), 2**64 - 1, 2**64 - 1]
+
+    def test_who_takes_the_place_of_a_dead_one(self, permitted: list[int]) -> None:
+        permit_successor(os.getpid())
+        assert permitted == []  # nobody was permitted before
+        with subprocess.Popen(["true"]) as process:
+            permit_tracing(process.pid)
+        permit_successor(os.getpid())
+        assert permitted == [process.pid, os.getpid()]
+
+    def test_without_yama(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(processes, "_tracers", [])
+        monkeypatch.setattr(processes, "_PR_SET_PTRACER", 0x7FFFFFFF)  # no kernel knows it
+        assert permit_tracing() == "nobody else"

@@ -68,7 +68,8 @@ class ExportedChunk:
 
 
 _lock = threading.RLock()
-_serials = itertools.count(1)
+serials = itertools.count(1)
+"""Of all chunks that this process ever exported, its own and those of others."""
 # A chunk stays where it is while something in it is exported, so its address names it for that long.
 _chunks: weakref.WeakValueDictionary[tuple[int, int], ExportedChunk] = weakref.WeakValueDictionary()
 _places: weakref.WeakValueDictionary[tuple[int, int], CudaPlace] = weakref.WeakValueDictionary()
@@ -157,7 +158,7 @@ def _exported(cuda: Driver, base: int, size: int, name: str) -> ExportedChunk:
         raise NotShareableError(f"{name} {_NOT_EXPORTED} ({error})") from error
     finally:
         cuda.release(chunk)
-    _chunks[base, size] = found = ExportedChunk(Chunk(size, next(_serials), fd, fabric))
+    _chunks[base, size] = found = ExportedChunk(Chunk(size, next(serials), fd, fabric))
     return found
 
 

@@ -12,11 +12,15 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable
 
+import msgspec
+
 from etha_ray.cuda.driver import HANDLE_BYTES, Driver, DriverError, driver
 from etha_ray.errors import HandleExpiredError, MemoryHandleError
+from etha_ray.memory.cuda import serials
 from etha_ray.memory.descriptors import take_descriptor
 from etha_ray.memory.handles import INT64_MAX, Chunk, CudaHandle, expired
-from etha_ray.processes import is_alive
+from etha_ray.processes import is_alive, process_start_time
+from etha_ray.shared_files import reserve_descriptors
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +28,22 @@ _UNREACHABLE = {"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED", "CUDA_ERROR_TOO_MANY_PEERS
 
 
 class Mapping:
-    """A segment of another process, at ``address`` here."""
+    """A segment of another process, at ``address`` here. ``chunks``: what others may take from here, if it is of such."""
 
-    def __init__(self, address: int, undo: Callable[[], None]) -> None:
-        self.address = address
+    def __init__(self, address: int, undo: Callable[[], None], chunks: tuple[Chunk, ...] = ()) -> None:
+        self.address, self._chunks = address, chunks
         # Not at the interpreter's end: the driver may have gone by then, and takes all down with it.
         weakref.finalize(self, _quietly, undo).atexit = False
+
+    def opened(self, handle: CudaHandle) -> CudaHandle:
+        """The handle by which others open from here what ``handle`` is in this segment.
+
+        A worker permits its own agent alone to take its descriptors; other agents of the host take them from that one.
+        """
+        if not self._chunks:
+            return handle
+        pid = os.getpid()
+        return msgspec.structs.replace(handle, pid=pid, start_time=process_start_time(pid) or 0.0, chunks=self._chunks)
 
 
 _lock = threading.Lock()
@@ -96,10 +110,18 @@ def _allocation(cuda: Driver, handle: CudaHandle, ordinal: int, name: str) -> Ma
 
 
 def _chunks(cuda: Driver, handle: CudaHandle, ordinal: int, name: str) -> Mapping:
+    if (room := reserve_descriptors(len(handle.chunks))) < len(handle.chunks):
+        raise MemoryHandleError(
+            f"{name}: {len(handle.chunks)} chunks need a descriptor each, and there is room for {room}: raise `ulimit -n`"
+        )
     base = cuda.reserve(handle.size)
     done: list[tuple[int, int]] = []
+    fds: list[int] = []
+    copies: list[Chunk] = []
 
     def undo() -> None:
+        for fd in fds:
+            os.close(fd)
         with cuda.current(ordinal):
             for at, size in done:
                 cuda.unmap(at, size)
@@ -108,7 +130,12 @@ def _chunks(cuda: Driver, handle: CudaHandle, ordinal: int, name: str) -> Mappin
     try:
         at = base
         for part in handle.chunks:
-            chunk = _imported(cuda, handle, part, name)
+            if part.fd == -1:
+                chunk = cuda.import_fabric(part.fabric)
+            else:
+                fds.append(take_descriptor(handle.pid, handle.start_time, part.fd, name))
+                chunk = cuda.import_fd(fds[-1])
+            copies.append(Chunk(part.size, next(serials), -1 if part.fd == -1 else fds[-1], part.fabric))
             try:
                 cuda.map(at, part.size, chunk)
             finally:
@@ -119,17 +146,7 @@ def _chunks(cuda: Driver, handle: CudaHandle, ordinal: int, name: str) -> Mappin
     except BaseException:
         _quietly(undo)
         raise
-    return Mapping(base, undo)
-
-
-def _imported(cuda: Driver, handle: CudaHandle, part: Chunk, name: str) -> int:
-    if part.fd == -1:
-        return cuda.import_fabric(part.fabric)
-    fd = take_descriptor(handle.pid, handle.start_time, part.fd, name)
-    try:
-        return cuda.import_fd(fd)
-    finally:
-        os.close(fd)
+    return Mapping(base, undo, tuple(copies))
 
 
 def _quietly(undo: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from etha_ray.cuda import arrays
 from etha_ray.errors import HandleExpiredError, WrongDeviceError
 from etha_ray.memory.cuda import place_here
 from etha_ray.memory.handles import CudaHandle, SharedHandle, TensorHandle, checked_dtype, expired, laid_out, names_of
-from etha_ray.memory.mappings import check, mapped
+from etha_ray.memory.mappings import Mapping, check, mapped
 from etha_ray.memory.shared import map_storage
 from etha_ray.processes import process_start_time
 from etha_ray.shared_files import check_mapping_room
@@ -20,11 +20,13 @@ from etha_ray.shared_files import check_mapping_room
 class OpenedTensors:
     """What `open_tensors` mapped: ``tensors`` in the order of the handles, backed by the owner's memory.
 
-    After `close` no tensor taken from here may be used.
+    ``handles`` are those by which others open the same, for as long as this is open: the owner's, or this process's where it has copies
+    of descriptors that the owner gives to nobody else. After `close` no tensor taken from here may be used.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], nbytes: int) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], nbytes: int, handles: Sequence[TensorHandle]) -> None:
         self.tensors = list(tensors)
+        self.handles = list(handles)
         self.nbytes = nbytes
         """Bytes of all distinct storages."""
 
@@ -39,9 +41,9 @@ class OpenedTensors:
 def open_tensors(handles: Sequence[TensorHandle], labels: Sequence[str] | None = None, gpu: int | None = None) -> OpenedTensors:
     """Map the memory that ``handles`` name and lay the tensors out in it; each distinct storage is mapped once.
 
-    No byte is copied and no descriptor stays open. Works in the exporting process too. A handle is another process's
-    word: everything it says is checked, so a wrong one raises and never reads outside the memory it names. The mapping
-    outlives the owner: once open, the tensors stay readable when it dies.
+    No byte is copied, and no descriptor stays open but those of expandable segments. Works in the exporting process too. A handle is
+    another process's word: everything it says is checked, so a wrong one raises and never reads outside the memory it names. The
+    mapping outlives the owner: once open, the tensors stay readable when it dies.
 
     Args:
         handles: what the owner's `export_tensors` returned.
@@ -58,7 +60,8 @@ def open_tensors(handles: Sequence[TensorHandle], labels: Sequence[str] | None =
     storages: dict[Hashable, torch.UntypedStorage] = {}
     check_mapping_room(len({(handle.device, handle.inode) for handle in handles if isinstance(handle, SharedHandle)}))
     alive: dict[int, float | None] = {}
-    tensors = []
+    mappings: dict[Hashable, Mapping | None] = {}
+    tensors, theirs = [], []
     for handle, name in zip(handles, names, strict=True):
         dtype = checked_dtype(handle, name)
         key = _key(handle)
@@ -67,9 +70,14 @@ def open_tensors(handles: Sequence[TensorHandle], labels: Sequence[str] | None =
                 alive[handle.pid] = process_start_time(handle.pid)
             if handle.nbytes and alive[handle.pid] != handle.start_time:
                 raise HandleExpiredError(expired(handle, name, "that process is gone"))
-            storages[key] = _cuda_storage(handle, gpu, name) if isinstance(handle, CudaHandle) else _cpu_storage(handle, name)
+            if isinstance(handle, CudaHandle):
+                storages[key], mappings[key] = _cuda_storage(handle, gpu, name)
+            else:
+                storages[key] = _cpu_storage(handle, name)
         tensors.append(laid_out(storages[key], dtype, handle, name))
-    return OpenedTensors(tensors, sum(storage.nbytes() for storage in storages.values()))
+        mapping = mappings.get(key)
+        theirs.append(mapping.opened(handle) if mapping is not None and isinstance(handle, CudaHandle) else handle)
+    return OpenedTensors(tensors, sum(storage.nbytes() for storage in storages.values()), theirs)
 
 
 def _key(handle: TensorHandle) -> Hashable:
@@ -85,19 +93,21 @@ def _cpu_storage(handle: SharedHandle, name: str) -> torch.UntypedStorage:
     return map_storage(handle, name) if handle.nbytes else torch.empty(0).untyped_storage()
 
 
-def _cuda_storage(handle: CudaHandle, gpu: int | None, name: str) -> torch.UntypedStorage:
+def _cuda_storage(handle: CudaHandle, gpu: int | None, name: str) -> tuple[torch.UntypedStorage, Mapping | None]:
+    """The storage, and the mapping that it is in; none of what this process exported itself."""
     if gpu is None:
         raise WrongDeviceError(
             f"{name} is in memory of a GPU ({handle.gpu}), which an agent without one cannot open: start an agent on a GPU of that host"
             " for it, or register CPU tensors on both sides"
         )
     if not handle.nbytes:
-        return arrays.storage_at(0, 0, gpu, None)
+        return arrays.storage_at(0, 0, gpu, None), None
     check(handle, name)
     if handle.pid == os.getpid():
         place = place_here(handle.base + handle.data_offset, handle.nbytes)
-        if place is None:
+        if place is not None:
+            return arrays.storage_at(handle.base + handle.data_offset, handle.nbytes, place.ordinal, place), None
+        if not handle.chunks:  # of another process's chunks this one may have the descriptors
             raise HandleExpiredError(expired(handle, name, "closed"))
-        return arrays.storage_at(handle.base + handle.data_offset, handle.nbytes, place.ordinal, place)
     mapping = mapped(handle, gpu, name)
-    return arrays.storage_at(mapping.address + handle.data_offset, handle.nbytes, gpu, mapping)
+    return arrays.storage_at(mapping.address + handle.data_offset, handle.nbytes, gpu, mapping), mapping

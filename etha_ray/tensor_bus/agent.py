@@ -36,7 +36,7 @@ from etha_ray.cuda.gpus import see_only
 from etha_ray.errors import AgentBusyError, ConfigError, StoreError
 from etha_ray.kvstore import KVStore, create_store
 from etha_ray.kvstore.lease import Lease
-from etha_ray.processes import process_start_time
+from etha_ray.processes import permit_tracing, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Message
 from etha_ray.tensor_bus.history import History, Observer
@@ -107,6 +107,8 @@ class TensorBusAgent:
         check_integrity(integrity)
         check_transport(transport)
         pinned = Pinned.to(device, ordinal)
+        if pinned.ordinal is not None:
+            permit_tracing()  # other agents take from it what its workers gave it alone
         self.paths = paths or agent_paths(rank)
         self._store = store
         self._stopping = threading.Event()

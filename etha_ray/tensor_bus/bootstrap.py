@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from etha_ray.config import AgentPaths, WorkerEnvironment, agent_paths, worker_environment
+from etha_ray.processes import permit_tracing
 from etha_ray.tensor_bus.client import TensorBusClient
 
 logger = logging.getLogger(__name__)
-
-_PR_SET_PTRACER = 0x59616D61
-_PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,18 @@ class BootstrapInfo:
     gpu: str = ""
 
 
-def setup_ptrace() -> None:
-    """Let the agent read this process's memory where Yama restricts that (ptrace_scope 1); harmless elsewhere.
+def setup_ptrace(agent_pid: int | None = None) -> str:
+    """Let the agent take copies of this process's descriptors where Yama restricts that (ptrace_scope 1); harmless elsewhere.
 
-    CPU tensors need no such permission. Uses prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY), see prctl(2).
+    Expandable segments of a GPU need it; other tensors do not. `bootstrap_client` calls it with its agent's pid. Without one, every
+    process of this user is let, see PR_SET_PTRACER in prctl(2).
+
+    Returns:
+        Who may now, in words; see `etha_ray.processes.permit_tracing`.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0) != 0:
-        # EINVAL: the kernel has no Yama, and nothing is restricted.
-        logger.debug("prctl(PR_SET_PTRACER) is not available (errno %d)", ctypes.get_errno())
+    permitted = permit_tracing(agent_pid)
+    logger.debug("may take copies of the descriptors of process %d: %s", os.getpid(), permitted)
+    return permitted
 
 
 def bootstrap_client(
@@ -73,7 +74,6 @@ def bootstrap_client(
         ValueError: the environment names no agent, and this is no Ray worker with a pool.
         ConnectionError: no agent answers in time.
     """
-    setup_ptrace()
     environment = worker_environment()
     rank, offset, method, paths = _find_agent(environment)
     if path_naming_fn is not None:
@@ -84,6 +84,7 @@ def bootstrap_client(
         agent_state_lmdb_path=paths.state,
         connection_timeout=connection_timeout,
     )
+    setup_ptrace(client.agent_pid)
     info = BootstrapInfo(
         agent_rank=rank,
         global_rank=environment.global_rank or 0,

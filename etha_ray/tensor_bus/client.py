@@ -397,6 +397,11 @@ class TensorBusClient:
         record = self._connection.watch.record
         return ForAgent(record.device, record.gpu, record.trouble)
 
+    @property
+    def agent_pid(self) -> int:
+        """Process id of the agent that serves now."""
+        return self._connection.watch.record.pid
+
     # ------------------------------------------------------------------------------------------------ batches
 
     def _holding(self, batch_id: str) -> Holding:

@@ -30,7 +30,7 @@ import torch
 from etha_ray.errors import BatchUnmatchedError, EthaRayError, HandleExpiredError, TensorMismatchError
 from etha_ray.kvstore import KVStore
 from etha_ray.layout import Layout
-from etha_ray.memory import decode_handle, open_tensors
+from etha_ray.memory import decode_handle, encode_handle, open_tensors
 from etha_ray.tensor_bus.agreement import agree, difference, set_digest
 from etha_ray.tensor_bus.commands import RegisteredTensor
 from etha_ray.tensor_bus.executor import Part
@@ -189,7 +189,8 @@ class Registration:
         result.opened.append(opened)
         tensors = iter(opened.tensors)
         own = {name: [next(tensors) for _ in entries] for name, entries in grouped.items()}
-        table = {name: [tensor.handle for tensor in entries] for name, entries in grouped.items()}
+        handles_here = iter(opened.handles)
+        table = {name: [encode_handle(next(handles_here)) for _ in entries] for name, entries in grouped.items()}
         self._state.put(handles_key(self._request.registration), msgspec.msgpack.encode(table))
         network = self._ways.network
         if network is not None:

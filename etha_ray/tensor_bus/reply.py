@@ -23,6 +23,7 @@ import posix_ipc
 from etha_ray.config import SUCCESSION_TIMEOUT, check_timeout
 from etha_ray.decoding import Decoder
 from etha_ray.errors import AgentDiedError, AgentFailedError, BatchClosedError, QueueClosedError, error_class
+from etha_ray.processes import permit_successor
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Failed, Ok, decode_outcome
@@ -208,6 +209,7 @@ class ReplyPool:
         successor = self.watch.successor()
         if successor is not None:
             self.watch = successor
+            permit_successor(successor.record.pid)  # it takes up this worker's batches
             return
         if self.state.stopped() or not self.watch.gone:
             raise error

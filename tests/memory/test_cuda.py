@@ -37,7 +37,7 @@ class GpuOwner:
 
 
 def _export(state: dict[str, Any], path: str, devices: str, gpu: str, tensors: str) -> list[bytes]:
-    state["gpus"], state["CHUNK"] = install(devices, path), CHUNK
+    state |= {"gpus": install(devices, path), "CHUNK": CHUNK, "open_tensors": open_tensors, "decode_handle": decode_handle}
     state["tensors"] = eval(tensors, state)
     state["exported"] = export_tensors(state["tensors"], agent=ForAgent("cuda:0", gpu))
     return [encode_handle(handle) for handle in state["exported"].handles]
@@ -228,6 +228,28 @@ class TestChunks:
         with pytest.raises(MemoryHandleError, match=rf"w: may not take descriptor \d+ of process {owner.pid} .*ptrace_scope.*SYS_PTRACE"):
             open_tensors(owner.handles[:1], ["w"], gpu=0)
         assert gpus.held == 0
+
+    def test_who_has_it_open_passes_it_on(self, gpus: FakeGpus, start: Callable[..., GpuOwner], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The owner lets its own agent alone take its descriptors; other agents take them from that one."""
+        owner, other = start(GROWING), start("[]")
+        opened = open_tensors(owner.handles, gpu=0)
+        handle = opened.handles[0]
+        assert isinstance(handle, CudaHandle)
+        assert handle.pid == os.getpid()
+        assert not {chunk.serial for chunk in handle.chunks} & {chunk.serial for chunk in owner.handles[0].chunks}
+        owner.kill()
+        encoded = [encode_handle(handle) for handle in opened.handles]
+        assert other.ask(f"open_tensors([decode_handle(each) for each in {encoded!r}], gpu=0).tensors[0].sum().item()") == 600
+        assert open_tensors(opened.handles, gpu=0).tensors[1].eq(3).all()  # here too, as another agent of this process does
+        opened.close()
+        with pytest.raises(HandleExpiredError):
+            open_tensors([handle], gpu=0)
+        assert gpus.held == 0
+
+    def test_what_needs_no_descriptor_stays_the_owners(self, gpus: FakeGpus, start: Callable[..., GpuOwner]) -> None:
+        owner = start(PLAIN)
+        opened = open_tensors(owner.handles, gpu=0)
+        assert opened.handles == owner.handles
 
     def test_a_descriptor_that_was_closed(self, gpus: FakeGpus, start: Callable[..., GpuOwner]) -> None:
         owner = start(GROWING)
