@@ -20,6 +20,7 @@ from etha_ray.transport.mapped import MappedTransport
 from tests.cuda.fake import FakeGpus, install, library, uuid
 from tests.tensor_bus.cluster import LONG, LocalCluster, Worker
 from tests.tensor_bus.cluster import connect as connect_worker
+from tests.tensor_bus.gpu_cluster import GpuCluster
 
 
 class FakeMark:
@@ -49,15 +50,6 @@ def mark_on(ordinal: int) -> FakeMark:
     return found
 
 
-class GpuCluster(LocalCluster):
-    """Agents on GPUs 0 and 1 of the host, which this process sees both."""
-
-    def start_agent(self, rank: int, mapped: Any = None, threads: int = 1) -> TensorBusAgent:
-        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], device=f"cuda:{rank}", mapped=mapped or MappedTransport(threads))
-        agent.start()
-        return agent
-
-
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
     monkeypatch.setenv("FAKE_CUDA_DEVICES", "")
@@ -71,7 +63,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
 
 @pytest.fixture
 def cluster(gpus: FakeGpus) -> Iterator[GpuCluster]:
-    with GpuCluster(2) as cluster:
+    with GpuCluster(2, mapped=MappedTransport(1)) as cluster:
         yield cluster
     assert gpus.held == 0
 
@@ -124,7 +116,7 @@ class TestWrongDevice:
     def test_an_agent_whose_torch_has_no_cuda(self, gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(torch.version, "cuda", None)
-            cluster = GpuCluster(2)
+            cluster = GpuCluster(2, mapped=MappedTransport(1))
         with cluster:
             first, second, source, target = cluster.batch()
             transferred(first, second)  # what is on the CPU crosses all the same
