@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 WORKERS      = $(shell expr $$(nproc) \* 3 / 2)
 SIDE_BY_SIDE = $(if $(shell .ci/isolated echo yes 2> /dev/null),--dist loadfile --no-loadscope-reorder --tx '$(WORKERS)*popen//python=.ci/isolated $(BIN)/python')
 
-.PHONY: help demo test test-local-mode test-slow test-cluster test-layouts chaos soak fuzz lint types bench docs wheel-check clean
+.PHONY: help demo test test-local-mode test-slow test-cluster test-layouts chaos soak fuzz lint types bench bench-gpu docs wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -75,6 +75,9 @@ bench: $(STAMP)  ## The benchmarks, each beside its baselines
 	$(BIN)/etha-ray bench network
 	$(BIN)/etha-ray bench store
 	$(BIN)/etha-ray bench plan
+
+bench-gpu: $(STAMP)  ## The benchmark of a GPU's own copies; needs one
+	$(BIN)/etha-ray bench gpu
 
 docs: $(STAMP)  ## Build the site into build/site; a broken link or name fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

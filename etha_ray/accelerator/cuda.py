@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -149,10 +150,8 @@ class CudaAccelerator(Accelerator):
 
     def launch(self, kernel: Kernel, blocks: int, arguments: Sequence[int | torch.Tensor], lane: Lane) -> None:
         values = tuple(np.int64(each.data_ptr() if isinstance(each, torch.Tensor) else each) for each in arguments)
-        with self._cupy_errors(kernel) as cupy:
-            function = self._function(kernel)
-            with cupy.cuda.Stream.from_external(_Protocol(lane.pointer)):
-                function((blocks,), (kernel.threads,), values)
+        with self._cupy_errors(kernel):
+            self._function(kernel)((blocks,), (kernel.threads,), values, stream=_Stream(lane.pointer))
 
     def _function(self, kernel: Kernel) -> Any:
         """``kernel`` as cupy has it, in the device's memory. This device is cupy's current one."""
@@ -166,18 +165,18 @@ class CudaAccelerator(Accelerator):
                     module = cupy.RawModule(code=kernel.source.code, options=kernel.source.options, backend="nvrtc")
                     self._modules[kernel.source] = module
                 function = module.get_function(kernel.name)
-                _ = function.attributes  # asking for them is what compiles it
+                _ = function.num_regs  # asking is what compiles it
                 self._functions[kernel] = function
             return function
 
     @contextlib.contextmanager
-    def _cupy_errors(self, kernel: Kernel) -> Iterator[Any]:
+    def _cupy_errors(self, kernel: Kernel) -> Iterator[None]:
         """Within, this device is cupy's current one, and its errors are ours."""
         import cupy
 
         try:
             with cupy.cuda.Device(self._device.index):
-                yield cupy
+                yield
         except (cupy.cuda.compiler.CompileException, RuntimeError, OSError) as error:
             # CUDA's own errors are RuntimeErrors, and so is that of a compiler that is not there.
             raise TransferError(f"{self._device}: kernel {kernel.name} could not be compiled or launched: {error}") from error
@@ -186,14 +185,11 @@ class CudaAccelerator(Accelerator):
         return f"CudaAccelerator({self._device})"
 
 
-class _Protocol:
-    """A stream as libraries that share streams hand it to one another."""
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """All that a launch asks of a stream. One of cupy's own, made over torch's, has ended it in some versions when it was collected."""
 
-    def __init__(self, pointer: int) -> None:
-        self._pointer = pointer
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._pointer
+    ptr: int
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def run_gpu(
 
 
 def _copy_rate(gpu: Accelerator, steps: int) -> _Found:
-    limit = _Copy(gpu, _BUFFER_BYTES if gpu.device.type == "cuda" else _SMALL_BYTES)
+    limit = _Copy(gpu, _BUFFER_BYTES)
     seconds = _measured(gpu, steps, "copy rate", {"copy": limit})["copy"]
     return [Figure("copy_gb_per_s", 2 * limit.nbytes / seconds / 1e9, "torch's copy within the GPU, bytes read and written, median")], []
 

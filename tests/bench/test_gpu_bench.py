@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from etha_ray.bench import gpu
 from etha_ray.bench.gpu import run_gpu
 from etha_ray.bench.processes import BenchError
 from etha_ray.bench.reshard import Reshard
@@ -20,7 +21,8 @@ from etha_ray.transport.kernels import KernelTransport
 from tests.accelerator.host import HostAccelerator
 
 
-def test_figures_and_ratios() -> None:
+def test_figures_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_BUFFER_BYTES", 4096)
     accelerator = HostAccelerator()
     data = json.loads(json.dumps(run_gpu(("tiny",), src=3, dst=2, steps=2, tensors=20, accelerator=accelerator).as_dict()))
     figures, ratios = data["figures"], data["ratios"]

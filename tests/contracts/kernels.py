@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from etha_ray.accelerator import Accelerator
 from etha_ray.transport.cutting import as_bits
 from etha_ray.transport.kernels import MessageSums
-from etha_ray.transport.kernels.source import COPY_REGIONS, SUM_TILE, TILE
+from etha_ray.transport.kernels.source import COPY_REGIONS, IN_PACKS, PACK, SUM_TILE, TILE
 from etha_ray.transport.kernels.table import Region, regions_of, table_of
 from tests.contracts.transport import bits, numbers, random_bytes, random_tensor
 
@@ -154,8 +154,12 @@ class KernelsContract:
         target, memory = view_of(shape, ways[1], other, 1, accelerator.device)
         wanted = memory.clone()
         wanted.as_strided(target.shape, target.stride(), target.storage_offset()).copy_(source)
-        moved(accelerator, source, target)
+        regions = moved(accelerator, source, target)
         assert bits(memory) == bits(wanted)
+        for region in regions:
+            count = PACK if region.kind & IN_PACKS else 1
+            for place, size in ((region.source, source.itemsize), (region.target, target.itemsize)):
+                assert place % min(16, count * size) == 0
 
     @often
     @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 5 * TILE))

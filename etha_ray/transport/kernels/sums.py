@@ -69,8 +69,14 @@ class MessageSums:
             self._accelerator.launch(SUM_EDGES, blocks, (self._edges, self._edge_count, self._sums), lane)
 
     def values(self) -> list[int]:
-        """The checksums, each from 0 to 2**64 - 1, in the messages' order. Only once the lane is done."""
-        sums: np.ndarray[Any, Any] = self._sums.cpu().numpy().view(np.uint64).reshape(-1, SLOTS).sum(axis=1, dtype=np.uint64)
+        """The checksums, each from 0 to 2**64 - 1, in the messages' order. Only once the lane is done.
+
+        Raises:
+            TransferError: the device reports that something on it failed.
+        """
+        with self._accelerator.current().current():
+            parts: np.ndarray[Any, Any] = self._sums.cpu().numpy().view(np.uint64).reshape(-1, SLOTS)
+        sums = parts.sum(axis=1, dtype=np.uint64)
         lengths = (sum(tensor.nbytes for tensor in message) for message in self._messages)
         return [(int(value) + mixed(length, _MASK)) & _MASK for value, length in zip(sums, lengths, strict=True)]
 
