@@ -15,16 +15,25 @@ def violations(entries: Iterable[Entry]) -> list[str]:
     entries = sorted(entries, key=lambda entry: (entry.who, entry.life, entry.number))
     sends = {(int(entry.who[1:]), entry.nonce): entry for entry in entries if entry.call == "send"}
     receives = [entry for entry in entries if entry.call == "recv"]
+    registrations = [entry for entry in entries if entry.call == "register" and entry.outcome == "ok"]
     found = [f"{_name(entry)}: {entry.wrong}" for entry in entries if entry.wrong]
-    found += _what_was_taken(sends, receives)
+    found += _what_was_taken(sends, receives, registrations)
     found += _what_was_sent(sends, receives)
     return found
 
 
-def _what_was_taken(sends: dict[tuple[int, int], Entry], receives: list[Entry]) -> Iterable[str]:
-    """A good receive has what was sent under its version, and nothing older than the one before."""
-    last: dict[tuple[str, int, int], int] = defaultdict(int)
+def _what_was_taken(sends: dict[tuple[int, int], Entry], receives: list[Entry], registrations: list[Entry]) -> Iterable[str]:
+    """A good receive has what was sent under its version, and something newer than the one before.
+
+    Only into tensors that were registered meanwhile may come what that one had: the send is still under way where the sender has not
+    heard of it, as the receiver's agent stood still just then.
+    """
+    last: dict[tuple[str, int, int], tuple[int, int]] = defaultdict(lambda: (0, 0))
+    begins: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for entry in registrations:
+        begins[entry.who, entry.life].append(entry.number)
     for entry in receives:
+        registration = bisect.bisect(begins[entry.who, entry.life], entry.number)
         for sender, nonce in enumerate(entry.taken):
             sent = sends.get((sender, nonce))
             if sent is None:
@@ -34,9 +43,10 @@ def _what_was_taken(sends: dict[tuple[int, int], Entry], receives: list[Entry]) 
             elif sent.end is not None and sent.end < entry.begin and sent.outcome == "ok":
                 yield f"{_name(entry)}: took what {_name(sent)} had sent successfully before, so without this receiver"
             key = entry.who, entry.life, sender
-            if nonce <= last[key]:
-                yield f"{_name(entry)}: old data of a{sender}: {nonce} after {last[key]}"
-            last[key] = nonce
+            before, of = last[key]
+            if nonce < before or (nonce == before and registration == of):
+                yield f"{_name(entry)}: old data of a{sender}: {nonce} after {before}"
+            last[key] = nonce, registration
 
 
 def _what_was_sent(sends: dict[tuple[int, int], Entry], receives: list[Entry]) -> Iterable[str]:

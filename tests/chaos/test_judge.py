@@ -1,0 +1,44 @@
+"""The judge of the chaos: what it must not let pass, and what is no fault."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.chaos.journal import Entry
+from tests.chaos.judge import violations
+
+REGISTER = Entry("b0", 1, 7, 1, "register", 0.0, 0.1, "ok")
+SEND = Entry("a0", 1, 8, 1, "send", 1.0, 2.0, "ok", version=1, nonce=5)
+RECV = Entry("b0", 1, 7, 2, "recv", 1.0, 1.9, "ok", version=1, taken=[5])
+NEXT = [replace(SEND, number=2, begin=3.0, end=4.0, version=2, nonce=6), replace(RECV, number=3, begin=3.0, end=3.9, version=2, taken=[6])]
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([REGISTER, SEND, RECV, *NEXT], ""),
+        ([SEND, replace(RECV, wrong="numbers of another place")], "numbers of another place"),
+        ([SEND, replace(RECV, taken=[4])], "never sent 4"),
+        ([SEND, replace(RECV, version=2)], "version 2 of what"),
+        ([SEND, NEXT[0], replace(RECV, begin=2.5, end=3.0)], "without this receiver"),
+        ([SEND, RECV, NEXT[0], replace(RECV, number=3, begin=3.0, end=3.9)], "old data of a0: 5 after 5"),
+        ([NEXT[0], NEXT[1], SEND, replace(RECV, number=4)], "old data of a0: 5 after 6"),
+        ([SEND], ""),
+        ([SEND, RECV, NEXT[0], replace(RECV, number=3, begin=3.0, end=3.9)], "received something else meanwhile"),
+    ],
+    ids=["all is well", "wrong", "never sent", "version", "too late", "twice", "older", "nobody there", "something else"],
+)
+def test_what_must_never_happen(entries: list[Entry], words: str) -> None:
+    found = violations(entries)
+    assert any(words in sentence for sentence in found) if words else not found
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_still_under_way_may_come_into_tensors_that_were_registered_meanwhile(again: bool) -> None:
+    sent = replace(SEND, end=5.0)
+    entries = [REGISTER, sent, RECV, replace(RECV, number=4, begin=3.0, end=4.0)]
+    if again:
+        entries.append(replace(REGISTER, number=3, begin=2.0, end=2.9))
+    assert ["old data" in sentence for sentence in violations(entries)] == ([] if again else [True])
