@@ -20,15 +20,17 @@ class Mark:
     def __init__(self, ordinal: int) -> None:
         self._device = torch.device("cuda", ordinal)
         self._event: Any = torch.cuda.Event(interprocess=True)  # type: ignore[no-untyped-call]
+        self._handle = b""
 
     def set(self) -> bytes:
         """Put it behind all that was launched on this thread's current stream; what others see it by. Does not wait."""
         with torch.cuda.device(self._device):
             self._event.record(torch.cuda.current_stream(self._device))
-            handle = bytes(self._event.ipc_handle())
-        with _lock:
-            _own[handle] = self
-        return handle
+            if not self._handle:  # an event has none before it was recorded
+                self._handle = bytes(self._event.ipc_handle())
+                with _lock:
+                    _own[self._handle] = self
+        return self._handle
 
     def passed(self) -> bool:
         """Whether the GPU has come to where it was set last."""

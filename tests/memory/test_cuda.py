@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 
 from etha_ray.errors import HandleExpiredError, MemoryHandleError, NotShareableError, WrongDeviceError
-from etha_ray.memory import CudaHandle, ForAgent, decode_handle, encode_handle, export_tensors, open_tensors
-from etha_ray.memory.handles import Chunk
+from etha_ray.memory import CudaHandle, ForAgent, encode_handle, export_tensors, open_tensors
 from tests.contracts.transport import DTYPES, bits, random_tensor
-from tests.cuda.fake import CHUNK, FakeGpus, install, library, uuid
+from tests.cuda.fake import CHUNK, FakeGpus, uuid
+from tests.memory.gpu_owner import GpuOwner
 from tests.memory.programs import changed, open_descriptors
-from tests.tensor_bus.cluster import Worker
 
 HERE = ForAgent("cuda:0", uuid(0))
-
-
-class GpuOwner:
-    """A process with GPU memory that it exports until killed. ``tensors``: code that makes them."""
-
-    def __init__(self, tensors: str, devices: str = "0", gpu: int = 0) -> None:
-        self._worker = Worker()
-        self.pid = self._worker.pid
-        self.handles = [decode_handle(handle) for handle in self._worker.call(_export, library(), devices, uuid(gpu), tensors)]
-
-    def ask(self, expression: str) -> Any:
-        return self._worker.call(_evaluate, expression)
-
-    def kill(self) -> None:
-        self._worker.process.kill()
-        self._worker.process.join()
-
-
-def _export(state: dict[str, Any], path: str, devices: str, gpu: str, tensors: str) -> list[bytes]:
-    state |= {"gpus": install(devices, path), "CHUNK": CHUNK, "open_tensors": open_tensors, "decode_handle": decode_handle}
-    state["tensors"] = eval(tensors, state)
-    state["exported"] = export_tensors(state["tensors"], agent=ForAgent("cuda:0", gpu))
-    return [encode_handle(handle) for handle in state["exported"].handles]
-
-
-def _evaluate(state: dict[str, Any], expression: str) -> Any:
-    return eval(expression, state)
 
 
 @pytest.fixture
@@ -283,74 +254,3 @@ def test_a_reused_allocation_is_another_one(gpus: FakeGpus) -> None:
     assert isinstance(first, CudaHandle)
     assert isinstance(second, CudaHandle)
     assert first.buffer != second.buffer
-
-
-@pytest.fixture(scope="module")
-def handles() -> Iterator[tuple[CudaHandle, CudaHandle]]:
-    """Of an allocation of 4000 bytes, and of two chunks."""
-    owner = GpuOwner("[gpus.empty(1000).fill_(3), gpus.tensor(gpus.expandable(2), (20000,)).fill_(3)]")
-    plain, growing = owner.handles
-    assert isinstance(plain, CudaHandle)
-    assert isinstance(growing, CudaHandle)
-    yield plain, growing
-    owner.kill()
-
-
-class TestLies:
-    """A handle is another process's word."""
-
-    @pytest.mark.parametrize(
-        "lie",
-        [
-            {"nbytes": 4004, "size": 4004},
-            {"size": 1 << 40},
-            {"size": 0},
-            {"size": -1},
-            {"data_offset": 4},
-            {"data_offset": -4},
-            {"data_offset": 1 << 62},
-            {"nbytes": 1 << 40},
-            {"shape": (1001,)},
-            {"stride": (2,)},
-            {"storage_offset": 1},
-            {"dtype": "float64"},
-            {"ipc": b""},
-            {"ipc": b"x" * 64},
-            {"ipc": b"x" * 63},
-            {"chunks": (Chunk(4000, 1, 3),)},
-            {"start_time": 1.0},
-            {"pid": 1 << 40},
-        ],
-        ids=str,
-    )
-    def test_about_an_allocation(self, gpus: FakeGpus, handles: tuple[CudaHandle, CudaHandle], lie: dict[str, object]) -> None:
-        with pytest.raises(MemoryHandleError, match=r"^w: "):
-            open_tensors([changed(handles[0], **lie)], ["w"], gpu=0)
-        assert gpus.held == 0
-        assert open_tensors(handles, gpu=0).tensors[0].eq(3).all()
-
-    def test_about_chunks(self, gpus: FakeGpus, handles: tuple[CudaHandle, CudaHandle]) -> None:
-        one, two = handles[1].chunks
-        lies = [
-            (one,),
-            (one, two, two),
-            (one, Chunk(two.size, two.serial, 0)),  # a pipe
-            (one, Chunk(two.size, two.serial, 987_654)),
-            (one, Chunk(two.size, two.serial, -2)),
-            (one, Chunk(two.size, two.serial, 1 << 40)),
-            (one, Chunk(two.size, two.serial, two.fd, b"x" * 64)),
-            (one, Chunk(two.size, two.serial, -1, b"x" * 64)),
-            (one, Chunk(two.size, two.serial, -1, b"x")),
-            (Chunk(2 * one.size, 1, one.fd), Chunk(0, 2, two.fd)),
-            (Chunk(3 * one.size, 1, one.fd), Chunk(-one.size, 2, two.fd)),
-            (Chunk(one.size - 4, 1, one.fd), Chunk(one.size + 4, 2, two.fd)),
-        ]
-        for chunks in lies:
-            with pytest.raises(MemoryHandleError, match=r"^w: "):
-                open_tensors([changed(handles[1], chunks=chunks)], ["w"], gpu=0)
-            assert gpus.held == 0
-        assert open_tensors(handles, gpu=0).tensors[1].eq(3).all()
-
-    def test_the_wire(self, handles: tuple[CudaHandle, CudaHandle]) -> None:
-        for handle in handles:
-            assert decode_handle(encode_handle(handle)) == handle

@@ -49,6 +49,7 @@ COMMANDS: list[Message] = [
     Transfer(batch_id="b", transfer_type="send", timestamp=1.5, semaphore_name="/s", command_id=7, client_id="c", timeout=3.0),
     Transfer("b", "recv"),
     Transfer("b", "send", version=HIGHEST_VERSION),
+    Transfer("b", "recv", mark=bytes(range(64))),
     WaitVersion("b", 1),
     ReadyReplicas("p", 3),
     ReadyReplicas("p", 3, "b"),

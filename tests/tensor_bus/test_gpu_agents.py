@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import etha_ray
 from etha_ray.cuda import driver, marks
 from etha_ray.errors import ConfigError, PeerLostError, TransferError, TransferTimeoutError, WrongDeviceError
 from etha_ray.tensor_bus import client as client_room
@@ -97,6 +99,22 @@ def test_a_cpu_tensor_beside_a_gpu_agent(gpus: FakeGpus, cluster: GpuCluster) ->
     transferred(first, second)
     assert torch.equal(source, target)
     assert FakeMark.made == []
+
+
+def test_a_model_is_pushed_when_the_callers_gpu_has_made_it(gpus: FakeGpus, cluster: GpuCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads send, whose streams know nothing of the caller's."""
+    settled: list[tuple[int, str]] = []
+    monkeypatch.setattr("etha_ray.weights.member.settle", lambda ordinal: settled.append((ordinal, threading.current_thread().name)))
+    source, target = gpus.empty(300).copy_(torch.randn(300)), gpus.empty(300, ordinal=1).zero_()
+    with (
+        etha_ray.publish({"w": source}, "policy", client=cluster.client(0)) as sender,
+        etha_ray.pull({"w": target}, "policy", client=cluster.client(1), timeout=LONG) as receiver,
+    ):
+        pushed = sender.start_push(timeout=LONG)
+        assert settled[0] == (0, threading.current_thread().name)
+        receiver.update(LONG)
+        pushed.result(LONG)
+    assert torch.equal(source, target)
 
 
 class TestWrongDevice:
