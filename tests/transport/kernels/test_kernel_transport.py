@@ -62,6 +62,19 @@ def test_what_kernels_do_not_know_is_torchs() -> None:
     assert copies[1].target.sum() == 140
 
 
+def test_without_kernels_torch_does_everything() -> None:
+    accelerator = HostAccelerator()
+    accelerator.launches = False
+    transport = KernelTransport(accelerator, MappedTransport(1))
+    sources, targets = sides()
+    program = transport.prepare([Copy((source,), target) for source, target in zip(sources, targets, strict=True)])
+    program.run()
+    assert accelerator.launched == []
+    assert "0 regions, 5 calls of torch" in repr(program)
+    assert "by torch" in repr(transport)
+    assert [bits(target) for target in targets] == [bits(source) for source in sources]
+
+
 def test_enqueue_hands_over_to_a_lane() -> None:
     accelerator = HostAccelerator()
     transport = KernelTransport(accelerator, MappedTransport(1))
