@@ -160,7 +160,7 @@ class TensorBusAgent:
             self._jobs = Jobs(self._queue.wake)
             mapped = mapped or pinned.transport(threads or len(os.sched_getaffinity(0)))
             self._mapped = CheckedTransport(mapped) if integrity == "on" else mapped
-            ways = Ways(self._mapped, None if self._network is None else self._network.transport, transport, pinned.ordinal)
+            ways = Ways(incarnation, self._mapped, None if self._network is None else self._network.transport, transport, pinned.ordinal)
             self._service = BusService(self.record, store, self._state, self._jobs, ways, self._network, self._history)
             self._queue.on_corrupt = self._service.handle_corrupt
             if self._network is not None:

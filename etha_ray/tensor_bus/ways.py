@@ -33,9 +33,12 @@ _tables: Decoder[dict[str, list[bytes]]] = Decoder(dict[str, list[bytes]])
 
 @dataclass(frozen=True)
 class Ways:
-    """What moves bytes to this agent: on this host, and between hosts if it has an address there. ``choice``: see `config.TRANSPORTS`.
-    ``gpu``: which GPU of this process memory of GPUs is mapped for, if it has one."""
+    """What moves bytes to the agent of this ``incarnation``: on this host, and between hosts if it has an address there.
 
+    ``choice``: see `config.TRANSPORTS`. ``gpu``: which GPU of this process memory of GPUs is mapped for, if it has one.
+    """
+
+    incarnation: str
     mapped: OneSidedTransport
     network: NetworkTransport | None
     choice: str = "auto"
@@ -48,6 +51,8 @@ class Ways:
 
     def is_mapped(self, agent: AgentRecord) -> bool:
         """Whether what ``agent`` serves is mapped here; else it comes over the network, if it comes."""
+        if agent.incarnation == self.incarnation:
+            return True  # what both sides of a pair have at this agent is here, whatever was chosen
         return self.choice in ("auto", "mapped") and agent.incarnation not in self._unmapped and shares_memory(agent)
 
     def open(self, member: MemberRecord, registration: str, part: Part, positions: Sequence[int]) -> OpenedTensors | None:
