@@ -36,12 +36,18 @@ class Device:
         self.lacks = communicators if isinstance(communicators, str) else ""
         self.sending = Slots(accelerator, memory_budget // 2)
         self.receiving = Slots(accelerator, memory_budget // 2)
+        self._lane = accelerator.lane()
         self._lock = threading.Lock()
         self._warm = False
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is in the device's memory."""
         return tensor.device == self.accelerator.device
+
+    def host_memory(self, nbytes: int) -> torch.Tensor:
+        """Memory of this host (uint8) that is copied to the device and from it without a detour."""
+        with self._lane.current():  # memory is pinned in the current device's context
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.accelerator.device.type == "cuda")
 
     def warm(self) -> None:
         """Have the device do once, for the first time, what a run has it do.
@@ -52,7 +58,7 @@ class Device:
         with self._lock:
             if self._warm:
                 return
-            memory, lane = self.accelerator.empty(_WARM_BYTES), self.accelerator.lane()
+            memory, lane = self.accelerator.empty(_WARM_BYTES), self._lane
             whole_words_and_a_part, rest = memory.view(2, -1)[0, :-1], memory.view(2, -1)[1, :-1]
             sums = MessageSums(self.accelerator, [[whole_words_and_a_part]])
             copies = self.copier.prepare([Copy((whole_words_and_a_part,), rest)])

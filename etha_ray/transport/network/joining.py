@@ -32,7 +32,7 @@ JOIN_TIMEOUT = 60.0
 STALLED = 120.0
 """Seconds after which a round that both ends have handed over, and that is not done, shows that the communicator stands still."""
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3
+_FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-4
 _WARM_BYTES = 256
 _GRACE = 1.0
 

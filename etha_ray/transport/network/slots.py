@@ -66,13 +66,17 @@ class Slots:
     def __init__(self, accelerator: Accelerator, limit: int) -> None:
         self.round_size = max(ALIGNMENT, limit // (SLOTS * DEPTH) // ALIGNMENT * ALIGNMENT)
         """Bytes of messages that a round may have."""
+        self._accelerator = accelerator
         self.all = tuple(Slot(accelerator, self.round_size, number) for number in range(SLOTS))
         self._free = list(self.all)
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def take(self, check: Callable[[], None]) -> Iterator[Slot]:
-        """A slot, the first one if it is free; waits until there is one, while ``check`` raises nothing."""
+        """A slot, the first one if it is free; waits until there is one, while ``check`` raises nothing.
+
+        Its lanes come after what torch's current lane has been handed until then.
+        """
         with self._changed:
             while not self._free:
                 self._changed.wait(_LOOK_EVERY)
@@ -80,6 +84,8 @@ class Slots:
             slot = min(self._free, key=lambda slot: slot.number)
             self._free.remove(slot)
         try:
+            for lane in slot.lanes:
+                lane.after(self._accelerator.current())
             yield slot
         finally:
             with self._changed:

@@ -1,9 +1,9 @@
-"""Memory for what cannot go straight from or into a tensor: buffers that are lent, and a limit that is never passed."""
+"""Host memory for what cannot go straight from or into a tensor: buffers that are lent, and a limit that is never passed."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,10 @@ def check_bucket_size(bucket_size: int, limit: int, whose: str) -> None:
         raise ConfigError(f"bucket_size of {bucket_size} bytes is out of range: {whose} memory budget allows {MIN_BUCKET_SIZE} to {limit}")
 
 
+def _allocate(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
 class Staging:
     """Lends buffers of at most ``limit`` bytes altogether, those kept for the next borrower among them.
 
@@ -27,10 +31,10 @@ class Staging:
     does not wait for another borrower; that is why sending and receiving have a staging each (see `NetworkTransport`).
     """
 
-    def __init__(self, limit: int, *, pinned: bool = False) -> None:
-        """``pinned``: for copies from and to a GPU, which works on other memory more slowly."""
+    def __init__(self, limit: int, allocate: Callable[[int], torch.Tensor] = _allocate) -> None:
+        """``allocate``: makes a buffer of this host's memory (uint8)."""
         self.limit = limit
-        self._pinned = pinned
+        self._allocate = allocate
         self.peak = 0
         """Most bytes that there were at a time, lent or kept."""
         self._lent = 0
@@ -66,4 +70,4 @@ class Staging:
             while self._lent + sum(kept.nbytes for kept in self._kept) > self.limit:
                 self._kept.pop(0)
             self.peak = max(self.peak, self._lent + sum(kept.nbytes for kept in self._kept))
-            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            return self._allocate(size)

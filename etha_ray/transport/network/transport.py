@@ -81,12 +81,11 @@ class NetworkTransport:
         self._path: Path = path
         self._device: Device | None = None
         self._copier: OneSidedTransport = MappedTransport(threads=1)
-        pinned = False
+        self._sending, self._receiving = Staging(memory_budget // 2), Staging(memory_budget // 2)
         if accelerator is not None:
             self._device = Device(accelerator, "its path is 'tcp'" if path == "tcp" else communicators, memory_budget)
             self._copier = self._device.copier
-            pinned = accelerator.device.type == "cuda"
-        self._sending, self._receiving = (Staging(memory_budget // 2, pinned=pinned) for _ in range(2))
+            self._sending, self._receiving = (Staging(memory_budget // 2, self._device.host_memory) for _ in range(2))
         self._exports = Exports(self._sending, self._copier, failure_timeout, self._device)
         self._said: set[str] = set()
         self._lock = threading.Lock()
