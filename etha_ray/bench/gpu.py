@@ -1,5 +1,7 @@
 """``bench gpu``: shards that change their layout within one GPU, by one launch, against the GPU's own copy rate and torch's calls.
 
+Then the first model's weights go from one process to another by NCCL (`gpu_nccl`).
+
 Seconds are those of the clock, from before the first call until the GPU is done: what an agent's transfer would wait for.
 """
 
@@ -14,6 +16,7 @@ import torch
 
 from etha_ray.accelerator import Accelerator, CudaAccelerator
 from etha_ray.bench.figures import BenchResult, Figure, Ratio, describe_machine, interleaved, median, progress
+from etha_ray.bench.gpu_nccl import nccl_figures
 from etha_ray.bench.processes import BenchError
 from etha_ray.bench.reshard import Reshard
 from etha_ray.bench.workload import Workload, model, uniform
@@ -65,6 +68,9 @@ def run_gpu(
             sections.append(partial(_resharded, transport, steps, shape, workload, _DTYPE))
             sections.append(partial(_resharded, transport, steps, shape, workload, _WIDE_DTYPE))
         sections.append(partial(_many, transport, steps, small))
+        if gpu.device.type == "cuda" and workloads:
+            shape = next(iter(workloads))
+            sections.append(partial(nccl_figures, steps, shape, workloads[shape]))
         found = [section() for section in sections]
     return BenchResult(
         bench="gpu",

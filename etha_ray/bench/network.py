@@ -36,7 +36,7 @@ _Box: TypeAlias = "tuple[int, ...]"
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A region: of which source rank's tensor, and where it lies in that and in the target's."""
 
     source: int
@@ -57,7 +57,7 @@ def run_network(shape: str = "qwen3-0.6b", src: int = 2, dst: int = 2, dtype: st
     workload = model(shape, src, dst, dtype)
     nbytes = workload.nbytes("dst", 0)
     with _open_giver(workload) as giver:
-        progress(f"{nbytes / 1e9:.2f} GB to move in {len(_pieces(workload))} regions")
+        progress(f"{nbytes / 1e9:.2f} GB to move in {len(pieces(workload))} regions")
         with _Taker(workload, giver) as taker:
             measures = {"tcp": taker.tcp, "unchecked": taker.unchecked, "gloo": taker.gloo, "raw": taker.raw}
             for name in ("tcp", "unchecked", "gloo"):
@@ -79,7 +79,7 @@ def run_network(shape: str = "qwen3-0.6b", src: int = 2, dst: int = 2, dtype: st
             Figure("raw_gb_per_s", gigabytes / seconds["raw"], "as many bytes of one buffer by sendall and recv_into of one socket"),
             Figure("raw_max_gb_per_s", gigabytes / min(samples["raw"]), "the fastest"),
             Figure("moved_gb", gigabytes, f"bytes that arrive, of {len(workload.tensors)} tensors of {shape}"),
-            Figure("regions_count", len(_pieces(workload)), "regions that they are"),
+            Figure("regions_count", len(pieces(workload)), "regions that they are"),
             Figure("staging_mib", staging / 2**20, "most staging memory of the reader"),
             Figure("steps_count", steps, "transfers measured"),
         ],
@@ -100,20 +100,21 @@ def _timed(measure: Callable[[], None]) -> Callable[[], list[float]]:
     return run
 
 
-def _pieces(workload: Workload) -> list[_Piece]:
+def pieces(workload: Workload) -> list[Piece]:
     """What target rank 0 gets, in one order on both ends."""
-    pieces = []
+    found = []
     for position, spec in enumerate(workload.tensors):
         sides = [
             Side(layout, tuple(range(layout.ranks)), ("host",) * layout.ranks)
             for layout in (workload.layout(spec, "src"), workload.layout(spec, "dst"))
         ]
         for route in routes_into(sides[0], sides[1], spec.shape, 0):
-            pieces += [_Piece(route.source, position, box.source_start, box.target_start, box.size) for box in route.boxes]
-    return pieces
+            found += [Piece(route.source, position, box.source_start, box.target_start, box.size) for box in route.boxes]
+    return found
 
 
-def _cut(tensor: torch.Tensor, start: _Box, size: _Box) -> torch.Tensor:
+def cut(tensor: torch.Tensor, start: _Box, size: _Box) -> torch.Tensor:
+    """A box of it."""
     return tensor[tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))]
 
 
@@ -131,8 +132,8 @@ class _Taker:
     def __init__(self, workload: Workload, giver: Pipe) -> None:
         self._giver = giver
         self._shards = Shards(workload, "dst", 0)
-        self._pieces = _pieces(workload)
-        self._targets = [_cut(self._shards.tensors[piece.tensor], piece.target_start, piece.size) for piece in self._pieces]
+        self._pieces = pieces(workload)
+        self._targets = [cut(self._shards.tensors[piece.tensor], piece.target_start, piece.size) for piece in self._pieces]
         self._version = 0
         self._stack = contextlib.ExitStack()
         self._raw = torch.empty(workload.nbytes("dst", 0), dtype=torch.uint8)
@@ -141,7 +142,7 @@ class _Taker:
         with self._stack:
             secret = os.urandom(32)
             self._giver.send_bytes(secret)
-            address = Address(_HOST, int(_answer(self._giver)))
+            address = Address(_HOST, int(answer(self._giver)))
             transports = [NetworkTransport(secret, checksums=checksums) for checksums in (True, False)]
             self._transports = transports
             for transport in transports:
@@ -158,7 +159,7 @@ class _Taker:
             self._ask(f"connect {store.port} {listener.getsockname()[1]}")
             self._group = _gloo(store, 0)
             self._socket = self._stack.enter_context(listener.accept()[0])
-            _answer(self._giver)
+            answer(self._giver)
             self._stack = self._stack.pop_all()
         return self
 
@@ -169,7 +170,7 @@ class _Taker:
         """Have the giver write new data, move it, and compare all of it. Raises `BenchError`."""
         self._version += 1
         self._ask(f"fill {self._version}")
-        _answer(self._giver)
+        answer(self._giver)
         measure()
         check_arrived(name, [self._shards.wrong(self._version)])
 
@@ -210,7 +211,8 @@ class _Taker:
         self._giver.send_bytes(request.encode())
 
 
-def _answer(giver: Pipe) -> str:
+def answer(giver: Pipe) -> str:
+    """What the giving process says next. Raises `BenchError` when it says nothing, or has ended."""
     if not giver.poll(_TIMEOUT):
         raise BenchError(f"the giving process has not answered for {_TIMEOUT:g} s: the machine is overloaded, or it is stuck")
     try:
@@ -243,7 +245,7 @@ def _open_giver(workload: Workload) -> Iterator[Pipe]:
 def _give(pipe: Pipe, workload: Workload) -> None:
     """The life of the other process: it holds all source ranks' shards, and sends when it is asked to."""
     shards = [Shards(workload, "src", index) for index in range(workload.src)]
-    sources = [_cut(shards[piece.source].tensors[piece.tensor], piece.source_start, piece.size) for piece in _pieces(workload)]
+    sources = [cut(shards[piece.source].tensors[piece.tensor], piece.source_start, piece.size) for piece in pieces(workload)]
     raw = memoryview(cast(Any, torch.ones(workload.nbytes("dst", 0), dtype=torch.uint8).numpy()))
     with contextlib.ExitStack() as stack, contextlib.suppress(EOFError):
         secret = pipe.recv_bytes()
