@@ -5,6 +5,7 @@ A worker marks its stream, and goes on; its agent sees when the GPU has come the
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from etha_ray.errors import TransferError
+
+logger = logging.getLogger(__name__)
 
 
 class Mark:
@@ -23,11 +26,19 @@ class Mark:
         self._handle = b""
 
     def set(self) -> bytes:
-        """Put it behind all that was launched on this thread's current stream; what others see it by. Does not wait."""
+        """Put it behind all that was launched on this thread's current stream; what others see it by. Does not wait.
+
+        Where the system has no interprocess events it does wait, until there is nothing to wait for, and gives nothing.
+        """
         with torch.cuda.device(self._device):
             self._event.record(torch.cuda.current_stream(self._device))
             if not self._handle:  # an event has none before it was recorded
-                self._handle = bytes(self._event.ipc_handle())
+                try:
+                    self._handle = bytes(self._event.ipc_handle())
+                except RuntimeError as error:
+                    logger.warning("the GPU is waited for here rather than by the agent: %s", error)
+                    self._event.synchronize()
+                    return b""
                 with _lock:
                     _own[self._handle] = self
         return self._handle

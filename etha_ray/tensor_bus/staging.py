@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from etha_ray.errors import TransferError
 from etha_ray.tensor_bus.executor import Inflow
 from etha_ray.tensor_bus.feeding import Fed, Feed, Prepare
 from etha_ray.transport.base import CopyProgram
@@ -42,7 +43,13 @@ class _SecondMemory:
         """For the whole tensor of an inflow."""
         with self._lock:  # several programs of a feed may be prepared at a time
             if inflow.place not in self._tensors:
-                self._tensors[inflow.place] = torch.empty_like(inflow.tensor, memory_format=torch.contiguous_format)
+                try:
+                    self._tensors[inflow.place] = torch.empty_like(inflow.tensor, memory_format=torch.contiguous_format)
+                except torch.OutOfMemoryError as error:
+                    raise TransferError(
+                        f"tensor {inflow.place}: an atomic receive takes as much memory again as the tensors do, and there are no"
+                        f" {inflow.tensor.nbytes} bytes more on {inflow.tensor.device} ({error}): free some, or receive in place"
+                    ) from error
             return self._tensors[inflow.place]
 
     def within(self, inflow: Inflow) -> torch.Tensor:
