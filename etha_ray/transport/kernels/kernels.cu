@@ -1,6 +1,6 @@
 // Copies, casts and checksums of many pieces of memory in one launch. table.py and sums.py make the tables that are read here.
 //
-// Plain C++ without includes, intrinsics or shared memory: nvcc, NVRTC and, in the tests, a C++ compiler for the CPU all compile
+// Plain C++ without includes or shared memory, and with no intrinsic but atomicAdd: nvcc, NVRTC and, in the tests, a C++ compiler for the CPU all compile
 // this very text. THREADS, BATCH, TILE, DIMS and the rest in capitals come from source.py.
 
 typedef unsigned char u8;
