@@ -29,7 +29,8 @@ def see(state: dict[str, Any], visible: str) -> str:
 
 
 def use_expandable(state: dict[str, Any]) -> None:
-    """Allocate what comes in expandable segments."""
+    """Allocate what comes in expandable segments, with handles for other processes."""
+    os.environ["TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC"] = "1"  # read when the first one is made
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 

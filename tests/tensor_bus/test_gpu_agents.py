@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import weakref
@@ -14,15 +13,15 @@ import torch
 
 import etha_ray
 from etha_ray.cuda import driver, marks
-from etha_ray.errors import ConfigError, PeerLostError, TransferError, TransferTimeoutError, WrongDeviceError
+from etha_ray.errors import BatchClosedError, ConfigError, PeerLostError, TransferError, TransferTimeoutError, WrongDeviceError
 from etha_ray.tensor_bus import client as client_room
 from etha_ray.tensor_bus.agent import TensorBusAgent
-from etha_ray.testing import succeed
+from etha_ray.testing import eventually, succeed
 from etha_ray.transport.mapped import MappedTransport
 from tests.cuda.fake import FakeGpus, install, library, uuid
 from tests.tensor_bus.cluster import LONG, LocalCluster, Worker
-from tests.tensor_bus.cluster import connect as connect_worker
 from tests.tensor_bus.gpu_cluster import GpuCluster
+from tests.tensor_bus.test_gpu_processes import begin, cross, register, transfer
 
 
 class FakeMark:
@@ -209,69 +208,23 @@ class TestPendingWork:
         second.close()
 
 
-# --- workers that are processes
-
-
-def _begin(state: dict[str, Any], path: str, devices: str, rank: int, paths: Any) -> int:
-    state["gpus"] = install(devices, path)
-    client_room.Mark = _NoMark  # type: ignore[misc, assignment]
-    client_room.settle = lambda ordinal: None
-    return connect_worker(state, rank, paths)
-
-
-class _NoMark:
-    def __init__(self, ordinal: int) -> None:
-        pass
-
-    def set(self) -> bytes:
-        return b""
-
-
-def _register(state: dict[str, Any], ordinal: int, value: float, growing: bool, name: str, other: str) -> str:
-    gpus = state["gpus"]
-    state["client"].init_pair("pair", name, other, 1, timeout=LONG)
-    at = gpus.expandable(4, ordinal) + 1000 if growing else gpus.allocate(40_000, ordinal)
-    state["tensor"] = gpus.tensor(at, (10_000,)).fill_(value)
-    state["handler"] = state["client"].register_tensors("batch", [(state["tensor"], "pair")], timeout=LONG)
-    return str(state["client"].gpu)
-
-
-def _transfer(state: dict[str, Any], direction: str) -> None:
-    state["handler"].transfer(direction, blocking=True, timeout=LONG)
-
-
-def _sum(state: dict[str, Any]) -> float:
-    return float(state["tensor"].sum())
-
-
-@contextlib.contextmanager
-def two_workers(cluster: GpuCluster, growing: bool) -> Iterator[tuple[Worker, Worker]]:
-    """Of GPU 0, which the first calls cuda:1, and of GPU 1, which the second sees alone."""
+@pytest.mark.parametrize("growing", [False, True], ids=["cudaMalloc", "expandable"])
+def test_agents_let_go_of_a_killed_workers_memory(gpus: FakeGpus, cluster: GpuCluster, growing: bool) -> None:
     workers = Worker(), Worker()
     try:
-        workers[0].call(_begin, library(), "1,0", 0, cluster.paths[0])
-        workers[1].call(_begin, library(), "1", 1, cluster.paths[1])
-        workers[0].start(_register, 1, 3.0, growing, "a", "b")
-        workers[1].start(_register, 0, 0.0, growing, "b", "a")
-        assert [worker.result() for worker in workers] == [uuid(0), uuid(1)]
-        yield workers
-    finally:
+        for rank, worker in enumerate(workers):
+            worker.start(begin, library(), str(rank), rank, cluster.paths[rank], "pair")
         for worker in workers:
-            worker.close()
-
-
-@pytest.mark.parametrize("growing", [False, True], ids=["cudaMalloc", "expandable"])
-def test_workers_that_see_their_gpu_under_another_number(cluster: GpuCluster, growing: bool) -> None:
-    with two_workers(cluster, growing) as (first, second):
-        first.start(_transfer, "send")
-        second.call(_transfer, "recv")
-        first.result()
-        assert second.call(_sum) == 30_000
-
-
-def test_a_worker_is_killed_and_its_memory_let_go(gpus: FakeGpus, cluster: GpuCluster) -> None:
-    with two_workers(cluster, False) as (first, second):
+            worker.result()
+            worker.start(register, "pair", 0, 3.0, growing)
+        for worker in workers:
+            worker.result()
+        cross(*workers)
         assert gpus.held > 0
-        os.kill(first.pid, 9)
-        with pytest.raises((PeerLostError, TransferTimeoutError), match="died"):
-            second.call(_transfer, "recv")
+        os.kill(workers[0].pid, 9)
+        with pytest.raises((PeerLostError, BatchClosedError)):
+            workers[1].call(transfer, "recv")
+    finally:
+        workers[0].close()
+        workers[1].close()
+    eventually(lambda: gpus.held == 0)  # without a word to Python's collector
