@@ -31,6 +31,7 @@ class RecordingKit:
         def move(tensor: torch.Tensor) -> None:
             call = communicator.send if rank == SENDER else communicator.receive
             call([(tensor.data_ptr(), tensor.nbytes)], lane)
+            until(communicator.ready)
             lane.wait()
 
         return move

@@ -1,7 +1,7 @@
 """Communicators without a GPU: they write down what they are asked, really move the bytes over a socket, and fail when told to.
 
 Like NCCL's they are two-sided and wait on the lane: a group is done when the other end has done its part, and if that dies, only `abort`
-frees the lane.
+frees the lane. A group is on its lane only once that was asked for by `ready`: what is handed over before would come before it.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class RecordingCommunicator(Communicator):
         self._owner, self._rank = owner, rank
         self._socket: socket.socket | None = None
         self._thread = threading.get_ident()
+        self._pending: tuple[QueuedLane, list[Message]] | None = None
 
     def accept(self, listener: socket.socket) -> None:
         with listener:
@@ -94,7 +95,7 @@ class RecordingCommunicator(Communicator):
         assert isinstance(lane, QueuedLane)
         group = list(messages)
         self._owner.groups[rank].append([nbytes for _, nbytes in group])
-        lane.hand_over(lambda: self._move(group))
+        self._pending = lane, group
 
     def ready(self) -> bool:
         assert threading.get_ident() == self._thread, "a communicator was used by two threads"
@@ -102,6 +103,10 @@ class RecordingCommunicator(Communicator):
             raise CommunicatorError("the communicator was aborted")
         if self.error is not None:
             raise CommunicatorError(self.error)
+        if self._pending is not None:
+            (lane, group), self._pending = self._pending, None
+            lane.hand_over(lambda: self._move(group))
+            return False
         return self._socket is not None and not self._owner.never_joined
 
     def abort(self) -> None:

@@ -53,7 +53,7 @@ def regions(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, 
     return tensors[0], start, size, tensors[1]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(regions(), max_size=6),
     st.sampled_from([4096, 65536]),
