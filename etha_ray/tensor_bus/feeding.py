@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import torch
 
-from etha_ray.errors import EthaRayError, NoTransportError, PeerLostError
+from etha_ray.errors import CommunicatorError, EthaRayError, NoTransportError, PeerLostError
 from etha_ray.tensor_bus.executor import Inflow
 from etha_ray.transport.base import CopyProgram
 from etha_ray.transport.joint import Move
@@ -87,7 +87,7 @@ class Feed:
                 try:
                     if relay not in unreachable:
                         self.program(stage, relay, relay is not None)
-                except (PeerLostError, NoTransportError) as error:
+                except (PeerLostError, NoTransportError, CommunicatorError) as error:
                     if relay is None:
                         raise
                     logger.warning("a receiver that should pass something on cannot be read from: %s", error)
