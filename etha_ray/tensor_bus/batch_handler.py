@@ -46,7 +46,7 @@ class BatchHandler:
         Raises what `TensorBusClient.register_tensors` raises. After `BatchUnmatchedError` (a TimeoutError) the registration goes
         on: wait again, or close.
         """
-        self.client._wait_ready(self.batch_id, timeout)
+        self.client._batches.wait_ready(self.batch_id, timeout)
 
     def transfer(
         self,
@@ -87,7 +87,7 @@ class BatchHandler:
             PeerLostError, BatchClosedError: no version will come any more.
             AgentDiedError: (a ConnectionError) the agent died meanwhile.
         """
-        return self.client._wait_version(self.batch_id, check_version(version), timeout)
+        return self.client._batches.wait_version(self.batch_id, check_version(version), timeout)
 
     def digest(self, timeout: float | None = 60.0) -> list[str]:
         """A digest of each tensor of the batch, in the order of `register_tensors`: of the global tensor, however ranks hold it.
@@ -104,7 +104,7 @@ class BatchHandler:
             BatchUnmatchedError, PeerLostError, BatchClosedError: not all members are there (any more).
             AgentDiedError: (a ConnectionError) the agent died meanwhile.
         """
-        return self.client._digest(self.batch_id, timeout)
+        return self.client._batches.digest(self.batch_id, timeout)
 
     def query_transfer_signal(self, blocking: bool = True, timeout: float = 30.0) -> bool:
         """Whether the sender's data is ready or sent and not yet received; see `TensorBusClient.query_transfer_signal`."""
@@ -116,7 +116,7 @@ class BatchHandler:
         May be called more than once; nothing is left to do once the agent is gone. Raises TimeoutError if ``blocking`` and the
         agent does not answer in time, and RuntimeError if the client is gone.
         """
-        self.client._close_batch(self.batch_id, blocking=blocking, timeout=timeout)
+        self.client._batches.close(self.batch_id, blocking=blocking, timeout=timeout)
 
     def __repr__(self) -> str:
         client = self._client_ref()
@@ -124,7 +124,7 @@ class BatchHandler:
         return f"BatchHandler({self.batch_id!r}, pairs={self.pair_names}, {where}, {self._shown()})"
 
     def _holding(self) -> Holding:
-        return self.client._holding(self.batch_id)
+        return self.client._batches.holding(self.batch_id)
 
     def _shown(self) -> str:
         try:

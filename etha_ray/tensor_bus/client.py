@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -15,42 +14,32 @@ import posix_ipc
 import torch
 
 from etha_ray.config import FAILURE_TIMEOUT, agent_paths, check_timeout, worker_environment
-from etha_ray.cuda.marks import Mark, settle
 from etha_ray.errors import (
-    AgentDiedError,
-    BatchClosedError,
-    BatchExistsError,
-    BatchUnmatchedError,
     ConfigError,
     EthaRayError,
-    UnknownBatchError,
     UnknownPairError,
 )
 from etha_ray.layout import Layout, MeshSpec
-from etha_ray.memory import ExportedTensors, ForAgent, encode_handle, export_tensors
+from etha_ray.memory import ForAgent, encode_handle, export_tensors
 from etha_ray.replica import Replica
 from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.commands import (
     CancelTransfer,
-    CleanupBatch,
     Goodbye,
     InitPair,
-    MakeDigest,
     Ping,
     QueryStatus,
     ReadyReplicas,
     RegisteredTensor,
     RegisterTensors,
     Transfer,
-    WaitReady,
-    WaitVersion,
 )
 from etha_ray.tensor_bus.connection import Connection
-from etha_ray.tensor_bus.reply import OutcomeSemaphore, Reply
+from etha_ray.tensor_bus.own_batches import AT_ONCE, OwnBatch, OwnBatches
+from etha_ray.tensor_bus.reply import OutcomeSemaphore
 from etha_ray.tensor_bus.semaphores import generate_semaphore_name
-from etha_ray.tensor_bus.state_file import holding_key
 from etha_ray.tensor_bus.tensors import Piece, Registrable, check_label, describe, described
-from etha_ray.tensor_bus.versions import Holding, check_version
+from etha_ray.tensor_bus.versions import check_version
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -59,23 +48,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = ["BatchHandler", "TensorBusClient", "generate_semaphore_name"]
-
-_AT_ONCE = 0.1
-"""Seconds that a query which does not wait gives the agent."""
-
-
-class _Batch:
-    """What the client keeps of a registered batch: the memory it exported, its mark on the GPU, and the registration's reply until it is
-    read.
-
-    ``timed``: the agent ends the registration when its time is up; otherwise it goes on until the batch is closed.
-    """
-
-    def __init__(self, exported: ExportedTensors, registration: Reply, *, timed: bool) -> None:
-        self.exported = exported
-        self.mark = None if exported.gpu is None else Mark(exported.gpu)
-        self.registration: Reply | None = registration
-        self.timed = timed
 
 
 class TensorBusClient:
@@ -110,11 +82,10 @@ class TensorBusClient:
         self.agent_rank = agent_rank
         self.agent_state_lmdb_path: str = agent_state_lmdb_path or environment.state_path or paths.state
         queue_path = lmdb_command_queue_path or environment.command_queue_path or paths.command_queue
-        self._batches: dict[str, _Batch] = {}
         self._pairs: dict[str, tuple[Layout | None, MeshSpec | None]] = {}
-        self._lock = threading.RLock()
 
         self._connection = Connection(agent_rank, queue_path, self.agent_state_lmdb_path, timeout)
+        self._batches = OwnBatches(self._connection)
         self.client_id = self._connection.client_id
         self.command_queue = self._connection.queue
         self.state_env, self.state_db = self._connection.state.env, self._connection.state.db
@@ -225,9 +196,8 @@ class TensorBusClient:
             raise ConfigError(f"batch {batch_id!r}: the list of tensors is empty; give at least one (tensor, pair name)")
         if bucket_size is not None and bucket_size <= 0:
             raise ConfigError(f"batch {batch_id!r}: bucket_size {bucket_size} is not a positive number of bytes")
-        with self._lock:
-            if batch_id in self._batches:
-                raise BatchExistsError(f"batch {batch_id!r} is registered already: close its handler first, or use another id")
+        with self._batches.lock:
+            self._batches.check_free(batch_id)
             labels = [f"tensor {position} of batch {batch_id!r}" for position in range(len(tensors))]
             parts = []
             for position, (label, entry) in enumerate(zip(labels, tensors, strict=True)):
@@ -247,9 +217,9 @@ class TensorBusClient:
             ]
             command = RegisterTensors(batch_id=batch_id, tensors=entries, bucket_size=bucket_size)
             reply = self._connection.start(command, "register_tensors", batch_id, timeout if blocking else None, timeout)
-            self._batches[batch_id] = _Batch(exported, reply, timed=blocking)
+            self._batches.add(batch_id, OwnBatch(exported, reply, timed=blocking))
         if blocking:
-            self._wait_registered(batch_id, timeout)
+            self._batches.wait_registered(batch_id, timeout)
         pair_names = list(dict.fromkeys(pair_name for _, pair_name in tensors))
         return BatchHandler(client=self, batch_id=batch_id, pair_names=pair_names)
 
@@ -304,9 +274,8 @@ class TensorBusClient:
             raise ConfigError(f'batch {batch_id!r}: version goes with "send": a "recv" gets the version that is sent')
         if atomic and transfer_type != "recv":
             raise ConfigError(f'batch {batch_id!r}: atomic goes with "recv": a "send" writes nothing')
-        batch = self._known(batch_id)
-        if batch.registration is not None and self._answered(batch.registration):
-            self._wait_registered(batch_id, timeout)  # raises what made the registration fail
+        batch = self._batches.known(batch_id)
+        self._batches.raise_if_failed(batch_id, timeout)
         command = Transfer(batch_id=batch_id, transfer_type=transfer_type, atomic=atomic)
         if batch.mark is not None:
             command.mark = batch.mark.set()
@@ -337,12 +306,12 @@ class TensorBusClient:
             TimeoutError, AgentDiedError: the agent does not answer.
         """
         check_timeout(timeout)
-        self._known(batch_id)
+        self._batches.known(batch_id)
         command = QueryStatus(batch_id=batch_id, state_name="transfer_signal")
         if blocking:
             return bool(self._connection.call(command, "query", batch_id, timeout, bool))
-        reply = self._connection.start(command, "query", batch_id, None, _AT_ONCE)
-        if reply.wait(_AT_ONCE):
+        reply = self._connection.start(command, "query", batch_id, None, AT_ONCE)
+        if reply.wait(AT_ONCE):
             return bool(reply.value(bool))
         reply.abandon()
         return False
@@ -374,21 +343,21 @@ class TensorBusClient:
         May be called more than once, from any thread.
         """
         connection = self._connection
-        with self._lock:
+        with self._batches.lock:
             if connection.closed or os.getpid() != connection.pid:
                 return
             connection.closed = True
-            batches, self._batches = self._batches, {}
+            batches = self._batches.take_all()
             # A dead or stuck agent has nothing left to forget; its successor starts without this worker.
             with contextlib.suppress(EthaRayError, TimeoutError):
                 connection.finish(connection.start(Goodbye(), "goodbye", "agent", FAILURE_TIMEOUT, closing=True), FAILURE_TIMEOUT)
-            for batch in batches.values():
+            for batch in batches:
                 batch.exported.close()
             self._finalizer.detach()
             connection.release()
 
     def __repr__(self) -> str:
-        state = "closed" if self._connection.closed else f"batches={sorted(self._batches)}"
+        state = "closed" if self._connection.closed else f"batches={self._batches.ids}"
         return f"TensorBusClient(agent_rank={self.agent_rank}, {state})"
 
     @property
@@ -401,104 +370,3 @@ class TensorBusClient:
     def agent_pid(self) -> int:
         """Process id of the agent that serves now."""
         return self._connection.watch.record.pid
-
-    # ------------------------------------------------------------------------------------------------ batches
-
-    def _holding(self, batch_id: str) -> Holding:
-        self._known(batch_id)
-        data = self._connection.state.get(holding_key(self.client_id, batch_id))
-        return Holding() if data is None else Holding.decode(data)
-
-    def _digest(self, batch_id: str, timeout: float | None) -> list[str]:
-        check_timeout(timeout)
-        batch = self._known(batch_id)
-        if batch.exported.gpu is not None:
-            settle(batch.exported.gpu)  # the call blocks anyway, until all ranks have asked
-        command, cancel = MakeDigest(batch_id=batch_id), CancelTransfer(batch_id=batch_id)
-        return list(self._connection.call(command, "make_digest", batch_id, timeout, list[str], cancel))
-
-    def _wait_version(self, batch_id: str, version: int, timeout: float | None) -> int:
-        check_timeout(timeout)
-        self._known(batch_id)
-        command, cancel = WaitVersion(batch_id=batch_id, version=version), CancelTransfer(batch_id=batch_id)
-        return int(self._connection.call(command, "wait_version", batch_id, timeout, int, cancel))
-
-    def _answered(self, registration: Reply) -> bool:
-        try:
-            return registration.wait(0.0)
-        except AgentDiedError:
-            return True
-
-    def _wait_ready(self, batch_id: str, timeout: float | None) -> None:
-        self._wait_registered(batch_id, timeout)
-        self._connection.call(WaitReady(batch_id=batch_id), "wait_ready", batch_id, timeout, cancel=CancelTransfer(batch_id=batch_id))
-
-    def _wait_registered(self, batch_id: str, timeout: float | None) -> None:
-        check_timeout(timeout)
-        batch = self._known(batch_id)
-        reply = batch.registration
-        if reply is None:
-            return
-        try:
-            if batch.timed:
-                self._connection.finish(reply, timeout)
-            elif reply.wait(timeout):
-                reply.value()
-            else:
-                raise BatchUnmatchedError(
-                    f"batch {batch_id!r} was not registered by everyone within {timeout} s, and goes on waiting: call"
-                    " register_tensors with this batch id on every rank of both sides, then wait again, or close the batch"
-                )
-        except BaseException as error:
-            if not batch.timed and isinstance(error, AgentDiedError) and self._connection.succeeded:
-                pass  # that registration has no end: the next agent goes on with it
-            else:
-                if reply.done or not isinstance(error, BatchUnmatchedError):
-                    self._forget(batch_id, batch, tell=not reply.done)
-                raise
-        batch.registration = None
-
-    def _forget(self, batch_id: str, batch: _Batch, *, tell: bool) -> None:
-        """Drop a batch that could not be registered; ``tell`` the agent where it may still try."""
-        with self._lock:
-            if self._batches.get(batch_id) is batch:
-                del self._batches[batch_id]
-        if tell:
-            if batch.registration is not None:
-                batch.registration.abandon()
-            with contextlib.suppress(EthaRayError):  # the caller gets the error that led here
-                self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, _AT_ONCE).abandon()
-        batch.exported.close()
-
-    def _close_batch(self, batch_id: str, *, blocking: bool, timeout: float) -> None:
-        check_timeout(timeout)
-        with self._lock:
-            batch = self._batches.pop(batch_id, None)
-        if batch is None or self._connection.closed:
-            return
-        if batch.registration is not None and not batch.registration.done:
-            batch.registration.abandon()
-        try:
-            reply = self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, timeout)
-            if blocking:
-                self._connection.finish(reply, timeout)
-            else:
-                reply.abandon()
-        except AgentDiedError as error:
-            # The agent had taken that, and may have died before it was done: the next one would take the batch up again.
-            logger.debug("batch %r is closed by the next agent, if there is one: %s", batch_id, error)
-            with contextlib.suppress(EthaRayError):
-                self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, _AT_ONCE).abandon()
-        finally:
-            batch.exported.close()
-
-    def _known(self, batch_id: str) -> _Batch:
-        if self._connection.closed:
-            raise BatchClosedError(f"batch {batch_id!r}: the client of agent {self.agent_rank} is closed: make a new one")
-        batch = self._batches.get(batch_id)
-        if batch is None:
-            raise UnknownBatchError(
-                f"batch {batch_id!r} is not registered here: it was never registered, or has been closed."
-                f" Known batches: {sorted(self._batches) or 'none'}"
-            )
-        return batch

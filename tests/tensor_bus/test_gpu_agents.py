@@ -14,7 +14,7 @@ import torch
 import etha_ray
 from etha_ray.cuda import driver, marks
 from etha_ray.errors import BatchClosedError, ConfigError, PeerLostError, TransferError, TransferTimeoutError, WrongDeviceError
-from etha_ray.tensor_bus import client as client_room
+from etha_ray.tensor_bus import own_batches
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.testing import eventually, succeed
 from etha_ray.transport.mapped import MappedTransport
@@ -55,8 +55,8 @@ def mark_on(ordinal: int) -> FakeMark:
 def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
     monkeypatch.setenv("FAKE_CUDA_DEVICES", "")
     monkeypatch.setattr(driver, "_driver", None)
-    monkeypatch.setattr(client_room, "Mark", FakeMark)
-    monkeypatch.setattr(client_room, "settle", lambda ordinal: None)
+    monkeypatch.setattr(own_batches, "Mark", FakeMark)
+    monkeypatch.setattr(own_batches, "settle", lambda ordinal: None)
     monkeypatch.setattr(FakeMark, "made", [])
     monkeypatch.setattr(marks, "_own", weakref.WeakValueDictionary())
     return install("0,1", patch=monkeypatch.setattr)

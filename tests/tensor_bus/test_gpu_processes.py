@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from etha_ray.errors import BatchClosedError, PeerLostError
-from etha_ray.tensor_bus import client as client_room
-from etha_ray.tensor_bus import pinned
+from etha_ray.tensor_bus import own_batches, pinned
 from etha_ray.transport.mapped import MappedTransport
 from tests.cuda.fake import install, library, uuid
 from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, connect, process_cluster
@@ -45,8 +44,8 @@ class NoMark:
 
 def begin(state: dict[str, Any], path: str, devices: str, rank: int, paths: Any, pair: str) -> str:
     state["gpus"] = install(devices, path)
-    client_room.Mark = NoMark  # type: ignore[misc, assignment]
-    client_room.settle = lambda ordinal: None
+    own_batches.Mark = NoMark  # type: ignore[misc, assignment]
+    own_batches.settle = lambda ordinal: None
     connect(state, rank, paths)
     state["client"].init_pair(pair, *("ab" if rank == 0 else "ba"), 1, timeout=LONG)
     return str(state["client"].gpu)

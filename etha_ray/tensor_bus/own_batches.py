@@ -1,0 +1,177 @@
+"""The batches of one client, from its own side: their memory, whether they are registered yet, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+
+from etha_ray.config import check_timeout
+from etha_ray.cuda.marks import Mark, settle
+from etha_ray.errors import AgentDiedError, BatchClosedError, BatchExistsError, BatchUnmatchedError, EthaRayError, UnknownBatchError
+from etha_ray.memory import ExportedTensors
+from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, MakeDigest, WaitReady, WaitVersion
+from etha_ray.tensor_bus.connection import Connection
+from etha_ray.tensor_bus.reply import Reply
+from etha_ray.tensor_bus.state_file import holding_key
+from etha_ray.tensor_bus.versions import Holding
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 0.1
+"""Seconds that what does not wait gives the agent."""
+
+
+class OwnBatch:
+    """What is kept of one: the memory it exported, its mark on the GPU, and the registration's reply until it is
+    read.
+
+    ``timed``: the agent ends the registration when its time is up; otherwise it goes on until the batch is closed.
+    """
+
+    def __init__(self, exported: ExportedTensors, registration: Reply, *, timed: bool) -> None:
+        self.exported = exported
+        self.mark = None if exported.gpu is None else Mark(exported.gpu)
+        self.registration: Reply | None = registration
+        self.timed = timed
+
+
+class OwnBatches:
+    """By their ids. ``lock`` is held while a batch is added, and taken by whoever must not see one half added."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._batches: dict[str, OwnBatch] = {}
+        self.lock = threading.RLock()
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all that are known, sorted."""
+        return sorted(self._batches)
+
+    def check_free(self, batch_id: str) -> None:
+        """Raise `BatchExistsError` if there is one of this id."""
+        if batch_id in self._batches:
+            raise BatchExistsError(f"batch {batch_id!r} is registered already: close its handler first, or use another id")
+
+    def add(self, batch_id: str, batch: OwnBatch) -> None:
+        """One that the agent has been asked to register."""
+        self._batches[batch_id] = batch
+
+    def take_all(self) -> list[OwnBatch]:
+        """All that there are, which are not known any more."""
+        batches, self._batches = self._batches, {}
+        return list(batches.values())
+
+    def holding(self, batch_id: str) -> Holding:
+        """What its tensors hold, as the agent's state file says."""
+        self.known(batch_id)
+        data = self._connection.state.get(holding_key(self._connection.client_id, batch_id))
+        return Holding() if data is None else Holding.decode(data)
+
+    def digest(self, batch_id: str, timeout: float | None) -> list[str]:
+        """See `BatchHandler.digest`."""
+        check_timeout(timeout)
+        batch = self.known(batch_id)
+        if batch.exported.gpu is not None:
+            settle(batch.exported.gpu)  # the call blocks anyway, until all ranks have asked
+        command, cancel = MakeDigest(batch_id=batch_id), CancelTransfer(batch_id=batch_id)
+        return list(self._connection.call(command, "make_digest", batch_id, timeout, list[str], cancel))
+
+    def wait_version(self, batch_id: str, version: int, timeout: float | None) -> int:
+        """See `BatchHandler.wait_version`."""
+        check_timeout(timeout)
+        self.known(batch_id)
+        command, cancel = WaitVersion(batch_id=batch_id, version=version), CancelTransfer(batch_id=batch_id)
+        return int(self._connection.call(command, "wait_version", batch_id, timeout, int, cancel))
+
+    def raise_if_failed(self, batch_id: str, timeout: float | None) -> None:
+        """Raise what made its registration fail, if that is known by now."""
+        registration = self.known(batch_id).registration
+        if registration is not None and _answered(registration):
+            self.wait_registered(batch_id, timeout)
+
+    def wait_ready(self, batch_id: str, timeout: float | None) -> None:
+        """See `BatchHandler.wait_ready`."""
+        self.wait_registered(batch_id, timeout)
+        self._connection.call(WaitReady(batch_id=batch_id), "wait_ready", batch_id, timeout, cancel=CancelTransfer(batch_id=batch_id))
+
+    def wait_registered(self, batch_id: str, timeout: float | None) -> None:
+        """Return once it is registered; one that could not be is not known any more."""
+        check_timeout(timeout)
+        batch = self.known(batch_id)
+        reply = batch.registration
+        if reply is None:
+            return
+        try:
+            if batch.timed:
+                self._connection.finish(reply, timeout)
+            elif reply.wait(timeout):
+                reply.value()
+            else:
+                raise BatchUnmatchedError(
+                    f"batch {batch_id!r} was not registered by everyone within {timeout} s, and goes on waiting: call"
+                    " register_tensors with this batch id on every rank of both sides, then wait again, or close the batch"
+                )
+        except BaseException as error:
+            if not batch.timed and isinstance(error, AgentDiedError) and self._connection.succeeded:
+                pass  # that registration has no end: the next agent goes on with it
+            else:
+                if reply.done or not isinstance(error, BatchUnmatchedError):
+                    self._forget(batch_id, batch, tell=not reply.done)
+                raise
+        batch.registration = None
+
+    def _forget(self, batch_id: str, batch: OwnBatch, *, tell: bool) -> None:
+        """Drop a batch that could not be registered; ``tell`` the agent where it may still try."""
+        with self.lock:
+            if self._batches.get(batch_id) is batch:
+                del self._batches[batch_id]
+        if tell:
+            if batch.registration is not None:
+                batch.registration.abandon()
+            with contextlib.suppress(EthaRayError):  # the caller gets the error that led here
+                self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, AT_ONCE).abandon()
+        batch.exported.close()
+
+    def close(self, batch_id: str, *, blocking: bool, timeout: float) -> None:
+        """See `BatchHandler.close`."""
+        check_timeout(timeout)
+        with self.lock:
+            batch = self._batches.pop(batch_id, None)
+        if batch is None or self._connection.closed:
+            return
+        if batch.registration is not None and not batch.registration.done:
+            batch.registration.abandon()
+        try:
+            reply = self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, timeout)
+            if blocking:
+                self._connection.finish(reply, timeout)
+            else:
+                reply.abandon()
+        except AgentDiedError as error:
+            # The agent had taken that, and may have died before it was done: the next one would take the batch up again.
+            logger.debug("batch %r is closed by the next agent, if there is one: %s", batch_id, error)
+            with contextlib.suppress(EthaRayError):
+                self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, AT_ONCE).abandon()
+        finally:
+            batch.exported.close()
+
+    def known(self, batch_id: str) -> OwnBatch:
+        """Raises `UnknownBatchError`, or `BatchClosedError` of a client that is closed."""
+        if self._connection.closed:
+            raise BatchClosedError(f"batch {batch_id!r}: the client of agent {self._connection.agent_rank} is closed: make a new one")
+        batch = self._batches.get(batch_id)
+        if batch is None:
+            raise UnknownBatchError(
+                f"batch {batch_id!r} is not registered here: it was never registered, or has been closed."
+                f" Known batches: {sorted(self._batches) or 'none'}"
+            )
+        return batch
+
+
+def _answered(registration: Reply) -> bool:
+    try:
+        return registration.wait(0.0)
+    except AgentDiedError:
+        return True
