@@ -98,25 +98,48 @@ static __device__ float float_of(u32 bits) {
     return both.value;
 }
 
-// Every cast goes by way of float, as torch's do, and rounds to nearest, ties to even. A NaN stays one.
+// Every cast goes by way of a float's bits, as torch's go by way of float, and rounds to nearest, ties to even. A NaN stays one.
+// No instruction here is given a float below 2^-126, nor makes one: cupy has all code compiled with -ftz=true, by which such are zero.
 
 struct Float32 {
     typedef u32 Bits;
-    static __device__ float widened(Bits bits) { return float_of(bits); }
-    static __device__ Bits narrowed(float value) { return bits_of(value); }
+    static __device__ u32 widened(Bits bits) { return bits; }
+    static __device__ Bits narrowed(u32 bits) { return bits; }
 };
 
 struct Float64 {
-    typedef double Bits;
-    static __device__ float widened(Bits bits) { return static_cast<float>(bits); }
-    static __device__ Bits narrowed(float value) { return static_cast<double>(value); }
+    typedef u64 Bits;
+    static __device__ u32 widened(Bits bits) {
+        const u32 sign = static_cast<u32>(bits >> 32) & 0x80000000u;
+        const u64 size = bits & 0x7fffffffffffffffull;
+        if (size > 0x7ff0000000000000ull) return sign | 0x7fc00000u | (static_cast<u32>(size >> 29) & 0x3fffffu);
+        if (size >= 0x47effffff0000000ull) return sign | 0x7f800000u;  // half way from the largest float to 2^128, and more
+        if (size >= 0x3810000000000000ull)                            // 2^-126 and more
+            return sign | static_cast<u32>((size - 0x3800000000000000ull + 0xfffffffull + (size >> 29 & 1u)) >> 29);
+        const u32 shift = 926u - static_cast<u32>(size >> 52);  // to multiples of 2^-149, which are what there is
+        if (shift > 53u) return sign;                           // less than half of one
+        const u64 whole = (size & 0xfffffffffffffull) | 0x10000000000000ull, half = 1ull << (shift - 1u);
+        return sign | static_cast<u32>((whole + half - 1u + (whole >> shift & 1u)) >> shift);
+    }
+    static __device__ Bits narrowed(u32 bits) {
+        const u64 sign = static_cast<u64>(bits & 0x80000000u) << 32;
+        const u32 size = bits & 0x7fffffffu;
+        if (size > 0x7f800000u) return sign | 0x7ff8000000000000ull | static_cast<u64>(size & 0x7fffffu) << 29;
+        if (size == 0x7f800000u) return sign | 0x7ff0000000000000ull;
+        if (size >= 0x00800000u) return sign | (0x3800000000000000ull + (static_cast<u64>(size) << 29));
+        union {
+            double value;
+            u64 bits;
+        } both;
+        both.value = static_cast<double>(size) * 1.4012984643248170709e-45;  // 2^-149: exact, and no double is that small
+        return sign | both.bits;
+    }
 };
 
 struct BFloat16 {
     typedef u16 Bits;
-    static __device__ float widened(Bits bits) { return float_of(static_cast<u32>(bits) << 16); }
-    static __device__ Bits narrowed(float value) {
-        const u32 bits = bits_of(value);
+    static __device__ u32 widened(Bits bits) { return static_cast<u32>(bits) << 16; }
+    static __device__ Bits narrowed(u32 bits) {
         if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<Bits>((bits >> 16) | 0x40u);
         return static_cast<Bits>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
@@ -124,16 +147,17 @@ struct BFloat16 {
 
 struct Float16 {
     typedef u16 Bits;
-    static __device__ float widened(Bits bits) {
+    static __device__ u32 widened(Bits bits) {
         const u32 sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, fraction = bits & 0x3ffu;
-        if (exponent == 31u) return float_of(sign | 0x7f800000u | fraction << 13);
-        if (exponent == 0u) return float_of(sign | bits_of(static_cast<float>(fraction) * 5.9604644775390625e-8f));  // 2^-24: exact
-        return float_of(sign | (exponent + 112u) << 23 | fraction << 13);
+        if (exponent == 31u) return sign | 0x7f800000u | fraction << 13;
+        if (exponent == 0u) return sign | bits_of(static_cast<float>(fraction) * 5.9604644775390625e-8f);  // 2^-24: exact
+        return sign | (exponent + 112u) << 23 | fraction << 13;
     }
-    static __device__ Bits narrowed(float value) {
-        const u32 bits = bits_of(value), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+    static __device__ Bits narrowed(u32 bits) {
+        const u32 sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
         if (size > 0x7f800000u) return static_cast<Bits>(sign | 0x7e00u | ((size >> 13) & 0x3ffu));
         if (size >= 0x477ff000u) return static_cast<Bits>(sign | 0x7c00u);  // 65520 and more
+        if (size < 0x33000000u) return static_cast<Bits>(sign);             // below 2^-25, half of the smallest
         if (size < 0x38800000u)  // below 2^-14: the sum with 0.5 rounds to multiples of 2^-24, which are what there is
             return static_cast<Bits>(sign | (bits_of(float_of(size) + 0.5f) - 0x3f000000u));
         return static_cast<Bits>(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13));

@@ -55,6 +55,16 @@ def test_nvcc_compiles_it(architecture: str, tmp_path: Path) -> None:
     assert set(spilled) == {("0", "0", "0")}  # registers alone: a stack would be in the memory whose bandwidth is what counts
 
 
+def test_no_cast_is_an_instruction_that_flushes(tmp_path: Path) -> None:
+    """cupy compiles with -ftz=true: conversions of floats would make zeros of the smallest."""
+    nvcc = shutil.which("nvcc") or pytest.skip("no nvcc on this machine")
+    source, made = tmp_path / "kernels.cu", tmp_path / "kernels.ptx"
+    source.write_text(SOURCE.code)
+    subprocess.run([nvcc, "-arch=sm_90", "-ptx", "-ftz=true", *SOURCE.options, str(source), "-o", str(made)], check=True)
+    flushing = set(re.findall(r"[\w.]+\.ftz\S*", made.read_text()))
+    assert flushing == {"add.ftz.f32", "mul.ftz.f32"}  # of float16 alone, whose numbers are larger
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nvrtc_compiles_it(architecture: str) -> None:
     nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="cupy is not installed")
