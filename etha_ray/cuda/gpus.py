@@ -10,6 +10,9 @@ import torch
 from etha_ray.cuda.driver import DriverError, driver
 from etha_ray.errors import MemoryHandleError
 
+_QUEUES = "32"
+"""The most that CUDA takes; it takes 8 by default, and trainers often ask for 1."""
+
 
 class Gpu(NamedTuple):
     """A GPU as this process finds it: ``uuid`` names it on this host; empty if it cannot be used, and ``trouble`` says why."""
@@ -42,6 +45,11 @@ def uuid_of(ordinal: int) -> str:
 
 
 def see_only(device: str) -> int:
-    """Have this process see the GPU of ``cuda:N`` alone, N being the node's own number, before it touches CUDA; its number from then on."""
+    """Have this process see the GPU of ``cuda:N`` alone, N being the node's own number, before it touches CUDA; its number from then on.
+
+    Its streams get all hardware queues that there can be, whatever the environment says: of two in one queue the second waits where the
+    first does, and what an agent sends must not wait behind what it receives, or two agents could wait for one another.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = _QUEUES
     return 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
 
 from etha_ray.cuda import driver as room
 from etha_ray.cuda.driver import Driver, DriverError
-from etha_ray.cuda.gpus import find_gpu
+from etha_ray.cuda.gpus import find_gpu, see_only
 from tests.cuda.fake import FakeGpus, install, library, uuid
 
 
@@ -86,3 +87,10 @@ class TestFindGpu:
 
 def test_the_fake_is_compiled_once() -> None:
     assert library() == library()
+
+
+def test_an_agent_sees_one_gpu_and_has_all_its_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron's launchers do
+    assert see_only("cuda:3") == 0
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("3", "32")

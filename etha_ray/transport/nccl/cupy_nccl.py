@@ -62,11 +62,17 @@ class CupyCommunicators(Communicators):
         # Made apart from its initialisation: that raises "in progress", and the object must be had all the same.
         communicator = kind.__new__(kind)
         with self._lane.current():  # NCCL takes the thread's current device
-            _called(
-                self._nccl,
-                "it cannot be joined",
-                lambda: kind.__init__(communicator, _RANKS, unique_id, rank, configuration(self._nccl)),
-            )
+            try:
+                _called(
+                    self._nccl,
+                    "it cannot be joined",
+                    lambda: kind.__init__(communicator, _RANKS, unique_id, rank, configuration(self._nccl)),
+                )
+            except CommunicatorError:
+                # What failed in the background by now is in the object. cupy would destroy it, on whatever thread collects it; NCCL refuses
+                # that to what has failed, and leaves a group of that thread's open, which swallows those after it.
+                communicator.abort()
+                raise
         return _CupyCommunicator(self._nccl, communicator, 1 - rank)
 
 

@@ -19,6 +19,13 @@ from etha_ray.transport.network.slots import DEPTH, Slot
 CLOSED = "what it reads was closed by its owner; register it again on both sides"
 
 
+STOPPED = "the run was stopped by its reader"
+
+
+class _Stopped(Exception):
+    """A run was stopped before it had its turn."""
+
+
 class Readable(Protocol):
     """A program whose tensors are kept from closing for now."""
 
@@ -73,15 +80,23 @@ class Giver(End[wire.Pull]):
         """The reader hears of it by `Broken`, or has lost the session too."""
 
     def _serve(self, job: wire.Pull) -> None:
-        with self._device.sending.take(self._check) as slot, self._reading(job.program) as given:
-            if given is None:
-                self._say(wire.Ended(job.run, HandleExpiredError.__name__, CLOSED, []))
-                return
-            try:
-                ended = self._give(job, given, slot)
-            except BaseException:
-                self._quiet(slot)
-                raise
+        def wanted() -> None:
+            self._check()
+            if self._stopped >= job.run:
+                raise _Stopped
+
+        try:
+            with self._device.sending.take(wanted) as slot, self._reading(job.program) as given:
+                if given is None:
+                    ended = wire.Ended(job.run, HandleExpiredError.__name__, CLOSED, [])
+                else:
+                    try:
+                        ended = self._give(job, given, slot)
+                    except BaseException:
+                        self._quiet(slot)
+                        raise
+        except _Stopped:  # its reader waits for that, and not for other readers' runs
+            ended = wire.Ended(job.run, TransferCancelledError.__name__, STOPPED, [])
         self._say(ended)
 
     def _give(self, job: wire.Pull, given: Readable, slot: Slot) -> wire.Ended:
@@ -101,7 +116,7 @@ class Giver(End[wire.Pull]):
             if given.closing:
                 kind, message = HandleExpiredError.__name__, CLOSED
             elif self._stopped >= job.run:
-                kind, message = TransferCancelledError.__name__, "the run was stopped by its reader"
+                kind, message = TransferCancelledError.__name__, STOPPED
             if kind:
                 break
             lane, loaded = slot.lanes[number % DEPTH], given.rounds.load(number, slot)

@@ -120,13 +120,16 @@ class End(ABC, Generic[T]):
 
     def _hand_over(self, call: Callable[[Communicator], None]) -> None:
         """Give the communicator a group, and wait until its lane has it: only then may the lane be given more."""
+        self._give_group(call)
+        self._until(self._ready, STALLED, "taking messages")
+
+    def _give_group(self, call: Callable[[Communicator], None]) -> None:
         assert self._communicator is not None
         communicator = self._communicator
         try:
             call(communicator)
         except CommunicatorError as error:
             raise self._failure(str(error)) from error
-        self._until(self._ready, STALLED, "taking messages")
 
     def _ready(self) -> bool:
         assert self._communicator is not None
@@ -169,7 +172,9 @@ class End(ABC, Generic[T]):
             if not isinstance(error, EthaRayError):
                 logger.exception("the communicator with %s failed", self._peer)
                 error = TransferError(f"NCCL between this agent and {self._peer} failed: {error}")
+            _let_go(error)
             self._finish(self._cause(error), job)
+            job = None  # the error refers to this frame
 
     def _next(self) -> T:
         """The next job; raises why there is none any more."""
@@ -227,13 +232,19 @@ class End(ABC, Generic[T]):
         self._until(self._ready, JOIN_TIMEOUT, "joined by both")
         lane, memory = accelerator.lane(alone=True), accelerator.empty(_WARM_BYTES)
         message = [(memory.data_ptr(), memory.nbytes)]
-        if self._rank == SENDER:
-            self._hand_over(lambda communicator: communicator.send(message, lane))
-        else:
-            self._hand_over(lambda communicator: communicator.receive(message, lane))
+        sends = self._rank == SENDER
         try:
-            self._until(lane.done, JOIN_TIMEOUT, "connected")
+            self._give_group(lambda communicator: communicator.send(message, lane) if sends else communicator.receive(message, lane))
+            self._until(lambda: self._ready() and lane.done(), JOIN_TIMEOUT, "connected")
         except EthaRayError:
             self._abort()
-            lane.wait()  # its memory is given back after
+            with contextlib.suppress(TransferError):  # what failed on the device has been said
+                lane.wait()  # its memory is given back after
             raise
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Have ``error`` not refer to the calls that it went through: whoever keeps it would keep their tensors."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -135,8 +136,8 @@ class Part:
         return Layout(
             buckets,
             rounds,
-            lambda number: self._describe(cut[number], by_stream),
-            lambda number: self._describe(messages[number], by_rounds),
+            partial(_describe, cut, [(regions[index], self._names[index]) for index in by_stream]),
+            partial(_describe, messages, [(regions[index], self._names[index]) for index in by_rounds]),
         )
 
     def lacks(self, answer: wire.Prepared) -> str:
@@ -157,15 +158,21 @@ class Part:
                     f" ({reason}); use path 'auto', by which it goes by TCP"
                 )
 
-    def _describe(self, bucket: Bucket, places: Sequence[int]) -> str:
-        shown = []
-        for member in bucket.members:
-            region = self.request.regions[places[member.region]]
-            name = self._names[places[member.region]] or f"tensor {region.index} of export {region.export!r}"
-            start = [first + within for first, within in zip(region.start, member.start, strict=True)]
-            shown.append(f"{name}, {list(member.size)} elements from {start} on of the sender's")
-        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        return "; ".join(shown[:_SHOWN]) + more
+
+def _describe(buckets: Sequence[Bucket], regions: Sequence[tuple[wire.WireRegion, str]], number: int) -> str:
+    """What the bucket has. ``regions``: those that they were cut from, and what errors call them.
+
+    No method of the part, which has it: what refers to itself is kept, with its targets, until Python collects it.
+    """
+    shown = []
+    for member in buckets[number].members:
+        region, name = regions[member.region]
+        start = [first + within for first, within in zip(region.start, member.start, strict=True)]
+        shown.append(
+            f"{name or f'tensor {region.index} of export {region.export!r}'}, {list(member.size)} elements from {start} on of the sender's"
+        )
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return "; ".join(shown[:_SHOWN]) + more
 
 
 def check_read(read: Read, device: Device | None, name: str) -> None:

@@ -58,6 +58,7 @@ class Running(threading.Thread):
             self._outcome = self._program.run()
         except EthaRayError as error:
             self._outcome = error
+        del self._program
 
     @property
     def outcome(self) -> int | EthaRayError:

@@ -113,6 +113,15 @@ def test_errors_are_in_nccls_words_and_a_group_is_closed_after_them(module: Stan
         communicator.ready()
 
 
+def test_one_that_fails_while_it_is_joined_is_aborted(module: StandIn) -> None:
+    """Or cupy destroys it, on any thread, where NCCL does not take that."""
+    communicators = CupyCommunicators(HostAccelerator())
+    module.answers = [6]
+    with pytest.raises(CommunicatorError, match="it cannot be joined: NCCL_ERROR_REMOTE_ERROR"):
+        communicators.join(bytes(128), SENDER)
+    assert [name for name, *_ in module.calls] == ["init", "abort"]
+
+
 def test_without_cupy_the_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setitem(sys.modules, "cupy.cuda", None)

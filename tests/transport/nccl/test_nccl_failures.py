@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import threading
+import time
+import traceback
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from etha_ray.errors import CommunicatorError, HandleExpiredError, IntegrityError, PeerLostError, TransferCancelledError, TransferError
 from etha_ray.net import Address
 from etha_ray.transport.network import NetworkProgram, Read, RemoteRegion, joining
+from etha_ray.transport.network.slots import SLOTS
 from tests.contracts.transport import bits, random_tensor
 from tests.net import peer as peers
 from tests.net.pair import PATIENCE, SECRET
@@ -167,6 +174,66 @@ def test_a_run_that_waits_for_its_turn_can_be_cancelled(pair: DevicePair) -> Non
     pair.sent.stands_still.clear()
     assert running.outcome == SOURCE.nbytes
     goes_on(pair, other, target, communicators=1)
+
+
+def test_a_run_that_waits_for_a_slot_of_its_owner_can_be_cancelled(pair: DevicePair) -> None:
+    """At once, as what has the slots may take long; and its communicator stays good."""
+    program, target = prepared(pair)
+    communicators = [RecordingCommunicators() for _ in range(SLOTS)]
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(contextlib.closing(end(each, memory_budget=1 << 20))) for each in communicators]
+        others = [reader.prepare(pair.reads([SOURCE], [torch.zeros_like(SOURCE)]), 1 << 16) for reader in readers]
+        pair.sent.stands_still.set()
+        running = [Running(other) for other in others]
+        assert pair.owner._device is not None
+        while pair.owner._device.sending._free:
+            threading.Event().wait(0.01)
+        waiting = Running(program)
+        while not pair.reader._sessions[pair.address].taker()._run:
+            threading.Event().wait(0.01)
+        program.cancel()
+        assert isinstance(waiting.outcome, TransferCancelledError)
+        assert len(pair.received.made) == 1
+        assert not pair.received.made[0].aborted.is_set()
+        pair.sent.stands_still.clear()
+        assert [each.outcome for each in running] == [SOURCE.nbytes] * SLOTS
+        target.zero_()
+        assert program.run() == SOURCE.nbytes
+        assert bits(target) == bits(SOURCE)
+        assert len(pair.received.made) == 1
+
+
+class Array(np.ndarray[Any, Any]):
+    """Memory whose end can be seen."""
+
+
+@pytest.mark.parametrize("side", ["owner", "reader", "none"])
+def test_no_tensor_is_held_once_its_export_and_its_program_are_gone(pair: DevicePair, side: str) -> None:
+    """Not by what is left of a failure either, and without waiting for Python to collect garbage: it is memory of workers."""
+    source, target = (np.zeros(SOURCE.numel(), np.float32).view(Array) for _ in range(2))
+    held = [weakref.ref(source), weakref.ref(target)]
+    export = pair.owner.export("x", [torch.from_numpy(source)])
+    program = pair.reader.prepare([Read(pair.region(0, export.tensors[0]), torch.from_numpy(target))], 1 << 16)
+    running = stalled(pair, program)
+    if side != "none":
+        (pair.sent if side == "owner" else pair.received).made[0].error = "unhandled system error"
+        error = running.outcome
+        assert isinstance(error, CommunicatorError)
+        traceback.clear_frames(error.__traceback__)  # those of whoever ran it, as the agent's jobs do
+        del error
+    pair.sent.stands_still.clear()
+    running.join()
+    gc.collect()
+    gc.disable()
+    try:
+        export.close()
+        del source, target, program, running, export
+        deadline = time.monotonic() + PATIENCE
+        while any(each() is not None for each in held):  # the communicator's threads may be about to end
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 def test_an_export_that_closes_ends_its_runs_after_the_rounds_under_way(pair: DevicePair) -> None:
