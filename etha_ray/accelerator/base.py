@@ -106,7 +106,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def empty(self, nbytes: int) -> torch.Tensor:
-        """``nbytes`` bytes of its memory (uint8), aligned to 256.
+        """``nbytes`` bytes of its memory (uint8), aligned to 256, for any lane: nothing that was handed over before uses them.
 
         Raises:
             TransferError: it has not so much; the message says how much it has.

@@ -141,8 +141,12 @@ class CudaAccelerator(Accelerator):
         return CudaLane(torch.cuda.current_stream(self._device))
 
     def empty(self, nbytes: int) -> torch.Tensor:
+        """As in the interface. Waits for torch's current lane: torch gives memory again that was let go of while what that lane was handed
+        still used it, which is in order there, but not on the other lanes that this is for."""
         with _device_errors(self._device):
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            torch.cuda.current_stream(self._device).synchronize()
+            return memory
 
     def load(self, kernel: Kernel) -> None:
         with self._cupy_errors(kernel):

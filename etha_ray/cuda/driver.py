@@ -85,7 +85,7 @@ class Driver:
             function = getattr(self._library, name, None)  # an old driver may lack some
             if function is not None:
                 function.argtypes, function.restype = arguments, c_int
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a mapping that is collected in here is undone in here
         self._contexts: dict[int, c_void_p] = {}
         self._call("cuInit", 0)
 

@@ -33,6 +33,8 @@ def combine(piece: Views, op: str, divisor: int) -> None:
     for other in others:
         _COMBINE[op](total, other if wide is None else wide.copy_(other))
     if divisor != 1:
-        (torch.view_as_real(total) if total.is_complex() else total).div_(divisor)
+        parts = torch.view_as_real(total) if total.is_complex() else total
+        # A number would become a multiplication by its reciprocal on a GPU, which rounds otherwise than the division.
+        parts.div_(torch.full((), divisor, dtype=parts.dtype, device=parts.device))
     # To the target's dtype by way of the sources': their result is what is cast, not the sharper one of the scratch.
     target.copy_(total if target.dtype == first.dtype else total.to(first.dtype))

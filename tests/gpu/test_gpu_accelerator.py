@@ -51,7 +51,7 @@ def test_no_such_gpu() -> None:
 
 def test_a_kernel_that_does_not_compile(cuda: CudaAccelerator) -> None:
     broken = Kernel(KernelSource('extern "C" __global__ void broken() { nonsense; }', ()), "broken", 32)
-    with pytest.raises(TransferError, match=r"cuda:0: kernel broken could not be compiled.*nonsense"):
+    with pytest.raises(TransferError, match=r"(?s)cuda:0: kernel broken could not be compiled.*nonsense"):
         cuda.load(broken)
     with pytest.raises(TransferError, match="kernel missing could not"):
         cuda.load(Kernel(SOURCE, "missing", 32))

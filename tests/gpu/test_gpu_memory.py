@@ -12,6 +12,7 @@ from etha_ray.cuda.gpus import find_gpu, uuid_of
 from etha_ray.errors import HandleExpiredError, MemoryHandleError
 from etha_ray.memory import CudaHandle, ForAgent, decode_handle, encode_handle, export_tensors, open_tensors
 from etha_ray.memory.mappings import _mappings
+from etha_ray.processes import permit_tracing
 from tests.contracts.transport import DTYPES, bits, random_tensor
 from tests.gpu import workers
 from tests.memory.programs import changed, open_descriptors
@@ -69,6 +70,7 @@ def test_both_see_what_either_writes(owner: Worker) -> None:
 def test_what_is_closed_is_unmapped(owner: Worker) -> None:
     owner.call(workers.make, 1000, 100, 2.0)
     handles = [decode_handle(handle) for handle in owner.call(workers.export)]
+    open_tensors(handles, gpu=0).close()  # what CUDA itself opens then, once, stays open
     gc.collect()
     mappings, descriptors = len(_mappings), open_descriptors()
     for _ in range(3):
@@ -95,6 +97,7 @@ def test_who_has_it_open_passes_it_on(owner: Worker, start: Callable[..., Worker
     owner.call(workers.make, 100, 100, 3.0)
     opened = open_tensors([decode_handle(handle) for handle in owner.call(workers.export)], gpu=0)
     third = start()
+    permit_tracing()  # as an agent does
     assert third.call(workers.open_sum, [encode_handle(handle) for handle in opened.handles], 1.0) == 30_000
     third.call(workers.close_opened)
     assert opened.tensors[0].eq(1).all()

@@ -76,6 +76,10 @@ def test_enqueued_programs_follow_one_another(transport: KernelTransport, cuda: 
     target = torch.zeros(512, 300, dtype=torch.bfloat16, device=cuda.device)
     pack = transport.prepare([Copy((source[:, 7:107],), staging.view(512, 100))])
     unpack = transport.prepare([Copy((staging.view(512, 100),), target[:, 200:])])
+    pack.run()  # a kernel that is launched first may be loaded then, which may wait for all that the GPU does
+    unpack.run()
+    target.zero_()
+    staging.zero_()
     one, two = cuda.lane(), cuda.lane()
     one.after(cuda.current())
     with one.current():

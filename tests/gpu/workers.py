@@ -10,6 +10,7 @@ import torch
 from etha_ray.config import AgentPaths
 from etha_ray.cuda.gpus import uuid_of
 from etha_ray.memory import ForAgent, decode_handle, encode_handle, export_tensors, open_tensors
+from etha_ray.tensor_bus.bootstrap import setup_ptrace
 from tests.tensor_bus.cluster import LONG, connect
 
 LONG_TIME = 300_000_000
@@ -86,6 +87,7 @@ def values(state: dict[str, Any]) -> torch.Tensor:
 def join(state: dict[str, Any], rank: int, paths: AgentPaths, name: str, other: str) -> str:
     """Be a client of this agent, and one side of the pair; the UUID of the agent's GPU."""
     connect(state, rank, paths)
+    setup_ptrace(state["client"].agent_pid)  # as bootstrap_client does
     state["client"].init_pair("pair", name, other, 1, timeout=LONG)
     return str(state["client"].gpu)
 
