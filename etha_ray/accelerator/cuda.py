@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _BLOCKS_A_MULTIPROCESSOR = 8
 _GIB = 2**30
+_NOTHING = Kernel(KernelSource('extern "C" __global__ void nothing() {}', ()), "nothing", 32)
+"""What a compiler takes if there is one: cupy may be installed without NVRTC, or without CUDA's headers."""
 
 
 class CudaLane(Lane):
@@ -85,17 +87,17 @@ class CudaAccelerator(Accelerator):
 
     @property
     def launches(self) -> bool:
-        """As in the interface: whether cupy can be imported. Logs once what to install if not."""
-        return self._has_cupy
+        """As in the interface: whether cupy is there and finds what it compiles with. Logs once what to install if not."""
+        return self._compiles
 
     @cached_property
-    def _has_cupy(self) -> bool:
+    def _compiles(self) -> bool:
         try:
-            import cupy  # noqa: F401
-        except ImportError as error:
+            self.load(_NOTHING)
+        except (ImportError, TransferError) as error:
             release = (torch.version.cuda or "13").partition(".")[0]
             logger.warning(
-                "%s: tensors are copied by torch, one at a time, as cupy cannot be imported (%s): pip install 'etha-ray[gpu-cuda%s]'",
+                "%s: tensors are copied by torch, one at a time, as cupy compiles no kernels (%s): pip install 'etha-ray[gpu-cuda%s]'",
                 self._device,
                 error,
                 release,
