@@ -30,12 +30,19 @@ class CommunicatorContract:
         with far(self.kind) as other:
             yield other
 
-    def joined(self, communicators: Communicators, other: Far) -> Communicator:
+    def joined(self, accelerator: Accelerator, communicators: Communicators, other: Far) -> Communicator:
         unique_id = communicators.unique_id()
         other.ask(list(unique_id))
         communicator = communicators.join(unique_id, SENDER)
         until(communicator.ready)
         assert other.answer() == "joined"
+        # The first group connects the devices, which takes both ends: it is not handed over before the other end has it, too.
+        lane, memory = accelerator.lane(alone=True), accelerator.empty(1)
+        communicator.send([(memory.data_ptr(), memory.nbytes)], lane)
+        other.ask([1])
+        until(communicator.ready)
+        assert other.answer() == digest(memory)
+        until(lane.done)
         return communicator
 
     def stuck(self, accelerator: Accelerator, communicator: Communicator) -> tuple[Lane, torch.Tensor]:
@@ -48,7 +55,7 @@ class CommunicatorContract:
 
     def test_groups_arrive_as_they_were_sent(self, ends: tuple[Accelerator, Communicators], other: Far) -> None:
         accelerator, communicators = ends
-        communicator = self.joined(communicators, other)
+        communicator = self.joined(accelerator, communicators, other)
         lanes = [accelerator.lane(alone=True) for _ in range(2)]
         groups = [[1], [256, 3, 1 << 20], [LARGE], [7] * 50, [LARGE, 4096]]
         kept = []
@@ -76,7 +83,7 @@ class CommunicatorContract:
 
     def test_abort_frees_a_lane_whose_message_nobody_receives(self, ends: tuple[Accelerator, Communicators], other: Far) -> None:
         accelerator, communicators = ends
-        communicator = self.joined(communicators, other)
+        communicator = self.joined(accelerator, communicators, other)
         lane, _ = self.stuck(accelerator, communicator)
         communicator.abort()
         lane.wait()
@@ -86,7 +93,7 @@ class CommunicatorContract:
 
     def test_abort_frees_a_lane_whose_peer_was_killed(self, ends: tuple[Accelerator, Communicators], other: Far) -> None:
         accelerator, communicators = ends
-        communicator = self.joined(communicators, other)
+        communicator = self.joined(accelerator, communicators, other)
         lane, _ = self.stuck(accelerator, communicator)
         other.process.kill()
         other.process.wait()

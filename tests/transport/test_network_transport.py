@@ -129,6 +129,22 @@ def test_several_owners_in_one_program() -> None:
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
+def test_staging_that_cannot_be_made_is_not_lent() -> None:
+    """Pinned memory can be refused; the budget is there for the next."""
+    refused = [MemoryError("no memory can be pinned")]
+
+    def allocate(nbytes: int) -> torch.Tensor:
+        if refused:
+            raise refused.pop()
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    staging = Staging(8192, allocate)
+    with pytest.raises(MemoryError, match="pinned"), staging.borrow(8192):
+        pass
+    with staging.borrow(8192) as buffer:
+        assert buffer.nbytes == staging.peak == 8192
+
+
 def test_staging_never_passes_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six programs at a time in both directions between two agents, all of it packed and cast, in a budget of three buckets."""
     bucket, budget = 1 << 18, 6 << 18

@@ -63,11 +63,13 @@ class Staging:
         size = min(size, self.limit)
         with self._changed:
             self._changed.wait_for(lambda: self._lent + size <= self.limit)
-            self._lent += size
             for index, kept in enumerate(self._kept):
                 if kept.nbytes == size:
+                    self._lent += size
                     return self._kept.pop(index)
-            while self._lent + sum(kept.nbytes for kept in self._kept) > self.limit:
+            while self._lent + size + sum(kept.nbytes for kept in self._kept) > self.limit:
                 self._kept.pop(0)
+            made = self._allocate(size)
+            self._lent += size
             self.peak = max(self.peak, self._lent + sum(kept.nbytes for kept in self._kept))
-            return self._allocate(size)
+            return made
