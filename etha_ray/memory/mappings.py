@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Hashable
 
@@ -24,6 +25,7 @@ from etha_ray.shared_files import reserve_descriptors
 
 logger = logging.getLogger(__name__)
 
+_CLOSE_TIMEOUT, _LOOK_EVERY = 2.0, 0.01
 _UNREACHABLE = {"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED", "CUDA_ERROR_TOO_MANY_PEERS", "CUDA_ERROR_INVALID_DEVICE"}
 
 
@@ -93,7 +95,7 @@ def _is_chunk(chunk: Chunk) -> bool:
 
 
 def _allocation(cuda: Driver, handle: CudaHandle, ordinal: int, name: str) -> Mapping:
-    address = cuda.ipc_open(handle.ipc)
+    address = _ipc_opened(cuda, handle.ipc)
 
     def undo() -> None:
         with cuda.current(ordinal):
@@ -107,6 +109,19 @@ def _allocation(cuda: Driver, handle: CudaHandle, ordinal: int, name: str) -> Ma
         _quietly(undo)
         raise
     return Mapping(address, undo)
+
+
+def _ipc_opened(cuda: Driver, handle: bytes) -> int:
+    """The address of an allocation. Where its owner had another one that is still mapped here, by a batch that is being closed, CUDA
+    says so; that is waited for."""
+    deadline = time.monotonic() + _CLOSE_TIMEOUT
+    while True:
+        try:
+            return cuda.ipc_open(handle)
+        except DriverError as error:
+            if error.name != "CUDA_ERROR_ALREADY_MAPPED" or time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK_EVERY)
 
 
 def _chunks(cuda: Driver, handle: CudaHandle, ordinal: int, name: str) -> Mapping:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from etha_ray.cuda.driver import Driver, DriverError
 from etha_ray.errors import HandleExpiredError, MemoryHandleError, NotShareableError, WrongDeviceError
 from etha_ray.memory import CudaHandle, ForAgent, encode_handle, export_tensors, open_tensors
 from tests.contracts.transport import DTYPES, bits, random_tensor
@@ -254,3 +255,25 @@ def test_a_reused_allocation_is_another_one(gpus: FakeGpus) -> None:
     assert isinstance(first, CudaHandle)
     assert isinstance(second, CudaHandle)
     assert first.buffer != second.buffer
+
+
+def test_an_allocation_in_the_place_of_one_that_is_still_mapped(
+    gpus: FakeGpus, start: Callable[..., GpuOwner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA refuses it until the last one is unmapped."""
+    owner, tries, real = start(PLAIN), [0], Driver.ipc_open
+
+    def busy(driver: Driver, handle: bytes) -> int:
+        tries[0] += 1
+        if tries[0] < refused:
+            raise DriverError("cuIpcOpenMemHandle_v2", "CUDA_ERROR_ALREADY_MAPPED")
+        return real(driver, handle)
+
+    monkeypatch.setattr(Driver, "ipc_open", busy)
+    refused = 4
+    assert open_tensors(owner.handles, gpu=0).tensors[0].eq(3).all()
+    assert tries == [4]
+    refused = 1 << 62
+    monkeypatch.setattr("etha_ray.memory.mappings._CLOSE_TIMEOUT", 0.05)
+    with pytest.raises(MemoryHandleError, match=r"w: .*cannot be mapped for cuda:0 .*CUDA_ERROR_ALREADY_MAPPED"):
+        open_tensors(owner.handles[:1], ["w"], gpu=0)
