@@ -24,6 +24,7 @@ class Mark:
         self._device = torch.device("cuda", ordinal)
         self._event: Any = torch.cuda.Event(interprocess=True)  # type: ignore[no-untyped-call]
         self._handle = b""
+        self._alone = False  # nobody else can see it
 
     def set(self) -> bytes:
         """Put it behind all that was launched on this thread's current stream; what others see it by. Does not wait.
@@ -32,15 +33,17 @@ class Mark:
         """
         with torch.cuda.device(self._device):
             self._event.record(torch.cuda.current_stream(self._device))
-            if not self._handle:  # an event has none before it was recorded
+            if not self._handle and not self._alone:
                 try:
                     self._handle = bytes(self._event.ipc_handle())
                 except RuntimeError as error:
                     logger.warning("the GPU is waited for here rather than by the agent: %s", error)
-                    self._event.synchronize()
-                    return b""
-                with _lock:
-                    _own[self._handle] = self
+                    self._alone = True
+                else:
+                    with _lock:
+                        _own[self._handle] = self
+            if self._alone:
+                self._event.synchronize()
         return self._handle
 
     def passed(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from etha_ray.config import AgentPaths
 from etha_ray.cuda.gpus import uuid_of
+from etha_ray.cuda.marks import Mark
 from etha_ray.memory import ForAgent, decode_handle, encode_handle, export_tensors, open_tensors
 from etha_ray.tensor_bus.bootstrap import setup_ptrace
 from tests.tensor_bus.cluster import LONG, connect
@@ -79,6 +80,12 @@ def values(state: dict[str, Any]) -> torch.Tensor:
     """The tensor, on the CPU."""
     torch.cuda.synchronize()
     return state["tensor"].cpu()  # type: ignore[no-any-return]
+
+
+def set_mark(state: dict[str, Any], cycles: int) -> bytes:
+    """Have the GPU spin, and set the mark behind that, without waiting for it."""
+    torch.cuda._sleep(cycles)
+    return state.setdefault("mark", Mark(0)).set()  # type: ignore[no-any-return]
 
 
 # --- on the bus
