@@ -8,6 +8,7 @@ Seconds are those of the clock, from before the first call until the GPU is done
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -71,7 +72,10 @@ def run_gpu(
         if gpu.device.type == "cuda" and workloads:
             shape = next(iter(workloads))
             sections.append(partial(nccl_figures, steps, shape, workloads[shape]))
-        found = [section() for section in sections]
+        found: list[_Found] = []
+        for section in sections:
+            _let_go(gpu)
+            found.append(section())
     return BenchResult(
         bench="gpu",
         figures=[*(figure for figures, _ in found for figure in figures), Figure("steps_count", steps, "runs measured of each")],
@@ -173,11 +177,17 @@ def _measured(gpu: Accelerator, steps: int, what: str, measures: _Measures) -> d
     return {name: median(values) for name, values in samples.items()}
 
 
+def _let_go(gpu: Accelerator) -> None:
+    """Give back what earlier sections had of the GPU's memory, and torch keeps: the next one, or its other process, wants it."""
+    gc.collect()
+    if gpu.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _check_memory(gpu: Accelerator, workload: Workload, source_dtype: str, what: str) -> None:
     """Raise `BenchError` where both sides and the baselines would not fit."""
     if gpu.device.type != "cuda":
         return
-    torch.cuda.empty_cache()
     itemsize = torch.empty(0, dtype=getattr(torch, source_dtype)).itemsize
     given = sum(workload.nbytes("src", index) for index in range(workload.src)) // workload.itemsize * itemsize
     needed, (free, _) = given + workload.moved_bytes + _SPARE_MEMORY, torch.cuda.mem_get_info(gpu.device)
