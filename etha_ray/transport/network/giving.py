@@ -92,8 +92,8 @@ class Giver(End[wire.Pull]):
                 else:
                     try:
                         ended = self._give(job, given, slot)
-                    except BaseException:
-                        self._quiet(slot)
+                    except BaseException as error:
+                        self._quiet(slot, error)
                         raise
         except _Stopped:  # its reader waits for that, and not for other readers' runs
             ended = wire.Ended(job.run, TransferCancelledError.__name__, STOPPED, [])

@@ -65,6 +65,7 @@ class End(ABC, Generic[T]):
         self._waiting: deque[T] = deque()
         self._error: EthaRayError | None = None
         self._certain = False  # what failed did so here first
+        self._told = False
         self._communicator: Communicator | None = None
         self._thread = threading.Thread(target=self._main, name=f"etha-ray-nccl {peer}", daemon=True)
 
@@ -142,8 +143,12 @@ class End(ABC, Generic[T]):
         """Wait until all that ``lane`` was given is done: a round that both ends have handed over."""
         self._until(lane.done, STALLED, "done with what both ends had handed over")
 
-    def _quiet(self, slot: Slot) -> None:
+    def _quiet(self, slot: Slot, error: BaseException) -> None:
         """Make sure that nothing on the slot's lanes touches memory any more, after a failure."""
+        if self._error is None and isinstance(error, EthaRayError) and not isinstance(error, CommunicatorError):
+            # NCCL is not why: the other end hears it before the abort lets it fail, too, and takes that for the cause.
+            self._certain = True
+            self._accuse(error)
         self._abort()
         for lane in slot.lanes:
             with contextlib.suppress(TransferError):  # what failed on the device has been said
@@ -188,16 +193,20 @@ class End(ABC, Generic[T]):
 
     def _cause(self, error: EthaRayError) -> EthaRayError:
         """Why what failed with ``error`` did. A communicator fails, too, when its other end dies or gives up: the channel says so then."""
-        if self._error is not None:
-            return self._error
-        self._abort()
-        self._tell(error)
-        if isinstance(error, CommunicatorError):
-            with self._changed:
-                self._changed.wait_for(lambda: self._error is not None, _GRACE)
+        if self._error is None:
+            self._abort()
+            self._accuse(error)
+            if isinstance(error, CommunicatorError):
+                with self._changed:
+                    self._changed.wait_for(lambda: self._error is not None, _GRACE)
         if self._error is None or (self._certain and isinstance(self._error, CommunicatorError)):
             return error
         return self._error
+
+    def _accuse(self, error: EthaRayError) -> None:
+        if not self._told:
+            self._told = True
+            self._tell(error)
 
     def _finish(self, error: EthaRayError, job: T | None) -> None:
         with self._changed:

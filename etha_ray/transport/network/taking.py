@@ -124,8 +124,8 @@ class Taker(End[Taking], DataPath[Taking]):
                     error = self._take(job, slot)
                 except _Withdrawn:
                     raise
-                except BaseException:
-                    self._quiet(slot)
+                except BaseException as failure:
+                    self._quiet(slot, failure)
                     raise
         except _Withdrawn:
             error = None

@@ -1,7 +1,8 @@
 """Communicators without a GPU: they write down what they are asked, really move the bytes over a socket, and fail when told to.
 
 Like NCCL's they are two-sided and wait on the lane: a group is done when the other end has done its part, and if that dies, only `abort`
-frees the lane. A group is on its lane only once that was asked for by `ready`: what is handed over before would come before it.
+frees the lane. A group is on its lane only once that was asked for by `ready`: what is handed over before would come before it. The first
+one connects the two ends, and is not there before the other end has one, too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from etha_ray.transport.nccl.communicator import RECEIVER, SENDER
 from tests.accelerator.lanes import QueuedLane
 
 _HEADER = struct.Struct("<Q")
+_CONNECT = b"c"
 
 
 class RecordingCommunicators(Communicators):
@@ -62,6 +64,7 @@ class RecordingCommunicator(Communicator):
         self._socket: socket.socket | None = None
         self._thread = threading.get_ident()
         self._pending: tuple[QueuedLane, list[Message]] | None = None
+        self._connected = False
 
     def accept(self, listener: socket.socket) -> None:
         with listener:
@@ -95,6 +98,10 @@ class RecordingCommunicator(Communicator):
         assert isinstance(lane, QueuedLane)
         group = list(messages)
         self._owner.groups[rank].append([nbytes for _, nbytes in group])
+        if not self._connected:
+            assert self._socket is not None
+            with contextlib.suppress(OSError):  # that is seen when it is waited for
+                self._socket.sendall(_CONNECT)
         self._pending = lane, group
 
     def ready(self) -> bool:
@@ -104,10 +111,24 @@ class RecordingCommunicator(Communicator):
         if self.error is not None:
             raise CommunicatorError(self.error)
         if self._pending is not None:
+            if not self._connects():
+                return False
             (lane, group), self._pending = self._pending, None
             lane.hand_over(lambda: self._move(group))
             return False
         return self._socket is not None and not self._owner.never_joined
+
+    def _connects(self) -> bool:
+        """Whether the other end has a group, too: the first one connects the devices."""
+        assert self._socket is not None
+        if not self._connected:
+            try:
+                self._connected = bool(self._socket.recv(1, socket.MSG_DONTWAIT))
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                self.error = f"connection closed by remote peer ({error})"
+        return self._connected
 
     def abort(self) -> None:
         assert threading.get_ident() == self._thread, "a communicator was used by two threads"
