@@ -94,7 +94,7 @@ class CudaAccelerator(Accelerator):
     def _compiles(self) -> bool:
         try:
             self.load(_NOTHING)
-        except (ImportError, TransferError) as error:
+        except Exception as error:  # cupy raises whatever its libraries do
             release = (torch.version.cuda or "13").partition(".")[0]
             logger.warning(
                 "%s: tensors are copied by torch, one at a time, as cupy compiles no kernels (%s): pip install 'etha-ray[gpu-cuda%s]'",

@@ -296,9 +296,13 @@ class BusService:
             if marks is None:
                 raise WrongDeviceError(f"agent {self.record.rank} is on {self.record.device}, and its worker sends from a GPU")
             pause = _FIRST_LOOK
-            while not marks.passed(mark):
-                cancellation.pause(pause)
-                pause = min(1.5 * pause, _LAST_LOOK)
+            try:
+                while not marks.passed(mark):
+                    cancellation.pause(pause)
+                    pause = min(1.5 * pause, _LAST_LOOK)
+            except EthaRayError:
+                marks.forget(mark)  # its batch may have forgotten it before this looked last
+                raise
 
         return self._jobs.start("wait for a GPU", wait, done)
 

@@ -13,6 +13,7 @@ import torch
 
 import etha_ray
 from etha_ray.cuda import driver, marks
+from etha_ray.cuda.marks import MarksOfOthers
 from etha_ray.errors import BatchClosedError, ConfigError, PeerLostError, TransferError, TransferTimeoutError, WrongDeviceError
 from etha_ray.tensor_bus import own_batches
 from etha_ray.tensor_bus.agent import TensorBusAgent
@@ -198,13 +199,20 @@ class TestPendingWork:
         transferred(first, second)
         assert torch.equal(source, target)
 
-    def test_it_is_forgotten_with_the_batch(self, gpus: FakeGpus, cluster: GpuCluster) -> None:
+    def test_it_is_forgotten_with_the_batch(self, gpus: FakeGpus, cluster: GpuCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also by the thread that looks at it, which might have looked once more: CUDA may give another mark the same handle."""
         first, second, _, _ = cluster.batch(gpus.empty(9), gpus.empty(9, ordinal=1))
         mark_on(0).done = False
+        calls: list[str] = []
+        passed, forget = MarksOfOthers.passed, MarksOfOthers.forget
+        monkeypatch.setattr(MarksOfOthers, "passed", lambda *given: calls.append("passed") or passed(*given))
+        monkeypatch.setattr(MarksOfOthers, "forget", lambda *given: calls.append("forget") or forget(*given))
         sending = first.transfer("send")
         first.close()
         with pytest.raises(Exception, match="closed"):
             sending.result(LONG)
+        eventually(lambda: calls.count("forget") == 2)
+        assert calls[-1] == "forget"
         second.close()
 
 
