@@ -52,4 +52,5 @@ def see_only(device: str) -> int:
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = _QUEUES
+    os.environ.pop("NCCL_COMM_BLOCKING", None)  # it would have NCCL's calls wait, whatever a communicator is made with
     return 0
