@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection as Pipe
 from typing import Protocol
 
@@ -20,7 +19,8 @@ import torch
 from etha_ray.accelerator import Accelerator, CudaAccelerator
 from etha_ray.bench.bus import check_arrived
 from etha_ray.bench.figures import Figure, Ratio, interleaved, median, progress
-from etha_ray.bench.network import answer, cut, pieces
+from etha_ray.bench.giver import answer, open_giver
+from etha_ray.bench.network import cut, pieces
 from etha_ray.bench.workload import Shards, Workload
 from etha_ray.net import Address, Server
 from etha_ray.transport.nccl import Communicators
@@ -30,7 +30,6 @@ from etha_ray.transport.network import NetworkTransport, Read, RemoteRegion
 
 _HOST = "127.0.0.1"
 _EXPORT = "src{}"
-_LEAVE_TIMEOUT = 10.0
 _WARM_UPS = 2
 
 
@@ -77,7 +76,7 @@ def nccl_figures(steps: int, shape: str, workload: Workload, kit: str = CUDA_KIT
     Raises `BenchError` when wrong bytes arrive or the other process fails, and what making the kit raises.
     """
     gigabytes, name = workload.nbytes("dst", 0) / 1e9, shape.replace("-", "_").replace(".", "_")
-    with _open_giver(workload, kit) as giver, contextlib.closing(_Taker(workload, giver, _made(kit))) as taker:
+    with open_giver(_give, workload, kit) as giver, contextlib.closing(_Taker(workload, giver, _made(kit))) as taker:
         measures = {"nccl": taker.nccl, "unchecked": taker.unchecked, "raw": taker.raw}
         for which in ("nccl", "unchecked"):
             taker.verified(which, measures[which])
@@ -179,24 +178,6 @@ class _Taker:
     def close(self) -> None:
         """End it."""
         self._stack.close()
-
-
-@contextlib.contextmanager
-def _open_giver(workload: Workload, kit: str) -> Iterator[Pipe]:
-    """The other process; it ends when the block is left, or when this process does."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_give, args=(there, workload, kit), name="giver", daemon=True)
-    process.start()
-    there.close()
-    try:
-        with here:
-            yield here
-    finally:
-        process.join(_LEAVE_TIMEOUT)
-        if process.is_alive():
-            process.kill()
-            process.join()
 
 
 def _give(pipe: Pipe, workload: Workload, kit: str) -> None:

@@ -7,11 +7,10 @@ regions are those that the first target rank of ``bench sync`` gets, from all so
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection as Pipe
@@ -22,6 +21,7 @@ from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-de
 
 from etha_ray.bench.bus import check_arrived
 from etha_ray.bench.figures import BenchResult, Figure, Ratio, interleaved, median, progress
+from etha_ray.bench.giver import TIMEOUT, answer, open_giver
 from etha_ray.bench.processes import BenchError
 from etha_ray.bench.workload import Shards, Workload, model
 from etha_ray.errors import ConfigError
@@ -30,7 +30,6 @@ from etha_ray.plan import Side, routes_into
 from etha_ray.transport.network import NetworkTransport, Read, RemoteRegion
 
 _HOST = "127.0.0.1"
-_TIMEOUT = 60.0
 _EXPORT = "src{}"
 _Box: TypeAlias = "tuple[int, ...]"
 
@@ -56,7 +55,7 @@ def run_network(shape: str = "qwen3-0.6b", src: int = 2, dst: int = 2, dtype: st
         raise ConfigError(f"{steps} steps: give at least 1")
     workload = model(shape, src, dst, dtype)
     nbytes = workload.nbytes("dst", 0)
-    with _open_giver(workload) as giver:
+    with open_giver(_give, workload) as giver:
         progress(f"{nbytes / 1e9:.2f} GB to move in {len(pieces(workload))} regions")
         with _Taker(workload, giver) as taker:
             measures = {"tcp": taker.tcp, "unchecked": taker.unchecked, "gloo": taker.gloo, "raw": taker.raw}
@@ -120,7 +119,7 @@ def cut(tensor: torch.Tensor, start: _Box, size: _Box) -> torch.Tensor:
 
 def _gloo(store: TCPStore, rank: int) -> Any:
     """A process group of two, of its own: torch's stubs lack its send and recv."""
-    return ProcessGroupGloo(store, rank, 2, timedelta(seconds=_TIMEOUT))
+    return ProcessGroupGloo(store, rank, 2, timedelta(seconds=TIMEOUT))
 
 
 # ---------------------------------------------------------------------------------------------------------- the taker
@@ -154,7 +153,7 @@ class _Taker:
                 for piece, target in zip(self._pieces, self._targets, strict=True)
             ]
             self._checked, self._unchecked = (transport.prepare(reads) for transport in transports)
-            store = TCPStore(_HOST, 0, 2, True, timedelta(seconds=_TIMEOUT), wait_for_workers=False)
+            store = TCPStore(_HOST, 0, 2, True, timedelta(seconds=TIMEOUT), wait_for_workers=False)
             listener = self._stack.enter_context(socket.create_server((_HOST, 0)))
             self._ask(f"connect {store.port} {listener.getsockname()[1]}")
             self._group = _gloo(store, 0)
@@ -211,35 +210,7 @@ class _Taker:
         self._giver.send_bytes(request.encode())
 
 
-def answer(giver: Pipe) -> str:
-    """What the giving process says next. Raises `BenchError` when it says nothing, or has ended."""
-    if not giver.poll(_TIMEOUT):
-        raise BenchError(f"the giving process has not answered for {_TIMEOUT:g} s: the machine is overloaded, or it is stuck")
-    try:
-        return giver.recv_bytes().decode()
-    except EOFError:
-        raise BenchError("the giving process ended; see its log above") from None
-
-
 # ---------------------------------------------------------------------------------------------------------- the giver
-
-
-@contextlib.contextmanager
-def _open_giver(workload: Workload) -> Iterator[Pipe]:
-    """The other process; it ends when the block is left, or when this process does."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_give, args=(there, workload), name="giver", daemon=True)
-    process.start()
-    there.close()
-    try:
-        with here:
-            yield here
-    finally:
-        process.join(_TIMEOUT / 6)
-        if process.is_alive():
-            process.kill()
-            process.join()
 
 
 def _give(pipe: Pipe, workload: Workload) -> None:
@@ -257,7 +228,7 @@ def _give(pipe: Pipe, workload: Workload) -> None:
             transport.export(_EXPORT.format(index), held.tensors)
         pipe.send_bytes(str(server.address.port).encode())
         _, store_port, raw_port = pipe.recv_bytes().split()
-        group = _gloo(TCPStore(_HOST, int(store_port), 2, False, timedelta(seconds=_TIMEOUT)), 1)
+        group = _gloo(TCPStore(_HOST, int(store_port), 2, False, timedelta(seconds=TIMEOUT)), 1)
         sock = stack.enter_context(socket.create_connection((_HOST, int(raw_port))))
         pipe.send_bytes(b"connected")
         while True:

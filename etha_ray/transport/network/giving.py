@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from etha_ray.accelerator import Lane
 from etha_ray.errors import EthaRayError, HandleExpiredError, TransferCancelledError
 from etha_ray.transport.nccl.communicator import SENDER
 from etha_ray.transport.network import wire
 from etha_ray.transport.network.device import Device
-from etha_ray.transport.network.joining import End
-from etha_ray.transport.network.rounds import Loaded, Rounds
+from etha_ray.transport.network.joining import End, Flight
+from etha_ray.transport.network.rounds import Rounds
 from etha_ray.transport.network.slots import DEPTH, Slot
 
 CLOSED = "what it reads was closed by its owner; register it again on both sides"
@@ -100,19 +98,10 @@ class Giver(End[wire.Pull]):
         self._say(ended)
 
     def _give(self, job: wire.Pull, given: Readable, slot: Slot) -> wire.Ended:
-        under_way: deque[tuple[Lane, Loaded]] = deque()
-        sums: list[int] = []
-
-        def settle() -> None:
-            lane, loaded = under_way.popleft()
-            self._settle(lane)
-            if loaded.sums is not None:
-                sums.extend(loaded.sums.values())
-
+        flight = Flight(self._settle)
         kind = message = ""
         for number in range(len(given.rounds)):
-            if len(under_way) == DEPTH:
-                settle()
+            flight.make_room()
             if given.closing:
                 kind, message = HandleExpiredError.__name__, CLOSED
             elif self._stopped >= job.run:
@@ -124,11 +113,10 @@ class Giver(End[wire.Pull]):
                 loaded.copies.enqueue(lane)
             if loaded.sums is not None:
                 loaded.sums.enqueue(lane)
-            if under_way:
-                lane.after(under_way[-1][0])  # it is packed while the one before is on the wire, and sent after that
+            if flight.last is not None:
+                lane.after(flight.last)  # it is packed while the one before is on the wire, and sent after that
             self._say(wire.Launched(job.run))
             self._hand_over(lambda communicator, loaded=loaded, lane=lane: communicator.send(loaded.messages, lane))  # type: ignore[misc]
-            under_way.append((lane, loaded))
-        while under_way:
-            settle()
+            flight.add(lane, loaded)
+        sums = flight.landed()
         return wire.Ended(job.run, kind, message, [] if kind else sums)

@@ -22,7 +22,8 @@ from etha_ray.errors import CommunicatorError, EthaRayError, TransferError
 from etha_ray.transport.nccl import Communicator
 from etha_ray.transport.nccl.communicator import SENDER
 from etha_ray.transport.network.device import Device
-from etha_ray.transport.network.slots import Slot
+from etha_ray.transport.network.rounds import Loaded
+from etha_ray.transport.network.slots import DEPTH, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,44 @@ _WARM_BYTES = 256
 _GRACE = 1.0
 
 T = TypeVar("T")
+
+
+class Flight:
+    """The rounds that one run has handed over and not waited for yet, `DEPTH` at the most, and the checksums of those that are done.
+
+    ``settle`` waits until a lane is done.
+    """
+
+    def __init__(self, settle: Callable[[Lane], None]) -> None:
+        self._settle = settle
+        self._rounds: deque[tuple[Lane, Loaded]] = deque()
+        self._sums: list[int] = []
+
+    @property
+    def last(self) -> Lane | None:
+        """The lane of the round that was handed over last, if it is not done."""
+        return self._rounds[-1][0] if self._rounds else None
+
+    def make_room(self) -> None:
+        """Wait until one more may be handed over."""
+        if len(self._rounds) == DEPTH:
+            self._land()
+
+    def add(self, lane: Lane, loaded: Loaded) -> None:
+        """A round was handed over."""
+        self._rounds.append((lane, loaded))
+
+    def landed(self) -> list[int]:
+        """Wait until all are done; the checksums of all of the run's messages, in their order."""
+        while self._rounds:
+            self._land()
+        return self._sums
+
+    def _land(self) -> None:
+        lane, loaded = self._rounds.popleft()
+        self._settle(lane)
+        if loaded.sums is not None:
+            self._sums.extend(loaded.sums.values())
 
 
 class End(ABC, Generic[T]):

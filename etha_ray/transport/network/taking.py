@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable
 
-from etha_ray.accelerator import Lane
 from etha_ray.errors import EthaRayError, HandleExpiredError, IntegrityError, PeerLostError, error_class
 from etha_ray.transport.nccl.communicator import RECEIVER
 from etha_ray.transport.network import wire
 from etha_ray.transport.network.device import Device
 from etha_ray.transport.network.fetching import DataPath, Job
-from etha_ray.transport.network.joining import End
-from etha_ray.transport.network.rounds import Loaded, Rounds
+from etha_ray.transport.network.joining import End, Flight
+from etha_ray.transport.network.rounds import Rounds
 from etha_ray.transport.network.slots import DEPTH, Slot
 
 _LOOK_EVERY = 0.02
@@ -136,21 +134,12 @@ class Taker(End[Taking], DataPath[Taking]):
         with self._changed:
             self._run, self._launched, self._ended = next(self._runs), 0, None
         self._say(wire.Pull(job.program, self._run))
-        under_way: deque[tuple[Lane, Loaded]] = deque()
-        sums: list[int] = []
-
-        def settle() -> None:
-            lane, loaded = under_way.popleft()
-            self._settle(lane)
-            if loaded.sums is not None:
-                sums.extend(loaded.sums.values())
-
+        flight = Flight(self._settle)
         taken = 0
         while (ended := self._next_round(job, taken)) is None:
             if taken == len(job.rounds):
                 raise PeerLostError(f"{self._peer} sends more rounds than the {taken} that there are; run the same etha_ray on both sides")
-            if len(under_way) == DEPTH:
-                settle()
+            flight.make_room()
             lane, loaded = slot.lanes[taken % DEPTH], job.rounds.load(taken, slot)
             self._hand_over(lambda communicator, loaded=loaded, lane=lane: communicator.receive(loaded.messages, lane))  # type: ignore[misc]
             # The next round arrives after this one, and while this one is unpacked.
@@ -159,11 +148,9 @@ class Taker(End[Taking], DataPath[Taking]):
                 loaded.sums.enqueue(lane)
             if loaded.copies is not None:
                 loaded.copies.enqueue(lane)
-            under_way.append((lane, loaded))
+            flight.add(lane, loaded)
             taken += 1
-        while under_way:
-            settle()
-        return self._judge(job, ended, taken, sums)
+        return self._judge(job, ended, taken, flight.landed())
 
     def _next_round(self, job: Taking, taken: int) -> wire.Ended | None:
         """Return once the owner sends another round, or with why it does not. Tells it of a cancellation meanwhile."""
