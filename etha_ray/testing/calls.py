@@ -33,7 +33,7 @@ def eventually(condition: Callable[[], object], timeout: float = PATIENCE) -> No
     while not condition():
         if time.monotonic() >= deadline:
             raise TimeoutError(f"it did not happen within {timeout:g} s")
-        time.sleep(0.005)
+        time.sleep(0.002)
 
 
 def _run_all(calls: Sequence[Callable[[], Any]], timeout: float) -> tuple[list[Any], list[BaseException]]:

@@ -11,9 +11,9 @@ import torch
 
 from etha_ray.bench.gpu_nccl import nccl_figures
 from etha_ray.bench.workload import model
+from etha_ray.testing import eventually
 from etha_ray.transport.nccl.communicator import SENDER
 from tests.accelerator.lanes import QueuedAccelerator
-from tests.transport.nccl.far import until
 from tests.transport.nccl.recording import RecordingCommunicators
 
 KIT = f"{__name__}:RecordingKit"
@@ -26,12 +26,12 @@ class RecordingKit:
 
     def raw(self, unique_id: bytes, rank: int) -> Callable[[torch.Tensor], None]:
         communicator, lane = self.communicators.join(unique_id, rank), self.accelerator.lane()
-        until(communicator.ready)
+        eventually(communicator.ready)
 
         def move(tensor: torch.Tensor) -> None:
             call = communicator.send if rank == SENDER else communicator.receive
             call([(tensor.data_ptr(), tensor.nbytes)], lane)
-            until(communicator.ready)
+            eventually(communicator.ready)
             lane.wait()
 
         return move

@@ -10,9 +10,10 @@ import torch
 
 from etha_ray.accelerator import Accelerator, Lane
 from etha_ray.errors import CommunicatorError
+from etha_ray.testing import eventually
 from etha_ray.transport.nccl import Communicator, Communicators
 from etha_ray.transport.nccl.communicator import SENDER
-from tests.transport.nccl.far import Far, digest, far, made, until
+from tests.transport.nccl.far import Far, digest, far, made
 
 LARGE = 64 << 20
 """Bytes: more than any buffer on the way takes."""
@@ -34,22 +35,22 @@ class CommunicatorContract:
         unique_id = communicators.unique_id()
         other.ask(list(unique_id))
         communicator = communicators.join(unique_id, SENDER)
-        until(communicator.ready)
+        eventually(communicator.ready)
         assert other.answer() == "joined"
         # The first group connects the devices, which takes both ends: it is not handed over before the other end has it, too.
         lane, memory = accelerator.lane(alone=True), accelerator.empty(1)
         communicator.send([(memory.data_ptr(), memory.nbytes)], lane)
         other.ask([1])
-        until(communicator.ready)
+        eventually(communicator.ready)
         assert other.answer() == digest(memory)
-        until(lane.done)
+        eventually(lane.done)
         return communicator
 
     def stuck(self, accelerator: Accelerator, communicator: Communicator) -> tuple[Lane, torch.Tensor]:
         """A lane on which a message waits for the other end, which does not receive."""
         lane, memory = accelerator.lane(alone=True), accelerator.empty(LARGE)
         communicator.send([(memory.data_ptr(), memory.nbytes)], lane)
-        until(communicator.ready)
+        eventually(communicator.ready)
         assert not lane.done()
         return lane, memory
 
@@ -64,12 +65,12 @@ class CommunicatorContract:
             lane, before = lanes[number % 2], lanes[(number + 1) % 2]
             lane.after(before)
             communicator.send([(each.data_ptr(), each.nbytes) for each in memory], lane)
-            until(communicator.ready)
+            eventually(communicator.ready)
             other.ask(sizes)
             kept.append(memory)
         assert [other.answer() for _ in groups] == ["-".join(map(digest, memory)) for memory in kept]
         for lane in lanes:
-            until(lane.done)
+            eventually(lane.done)
         communicator.abort()
 
     def test_one_end_alone_is_not_ready_and_can_be_aborted(self, ends: tuple[Accelerator, Communicators]) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from etha_ray.cuda.marks import Mark, MarksOfOthers
 from etha_ray.errors import TransferError
+from etha_ray.testing import eventually
 from tests.gpu import workers
-from tests.memory.programs import eventually
 from tests.tensor_bus.cluster import Worker
 
 LATE = 5 * workers.LONG_TIME
@@ -28,15 +28,15 @@ def worker() -> Iterator[Worker]:
 def test_another_process_sees_when_it_is_passed(worker: Worker) -> None:
     others, handle = MarksOfOthers(0), worker.call(workers.set_mark, 1)
     assert len(handle) == 64
-    assert eventually(lambda: others.passed(handle))
+    eventually(lambda: others.passed(handle))
     for _ in range(3):  # set again, and opened once
         assert worker.call(workers.set_mark, LATE) == handle
         assert not others.passed(handle)
-        assert eventually(lambda: others.passed(handle))
+        eventually(lambda: others.passed(handle))
     others.forget(handle)
     assert worker.call(workers.set_mark, LATE) == handle
     assert not others.passed(handle)
-    assert eventually(lambda: others.passed(handle))
+    eventually(lambda: others.passed(handle))
 
 
 def test_one_that_is_late_is_seen_by_who_comes_late(worker: Worker) -> None:
@@ -44,7 +44,7 @@ def test_one_that_is_late_is_seen_by_who_comes_late(worker: Worker) -> None:
     handle = worker.call(workers.set_mark, LATE)
     others = MarksOfOthers(0)
     assert not others.passed(handle)
-    assert eventually(lambda: others.passed(handle))
+    eventually(lambda: others.passed(handle))
 
 
 def test_a_mark_of_this_process() -> None:

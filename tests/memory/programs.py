@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 
 import msgspec
 
@@ -23,15 +21,6 @@ def open_descriptors() -> int:
 
 def changed(handle: TensorHandle, **fields: object) -> TensorHandle:
     return msgspec.structs.replace(handle, **fields)
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def python(code: str) -> subprocess.Popen[str]:

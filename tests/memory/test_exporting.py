@@ -25,8 +25,9 @@ from etha_ray.memory import (
     export_tensors,
     open_tensors,
 )
+from etha_ray.testing import eventually
 from tests.contracts.transport import DTYPES, bits, random_tensor
-from tests.memory.programs import eventually, kill, line_of, names_of, open_descriptors, python
+from tests.memory.programs import kill, line_of, names_of, open_descriptors, python
 
 
 class TestHandle:
@@ -287,4 +288,4 @@ class TestLimits:
         assert descriptors < hard - 200
         assert 500 < by_descriptor <= 10_000
         assert (by_descriptor == 10_000) == (hard > 10_300)
-        assert eventually(lambda: not names_of(process.pid))
+        eventually(lambda: not names_of(process.pid))

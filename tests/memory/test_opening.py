@@ -20,8 +20,9 @@ from etha_ray.memory import (
     export_tensors,
     open_tensors,
 )
+from etha_ray.testing import eventually
 from tests.contracts.transport import DTYPES
-from tests.memory.programs import NAMED, Owner, changed, eventually, kill, line_of, names_of, open_descriptors, python
+from tests.memory.programs import NAMED, Owner, changed, kill, line_of, names_of, open_descriptors, python
 
 
 class TestOpen:
@@ -81,7 +82,7 @@ class TestOpen:
         path = exported.handles[0].path
         exported.close()
         del tensor
-        assert eventually(lambda: not os.path.exists(path))
+        eventually(lambda: not os.path.exists(path))
         assert opened.tensors[0][8] == -3
         with pytest.raises(HandleExpiredError):
             open_tensors(exported.handles)
@@ -109,7 +110,7 @@ class TestKilled:
         finally:
             kill(opener)
             kill(owner.process)
-        assert eventually(lambda: not names_of(owner.pid))
+        eventually(lambda: not names_of(owner.pid))
         assert opened.tensors[0].sum() == sum(range(100_000)) + 5  # and so does who has it open
 
 

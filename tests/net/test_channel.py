@@ -10,9 +10,8 @@ import signal
 import socket
 import struct
 import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,6 +19,7 @@ from etha_ray.errors import ConfigError, EthaRayError, PeerLostError
 from etha_ray.net import MAX_MESSAGE, Address, Channel, Server, accept_channels, connect, dial
 from etha_ray.net.channel import MAX_OUTBOX
 from etha_ray.net.connection import prefix
+from etha_ray.testing import eventually
 from tests.net.namespaces import cable
 from tests.net.peer import FAILURE_TIMEOUT, SECRET, first_word, peer
 
@@ -68,13 +68,6 @@ def there() -> Iterator[Ends]:
 def server(there: Ends) -> Iterator[Server]:
     with contextlib.closing(there.serve()) as server:
         yield server
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_messages_arrive_in_order_both_ways(server: Server, here: Ends, there: Ends) -> None:
@@ -133,7 +126,7 @@ def test_close_ends_the_threads(here: Ends, there: Ends) -> None:
     for channel in channels:
         channel.close()
     server.close()
-    until(lambda: set(threading.enumerate()) <= before)
+    eventually(lambda: set(threading.enumerate()) <= before)
     assert here.losses.empty()
 
 

@@ -12,7 +12,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 import psutil
@@ -23,6 +23,7 @@ from etha_ray.net import Address, Connection, Server, dial
 from etha_ray.net.connection import prefix
 from etha_ray.net.handshake import Challenge, Proof, Refused, Welcome, admit, introduce
 from etha_ray.net.server import MAX_STRANGERS
+from etha_ray.testing import eventually
 
 SECRET, OTHER = bytes(range(32)), bytes(32)
 
@@ -59,13 +60,6 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         client = socket.create_connection(listener.getsockname(), timeout=30)
         return client, listener.accept()[0]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def frame(header: msgspec.Struct | bytes) -> bytes:
@@ -123,7 +117,7 @@ def test_garbage_is_dropped(server: Server, garbage: bytes, caplog: pytest.LogCa
                     sock.sendall(garbage)
                     sock.shutdown(socket.SHUT_WR)
                 everything(sock)  # returns: the server has closed it
-        until(lambda: not server._threads)
+        eventually(lambda: not server._threads)
     # Said once, with who and why.
     assert [record for record in caplog.messages if "127.0.0.1" in record and "said once" in record][1:] == []
     assert len(caplog.messages) == 1
@@ -134,7 +128,7 @@ def test_a_wrong_secret_is_told_on_both_sides(server: Server, caplog: pytest.Log
     with caplog.at_level(logging.DEBUG):
         with pytest.raises(NoTransportError, match=rf"{server.address} refused this agent: it does not know this pool's secret"):
             dial(server.address, OTHER, "greet")
-        until(lambda: not server._threads)
+        eventually(lambda: not server._threads)
     assert "does not know this pool's secret" in caplog.text
     for secret in (SECRET, OTHER):
         for shown in (repr(secret), secret.hex(), str(list(secret))):
@@ -219,7 +213,7 @@ def test_who_trickles_runs_out_of_time(caplog: pytest.LogCaptureFixture) -> None
                 pass
             except ConnectionError:
                 ended = True
-        until(lambda: not server._threads)
+        eventually(lambda: not server._threads)
     assert "did not say in time" in caplog.text or "something else than frames" in caplog.text
 
 
@@ -245,12 +239,12 @@ def test_a_crowd_of_strangers_is_bounded_and_keeps_nobody_out(server: Server) ->
     with contextlib.ExitStack() as stack:
         crowd = [stack.enter_context(stranger(server)) for _ in range(4 * MAX_STRANGERS)]
         assert greeting(server.address) == b"hello you"
-        until(lambda: len(server._threads) <= MAX_STRANGERS)
+        eventually(lambda: len(server._threads) <= MAX_STRANGERS)
         assert psutil.Process().num_threads() - before <= MAX_STRANGERS + 4
         for sock in crowd:
             sock.settimeout(30)
         assert everything(crowd[0]).count(b"Challenge") == 1  # the first had to leave
-    until(lambda: not server._threads)
+    eventually(lambda: not server._threads)
     assert greeting(server.address) == b"hello you"
 
 
@@ -272,7 +266,7 @@ def test_without_descriptors_it_waits_for_better_times(server: Server, caplog: p
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
         sock.settimeout(30)
         sock.connect((server.address.host, server.address.port))
-        until(lambda: "raise the limit" in caplog.text)
+        eventually(lambda: "raise the limit" in caplog.text)
     assert greeting(server.address) == b"hello you"
     assert caplog.text.count("raise the limit") == 1
 
@@ -308,7 +302,7 @@ def test_close_ends_everything() -> None:
         assert everything(connection.socket) == b""
         everything(sock)
         server.close()
-        until(lambda: set(threading.enumerate()) <= before)
+        eventually(lambda: set(threading.enumerate()) <= before)
         with pytest.raises(PeerLostError, match="cannot reach"):
             dial(server.address, SECRET, "wait")
 

@@ -163,8 +163,8 @@ class TestOneThread:
             one, two = cluster.pair("p")
             for ask in ("wait", "transfer"):
                 first = one.register_tensors("x", [(torch.zeros(2), "p")], blocking=False)
+                sent = first.transfer("send")  # before anything can be known of the other side, or it would raise
                 second = two.register_tensors("x", [(torch.zeros(3), "p")], blocking=False)
-                sent = first.transfer("send")
                 for handler in (first, second) if ask == "wait" else (second,):
                     call = handler.wait_ready if ask == "wait" else partial(handler.transfer, "send", blocking=True)
                     with pytest.raises(ValueError, match=r"tensor 0.*\[2\].*\[3\]|tensor 0.*\[3\].*\[2\]"):

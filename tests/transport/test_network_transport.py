@@ -24,6 +24,7 @@ from etha_ray.errors import (
     WrongDeviceError,
 )
 from etha_ray.net import Server, dial
+from etha_ray.testing import eventually
 from etha_ray.transport.network import NetworkTransport, Read, RemoteRegion, wire
 from etha_ray.transport.network.staging import Staging
 from tests.contracts.transport import bits, numbers, random_tensor
@@ -324,6 +325,7 @@ def test_a_stranger_with_the_secret_who_speaks_nonsense(pair: Pair) -> None:
     source, target = torch.ones(10), torch.zeros(10)
     pair.owner.export("x", [source])
     program = pair.reader.prepare(pair.reads([source], [target]))
+    (session,) = pair.owner._exports._sessions
     for service, hello in ((wire.CONTROL, b"short"), (wire.CONTROL, os.urandom(16)), (wire.STREAM, os.urandom(16)), (wire.STREAM, b"")):
         with dial(pair.address, SECRET, service, hello) as connection:
             with contextlib.suppress(OSError):
@@ -332,7 +334,7 @@ def test_a_stranger_with_the_secret_who_speaks_nonsense(pair: Pair) -> None:
             with contextlib.suppress(ConnectionError):
                 while connection.socket.recv(1 << 16):
                     pass
-    (session,) = pair.owner._exports._sessions
+    eventually(lambda: list(pair.owner._exports._sessions) == [session])
     with dial(pair.address, SECRET, wire.STREAM, session) as connection:
         connection.send(wire.Fetch(10**9, 0))
         answer, _ = connection.receive(wire.answers)

@@ -66,13 +66,6 @@ def kill(process: BaseProcess) -> None:
     process.join()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 def overwrite(queue: CommandQueue, position: int, change: Callable[[bytes], bytes | None]) -> None:
     """Damage an entry behind the queue's back."""
     assert queue.env is not None

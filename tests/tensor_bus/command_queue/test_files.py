@@ -16,12 +16,12 @@ from etha_ray.errors import QueueClosedError, QueueError, QueueFullError, Unsafe
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Ping
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
+from etha_ray.testing import eventually
 from tests.tensor_bus.command_queue.helpers import (
     LONG_S,
     batch,
     drain,
     ids,
-    until,
 )
 
 
@@ -79,7 +79,7 @@ def test_closing_ends_the_waiting_of_other_threads(path: Path, only_posts_wake: 
     threads = [threading.Thread(target=wait, args=(lambda: queue.dequeue(block=True),)) for _ in range(2)]
     for thread in threads:
         thread.start()
-    until(lambda: queue._sleepers == 2)
+    eventually(lambda: queue._sleepers == 2)
     queue.close(destroy=False)
     for thread in threads:
         thread.join(LONG_S)
@@ -87,7 +87,7 @@ def test_closing_ends_the_waiting_of_other_threads(path: Path, only_posts_wake: 
     other.enqueue(Ping())
     writer = threading.Thread(target=wait, args=(lambda: other.enqueue(Ping()),))
     writer.start()
-    until(lambda: other._sleepers == 1)
+    eventually(lambda: other._sleepers == 1)
     other.close()
     writer.join(LONG_S)
     assert len(errors) == 3

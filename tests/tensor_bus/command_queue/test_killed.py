@@ -15,6 +15,7 @@ import pytest
 from etha_ray.tensor_bus import command_queue
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Message
+from etha_ray.testing import eventually
 from tests.tensor_bus.command_queue.helpers import (
     LONG_S,
     assert_capacity_is_whole,
@@ -24,7 +25,6 @@ from tests.tensor_bus.command_queue.helpers import (
     ids,
     kill,
     start,
-    until,
 )
 
 
@@ -51,7 +51,7 @@ def test_a_writer_killed_before_it_posts_delays_its_command_only(small: CommandQ
     received: list[Message | None] = []
     reader = threading.Thread(target=lambda: received.append(small.dequeue(block=True)), daemon=True)
     reader.start()
-    until(lambda: small._sleepers == 1)
+    eventually(lambda: small._sleepers == 1)
     killed_in(monkeypatch, "_post", lambda: small.enqueue(batch("kept")))
     reader.join(LONG_S)
     assert received == [batch("kept")]

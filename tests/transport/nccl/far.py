@@ -11,13 +11,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 import xxhash
 
 from etha_ray.accelerator import Accelerator, CudaAccelerator
+from etha_ray.testing import eventually
 from etha_ray.transport.nccl import Communicators
 from etha_ray.transport.nccl.communicator import RECEIVER
 from etha_ray.transport.nccl.cupy_nccl import CupyCommunicators
@@ -45,14 +46,6 @@ def made(kind: str) -> tuple[Accelerator, Communicators]:
         return QueuedAccelerator(), RecordingCommunicators()
     cuda = CudaAccelerator(0)
     return cuda, CupyCommunicators(cuda)
-
-
-def until(done: Callable[[], bool]) -> None:
-    """Wait for it."""
-    deadline = time.monotonic() + PATIENCE
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(1e-3)
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -92,13 +85,13 @@ def main(kind: str) -> None:
     accelerator, communicators = made(kind)
     lane = accelerator.lane(alone=True)
     communicator = communicators.join(bytes(map(int, sys.stdin.readline().split())), RECEIVER)
-    until(communicator.ready)
+    eventually(communicator.ready)
     say("joined")
     for line in sys.stdin:
         memory = [accelerator.empty(int(size)) for size in line.split()]
         communicator.receive([(each.data_ptr(), each.nbytes) for each in memory], lane)
-        until(communicator.ready)
-        until(lane.done)
+        eventually(communicator.ready)
+        eventually(lane.done)
         say("-".join(map(digest, memory)))
 
 
