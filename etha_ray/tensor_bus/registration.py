@@ -1,7 +1,7 @@
 """Registering a batch: a job that opens this worker's memory, finds the other members, and prepares the transfer.
 
-The job publishes a `BatchRecord` for each pair of the batch and reads those of all other members; what they hold, `manifests`
-has in few bytes. Once a pair is complete it compares what everyone registered (`agreement`), opens the senders' memory and
+The job publishes a `BatchRecord` for each pair of the batch (`published`) and reads those of all other members; what they hold,
+`manifests` has in few bytes. Once a pair is complete it compares what everyone registered (`agreement`), opens the senders' memory and
 prepares the copies (`registered`); then it publishes the digests of what it saw, ``agreed``, and of its plan, ``plan``. The
 batch is ready when every member has published the same: each of them is then ready too.
 
@@ -24,36 +24,23 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import torch
 
 from etha_ray.errors import BatchUnmatchedError, EthaRayError, HandleExpiredError, TensorMismatchError
 from etha_ray.kvstore import KVStore
-from etha_ray.layout import Layout
-from etha_ray.memory import decode_handle, encode_handle, open_tensors
+from etha_ray.memory import decode_handle, open_tensors
 from etha_ray.tensor_bus.agreement import agree, difference, set_digest
 from etha_ray.tensor_bus.commands import RegisteredTensor
 from etha_ray.tensor_bus.executor import Part
 from etha_ray.tensor_bus.jobs import Backoff, Cancellation
-from etha_ray.tensor_bus.manifests import Manifests, needs_saying, said
+from etha_ray.tensor_bus.manifests import Manifests, said
 from etha_ray.tensor_bus.members import gone_among, is_refused, raise_if_refused, refuse
 from etha_ray.tensor_bus.pair import Match, Pair, PairState, rematch
-from etha_ray.tensor_bus.records import (
-    BatchRecord,
-    Manifest,
-    PlanInputs,
-    Standing,
-    TensorSpec,
-    batch_prefix,
-    decode,
-    encode,
-    fingerprint,
-    verdict_key,
-)
-from etha_ray.tensor_bus.registered import AgreedPart, Peer, Registered, connect, export_name
-from etha_ray.tensor_bus.state_file import StateFile, handles_key
+from etha_ray.tensor_bus.published import Published
+from etha_ray.tensor_bus.records import BatchRecord, PlanInputs, Standing, batch_prefix, decode, encode, fingerprint, verdict_key
+from etha_ray.tensor_bus.registered import AgreedPart, Peer, Registered, connect
+from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.ways import Ways
-from etha_ray.transport.network import Export
 
 __all__ = ["Peer", "Registered", "Registration", "Request"]
 
@@ -91,18 +78,15 @@ class Registration:
 
     def __init__(self, store: KVStore, state: StateFile, ways: Ways, request: Request, settle: Callable[[Cancellation], None]) -> None:
         self._store = store
-        self._state = state
         self._ways = ways
         self._request = request
         self._settle = settle
-        self._keys: dict[str, str] = {}
-        self._mine: dict[str, BatchRecord] = {}
         self._manifests = Manifests(store)
+        self._published = Published(store, state, ways.network, self._manifests, request.batch_id, request.registration)
         self._inputs: dict[str, PlanInputs] = {}
         self._confirmed: set[str] = set()
         self.agreed_with: dict[str, Peer] = {}
         """The other members of each set that this one has agreed to: any of them may take it for ready. By registration."""
-        self._exports: list[Export] = []
 
     def run(self, cancellation: Cancellation) -> Registered:
         """Register, and wait until every member is ready.
@@ -125,7 +109,7 @@ class Registration:
             matches = self._matches(grouped, backoff, cancellation)
             own = self._open_own(grouped, result)
             for name in grouped:
-                self._publish(name, matches[name], grouped[name], own[name])
+                self._published.publish(name, matches[name], grouped[name], own[name], request.standing)
             self._meet(matches, own, result, backoff, cancellation)
         except BaseException:
             result.close()
@@ -139,12 +123,12 @@ class Registration:
     @property
     def has_agreed(self) -> bool:
         """Whether others may take this member for ready by now. From any thread."""
-        return any(record.agreed for record in list(self._mine.values()))
+        return any(self._published.agreed)
 
     @property
     def agreed(self) -> tuple[str, ...]:
         """What this member agreed to, by pair; once it is ready, what all have agreed to."""
-        return tuple(record.agreed for record in self._mine.values())
+        return self._published.agreed
 
     def confirm(self, agreed: Iterable[str]) -> None:
         """Another member saw that all agreed to these sets. From any thread."""
@@ -152,14 +136,7 @@ class Registration:
 
     def close(self) -> None:
         """Withdraw what was published. May be called more than once."""
-        try:
-            # The record before the memory: who still finds it finds its memory too, unless at this very moment.
-            while self._keys:
-                self._store.delete(self._keys.popitem()[1])
-        finally:  # a store that is away keeps no memory
-            self._state.delete([handles_key(self._request.registration)])
-            for export in self._exports:
-                export.close()
+        self._published.withdraw()
         self._store.delete(verdict_key(self._request.registration))
 
     # ------------------------------------------------------------------------------------------------ own side
@@ -183,57 +160,19 @@ class Registration:
         return matches
 
     def _open_own(self, grouped: dict[str, list[RegisteredTensor]], result: Registered) -> dict[str, list[torch.Tensor]]:
-        labels = [f"tensor {position} of batch {self._request.batch_id!r}" for position in range(len(self._request.tensors))]
+        labels = [f"tensor {place} of batch {self._request.batch_id!r}" for name in grouped for place in self._places(name)]
         handles = [decode_handle(tensor.handle) for tensors in grouped.values() for tensor in tensors]
         opened = open_tensors(handles, labels=labels, gpu=self._ways.gpu)
         result.opened.append(opened)
         tensors = iter(opened.tensors)
         own = {name: [next(tensors) for _ in entries] for name, entries in grouped.items()}
         handles_here = iter(opened.handles)
-        table = {name: [encode_handle(next(handles_here)) for _ in entries] for name, entries in grouped.items()}
-        self._state.put(handles_key(self._request.registration), msgspec.msgpack.encode(table))
-        network = self._ways.network
-        if network is not None:
-            names = ((export_name(self._request.registration, name), given) for name, given in own.items())
-            self._exports = [network.export(name, given) for name, given in names]
+        self._published.show({name: [next(handles_here) for _ in entries] for name, entries in grouped.items()}, own)
         return own
 
-    def _publish(self, pair_name: str, match: Match, entries: Sequence[RegisteredTensor], tensors: Sequence[torch.Tensor]) -> None:
-        member = match.local[match.index]
-        layout = None if member.layout is None else Layout.decode(member.layout)
-        specs = (_spec(entry, tensor, layout, match.index) for entry, tensor in zip(entries, tensors, strict=True))
-        digest = self._manifests.add(Manifest(tuple(specs)))
-        record = BatchRecord(self._request.registration, member.attempt, digest, standing=self._request.standing)
-        if match.index == 0 or match.paired:
-            record = self._manifests.say(record)
-        self._keys[pair_name] = batch_prefix(self._request.batch_id, pair_name, member.peer) + member.attempt
-        self._put(pair_name, record)
-
-    def _publish_differences(self, matches: dict[str, Match], found: dict[str, _Records]) -> bool:
-        """Say what others cannot know, once the first member of this side has said its own; whether there was anything."""
-        spoken = False
-        for name, (local, _) in found.items():
-            mine, first = self._mine[name], local[0]
-            if first is not None and not matches[name].paired and needs_saying(mine, first):
-                self._put(name, self._manifests.say_differences(mine, first))
-                spoken = True
-        return spoken
-
-    def _publish_agreed(self, digests: dict[str, str], plans: dict[str, str]) -> None:
-        for name, record in self._mine.items():
-            agreed, plan = digests.get(name, ""), plans.get(name, "")
-            if (record.agreed, record.plan) != (agreed, plan):
-                self._put(name, msgspec.structs.replace(record, agreed=agreed, plan=plan))
-
-    def _say_again(self, matches: dict[str, Match], found: dict[str, _Records]) -> None:
-        """Publish what another member removed, which found this agent away from the store, and took it for dead."""
-        for name, (local, _) in found.items():
-            if local[matches[name].index] is None:
-                self._put(name, self._mine[name])
-
-    def _put(self, pair_name: str, record: BatchRecord) -> None:
-        self._mine[pair_name] = record
-        self._store.set_bytes(self._keys[pair_name], encode(record))
+    def _places(self, pair_name: str) -> list[int]:
+        """Where the tensors of a pair stand among all that were registered."""
+        return [place for place, (name, _) in enumerate(self._request.tensors) if name == pair_name]
 
     # --------------------------------------------------------------------------------------------- all members
 
@@ -252,9 +191,9 @@ class Registration:
         while True:
             raise_if_refused(self._store, self._request.registration, known)
             found = {name: self._records(name, matches) for name in matches}
-            self._say_again(matches, found)
+            self._repeat(matches, found)
             known = {record.registration for sides in found.values() for side in sides for record in side if record is not None}
-            if self._publish_differences(matches, found):
+            if self._differ(matches, found):
                 backoff.reset()
                 continue
             sets = _complete_sets(found)
@@ -269,7 +208,7 @@ class Registration:
                 try:
                     self._prepare(matches, own, sets, result)
                 except EthaRayError as error:
-                    self._publish_agreed({}, {})
+                    self._published.agree({}, {})
                     if not isinstance(error, HandleExpiredError) and self._is_final(matches, sets, digests):
                         self._refuse_all(error, known)
                         raise
@@ -278,7 +217,7 @@ class Registration:
                     prepared = digests
                     plans = {name: fingerprint(encode(inputs)) for name, inputs in self._inputs.items()}
                     self.agreed_with |= result.others
-                    self._publish_agreed(digests, plans)
+                    self._published.agree(digests, plans)
                     backoff.reset()
                     continue
             elif digests and _all_agree(sets, digests):
@@ -289,6 +228,17 @@ class Registration:
             cancellation.waits_for = _absent(matches, found)
             if not backoff.wait():
                 raise problem or BatchUnmatchedError(self._missing(matches, found))
+
+    def _repeat(self, matches: dict[str, Match], found: dict[str, _Records]) -> None:
+        """Publish again what is gone from the store of this member's own."""
+        for name, (local, _) in found.items():
+            if local[matches[name].index] is None:
+                self._published.repeat(name)
+
+    def _differ(self, matches: dict[str, Match], found: dict[str, _Records]) -> bool:
+        """Say what others cannot know, once the first member of this side has said its own; whether there was anything."""
+        firsts = {name: local[0] for name, (local, _) in found.items() if not matches[name].paired}
+        return any([self._published.differ(name, first) for name, first in firsts.items() if first is not None])
 
     def _is_agreed(self, pair_name: str, digest: str, sets: dict[str, _Set], plans: dict[str, str]) -> bool:
         """Whether all members of a pair have agreed to this set: their records say so, or one that is gone again said so."""
@@ -364,8 +314,7 @@ class Registration:
             local, remote = sets[name]
             manifests = [[self._manifests.read(record) for record in side] for side in (local, remote)]
             agreement = agree(self._request.batch_id, name, match, *manifests)
-            places = [place for place, (pair_name, _) in enumerate(self._request.tensors) if pair_name == name]
-            part = Part(self._request.batch_id, name, match, places, own[name], agreement.tensors)
+            part = Part(self._request.batch_id, name, match, self._places(name), own[name], agreement.tensors)
             parts.append(AgreedPart(part, agreement, local, remote))
             self._inputs[name] = agreement.inputs
         result.take(connect(self._ways, parts, self._request.bucket_size))
@@ -412,16 +361,3 @@ def _registrations(sides: _Set) -> list[str]:
 
 def _present(records: list[BatchRecord | None]) -> list[BatchRecord]:
     return [record for record in records if record is not None]
-
-
-def _spec(entry: RegisteredTensor, tensor: torch.Tensor, layout: Layout | None, index: int) -> TensorSpec:
-    local, whole = tuple(tensor.shape), entry.global_shape
-    stated = whole if entry.offsets is None else None
-    as_laid_out = layout is not None and stated is not None and layout.region(index, stated).shape == local
-    return TensorSpec(
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        local=None if as_laid_out else local,
-        whole=whole,
-        offsets=entry.offsets,
-        lossy=entry.lossy,
-    )

@@ -5,15 +5,21 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch.distributed.tensor import Shard
 
-from etha_ray.errors import BatchClosedError, BatchUnmatchedError, PeerLostError
+from etha_ray.errors import BatchClosedError, BatchUnmatchedError, MemoryHandleError, PeerLostError
+from etha_ray.memory import encode_handle, export_tensors
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
-from etha_ray.tensor_bus.registration import Registration
+from etha_ray.tensor_bus.commands import RegisteredTensor
+from etha_ray.tensor_bus.registered import Registered
+from etha_ray.tensor_bus.registration import Registration, Request
+from etha_ray.tensor_bus.ways import Ways
 from etha_ray.testing import succeed
 from tests.tensor_bus.cluster import LONG, local_cluster
 
@@ -193,7 +199,7 @@ class Blinded:
 
         def records(registration: Registration, pair_name: str, matches: dict[str, Any]) -> Any:
             local, remote = look(registration, pair_name, matches)
-            if self.sees or registration._state.path != agent_state or not registration.has_agreed:
+            if self.sees or registration._published.state.path != agent_state or not registration.has_agreed:
                 return local, remote
             self.agreed.set()
             return [None] * len(local), [None] * len(remote)
@@ -267,11 +273,27 @@ def test_many_tensors_and_batches() -> None:
         assert not torch.equal(base[20:], room[20:])
 
 
-def test_what_others_agreed_to_counts_for_that_set_only() -> None:
+def unbegun(tensors: Sequence[tuple[str, RegisteredTensor]] = ()) -> Registration:
     nothing: Any = None
-    registration = Registration(nothing, nothing, nothing, nothing, nothing)
+    return Registration(nothing, nothing, Ways("agent", nothing, None), Request("x", "mine", {}, tensors, 1, None, None), nothing)
+
+
+def test_what_others_agreed_to_counts_for_that_set_only() -> None:
+    registration = unbegun()
     assert not registration._is_agreed("pair", "this set", {}, {})
     registration.confirm(["an earlier set"])
     assert not registration._is_agreed("pair", "this set", {}, {})
     registration.confirm(["this set"])
     assert registration._is_agreed("pair", "this set", {}, {})
+
+
+def test_a_tensor_is_named_by_its_place_among_those_of_all_pairs() -> None:
+    exported = export_tensors([torch.zeros(3)])
+    handle = exported.handles[0]
+    good = RegisteredTensor(encode_handle(handle))
+    bad = RegisteredTensor(encode_handle(msgspec.structs.replace(handle, dtype="float31")))
+    grouped = {"one": [good, bad], "two": [good, good]}
+    registration = unbegun([("one", good), ("two", good), ("two", good), ("one", bad)])
+    with pytest.raises(MemoryHandleError, match="tensor 3 of batch 'x'"):
+        registration._open_own(grouped, Registered())
+    exported.close()
