@@ -38,10 +38,11 @@ class AgentWatch:
     def check(self) -> None:
         """Raise `AgentDiedError` if the agent's process is gone or it has not beaten for the failure timeout."""
         record = self.record
-        if self._same_processes and not is_alive(record.pid, record.start_time):
-            raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) died")
+        # First: who was shut down is soon gone, and did not die.
         if self._state.stopped():
             raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) was shut down: start it again, then make a new client")
+        if self._same_processes and not is_alive(record.pid, record.start_time):
+            raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) died")
         found = self._state.record()
         if found is None or found.incarnation != record.incarnation:
             raise AgentDiedError(f"agent {record.rank} (pid {record.pid}) died, and another was started in its place")

@@ -17,6 +17,7 @@ import pytest
 
 from etha_ray.errors import ConfigError, EthaRayError, PeerLostError
 from etha_ray.net import MAX_MESSAGE, Address, Channel, Server, accept_channels, connect, dial
+from etha_ray.net import channel as channels
 from etha_ray.net.channel import MAX_OUTBOX
 from etha_ray.net.connection import prefix
 from etha_ray.testing import eventually
@@ -27,9 +28,13 @@ _PATIENCE = 60.0
 
 
 class Ends:
-    """What is heard of channels; one for any number of them."""
+    """What is heard of channels; one for any number of them.
 
-    def __init__(self) -> None:
+    ``failure_timeout``: where nobody dies, so long that a machine that stands still is not taken for it.
+    """
+
+    def __init__(self, failure_timeout: float = _PATIENCE) -> None:
+        self.failure_timeout = failure_timeout
         self.messages: queue.Queue[bytes] = queue.Queue()
         self.losses: queue.Queue[str] = queue.Queue()
         self.opened: queue.Queue[Channel] = queue.Queue()
@@ -41,10 +46,10 @@ class Ends:
         self.losses.put(str(reason))
 
     def connect(self, address: Address, service: str = "test", hello: bytes = b"") -> Channel:
-        return connect(address, SECRET, service, self.receive, self.lost, hello=hello, failure_timeout=FAILURE_TIMEOUT)
+        return connect(address, SECRET, service, self.receive, self.lost, hello=hello, failure_timeout=self.failure_timeout)
 
     def serve(self) -> Server:
-        service = accept_channels(self.receive, self.lost, opened=self.opened.put, failure_timeout=FAILURE_TIMEOUT)
+        service = accept_channels(self.receive, self.lost, opened=self.opened.put, failure_timeout=self.failure_timeout)
         return Server(SECRET, {"test": service}, "127.0.0.1")
 
     def lost_once(self) -> str:
@@ -103,8 +108,9 @@ def test_messages_of_many_threads_arrive_whole(server: Server, here: Ends, there
     assert arrived == sorted(b"%d" % n * 1000 for n in range(8) for _ in range(100))
 
 
-def test_what_was_sent_before_close_arrives(server: Server, here: Ends, there: Ends) -> None:
+def test_what_was_sent_before_close_arrives(server: Server, here: Ends, there: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also before the connection stood."""
+    monkeypatch.setattr(channels, "_CLOSE_GRACE", _PATIENCE)
     channel = here.connect(server.address)
     for n in range(100):
         channel.send(b"%d" % n)

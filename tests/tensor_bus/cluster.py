@@ -27,10 +27,11 @@ from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.tensor_bus.leftovers import remove_files
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
+from etha_ray.tensor_bus.transfer_state import UnderWay
 from etha_ray.tensor_bus.watch import find_agent
-from etha_ray.testing import TensorBus, succeed
+from etha_ray.testing import TensorBus, eventually, succeed
 
-LONG = 30.0
+LONG = 45.0
 """Seconds that are never reached, unless something that must happen does not."""
 
 SHM = Path("/dev/shm")
@@ -109,6 +110,19 @@ class LocalCluster(TensorBus):
         )
         return first, second, source, target
 
+    def time_is_up(self, rank: int) -> None:
+        """End the transfers of this agent's workers that wait, as their timeouts would: when the test is ready for it, and no sooner."""
+        agent = self.agents[rank]
+
+        def under_way() -> list[UnderWay]:
+            batches = [batch for worker in agent._service._workers.all() for batch in list(worker.batches.values())]
+            return [batch.transfer for batch in batches if batch.transfer is not None]
+
+        eventually(under_way)
+        for transfer in under_way():
+            transfer.deadline = 0.0
+        agent._jobs.wake()
+
     def close(self) -> None:
         self.stop()
         left = left_in_shm({os.getpid()}, list(self.paths.values()))
@@ -185,6 +199,12 @@ class ProcessCluster:
         self._killed |= pid in self._processes
         os.kill(pid, signal.SIGKILL)
         self.wait(pid)
+
+    def pause(self, pid: int) -> None:
+        """SIGSTOP; returns when all its threads stand still."""
+        os.kill(pid, signal.SIGSTOP)
+        tasks = Path(f"/proc/{pid}/task")
+        eventually(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()))
 
     def wait(self, pid: int) -> None:
         process = self._processes.get(pid)

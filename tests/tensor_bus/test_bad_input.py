@@ -118,9 +118,11 @@ class TestBothSidesAreTold:
                 one.register_tensors("x", [(torch.zeros(2), "p"), (torch.zeros(2), "q")], blocking=False),
                 three.register_tensors("x", [(torch.zeros(2), "q")], blocking=False),
             ]
-            # Both know of one another once each has looked again after the other came.
-            eventually(lambda: len(cluster.store.list("batch/")) == 3)
-            time.sleep(0.3)
+            # Both know of one another: the one lacks nobody but 'b', and the other has agreed to their pair.
+            first, third = (cluster.agents[rank]._service._batches for rank in (0, 1))
+            alone = ["'b' lacks index [0] of 1 (pair 'p')"]
+            eventually(lambda: [each.job.cancellation.waits_for for each in first.all() if each.job] == alone)
+            eventually(lambda: [each.work.has_agreed for each in third.all()] == [True])
             raised = together(
                 lambda: two.register_tensors("x", [(torch.zeros(3), "p")], timeout=LONG),
                 *[lambda handler=handler: handler.wait_ready(LONG) for handler in handlers],

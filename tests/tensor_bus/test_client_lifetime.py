@@ -158,7 +158,7 @@ class TestLifetime:
             assert done.stderr == ""
             mark = f"_{done.stdout.strip()}_"
             eventually(lambda: cluster.agents[0].describe()["workers"] == 0)
-            assert [name for name in os.listdir(SHM) if name.startswith("sem.command") and mark in name] == []
+            eventually(lambda: not [name for name in os.listdir(SHM) if name.startswith("sem.command") and mark in name])
 
     def test_shutdown_of_the_agent_ends_what_waits(self) -> None:
         with local_cluster() as cluster:

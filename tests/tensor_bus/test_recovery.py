@@ -83,7 +83,7 @@ class TestAgents:
         one, two = cluster.worker(), cluster.worker()
         settled(cluster, one, two)
         one.call(ping)
-        os.kill(cluster.pids[0], signal.SIGSTOP)
+        cluster.pause(cluster.pids[0])
         one.call(acts.start_transfer, "x", "send")
         cluster.kill(cluster.pids[0])
         cluster.start_agent(0)
@@ -99,7 +99,7 @@ class TestAgents:
         one, two = cluster.worker(), cluster.worker()
         settled(cluster, one, two)
         one.call(ping)
-        os.kill(cluster.pids[0], signal.SIGSTOP)
+        cluster.pause(cluster.pids[0])
         with pytest.raises(TimeoutError):
             one.call(acts.transfer, "x", "send", 0.2)
         cluster.kill(cluster.pids[0])

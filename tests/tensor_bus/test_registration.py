@@ -17,6 +17,7 @@ from etha_ray.errors import BatchClosedError, BatchUnmatchedError, MemoryHandleE
 from etha_ray.memory import encode_handle, export_tensors
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.tensor_bus.commands import RegisteredTensor
+from etha_ray.tensor_bus.jobs import Backoff
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.registration import Registration, Request
 from etha_ray.tensor_bus.ways import Ways
@@ -190,10 +191,13 @@ def test_clients_come_and_go() -> None:
 
 
 class Blinded:
-    """An agent that agrees with all others and then sees nobody any more, so that they are ready and it is not."""
+    """An agent that agrees with all others and then sees nobody any more, so that they are ready and it is not.
+
+    Its time is up once ``over`` is set; it sees again once ``sees`` is.
+    """
 
     def __init__(self, agent_state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.agreed = threading.Event()
+        self.agreed, self.over = threading.Event(), threading.Event()
         self.sees = False
         look = Registration._records
 
@@ -204,7 +208,12 @@ class Blinded:
             self.agreed.set()
             return [None] * len(local), [None] * len(remote)
 
+        class Hurried(Backoff):
+            def wait(backoff) -> bool:
+                return not self.over.is_set() and super().wait()
+
         monkeypatch.setattr(Registration, "_records", records)
+        monkeypatch.setattr("etha_ray.tensor_bus.registration.Backoff", Hurried)
 
 
 @pytest.mark.parametrize("how", ["its time is up", "its client is closed"])
@@ -217,11 +226,11 @@ def test_one_that_goes_away_when_others_may_be_ready_tells_them(how: str, monkey
         def give_up() -> None:
             if how == "its time is up":
                 with pytest.raises(BatchUnmatchedError):
-                    two.register_tensors("x", [(room, "pair")], timeout=1.0)
+                    two.register_tensors("x", [(room, "pair")], timeout=LONG)
             else:
                 two.register_tensors("x", [(room, "pair")], blocking=False)
                 assert blinded.agreed.wait(LONG)
-                first_ready.wait(LONG)
+                assert first_ready.wait(LONG)
                 two.close()
 
         first_ready = threading.Event()
@@ -229,11 +238,14 @@ def test_one_that_goes_away_when_others_may_be_ready_tells_them(how: str, monkey
         def stay() -> BatchHandler:
             handler = one.register_tensors("x", [(torch.ones(4), "pair")], timeout=LONG)
             first_ready.set()
+            if how == "its time is up":
+                blinded.over.set()
             return handler
 
         first, _ = succeed(stay, give_up)
         with pytest.raises(PeerLostError if how == "its time is up" else BatchClosedError, match=r"b\[0\] is gone"):
             first.transfer("send", blocking=True, timeout=LONG)
+        blinded.over.clear()
         blinded.sees = True
         if how == "its client is closed":
             two = cluster.client(1)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from etha_ray.errors import BatchTornError, TransferTimeoutError
 from etha_ray.layout import MeshSpec
-from etha_ray.testing import succeed
+from etha_ray.testing import succeed, together
 from etha_ray.transport import Copy, CopyProgram, MappedTransport
 from tests.tensor_bus.cluster import LONG, LocalCluster, Side, local_cluster
 
@@ -263,9 +263,12 @@ class TestLateReceivers:
         with local_cluster(mapped=transport) as cluster:
             first, second, source, target = cluster.batch(ranks=(0, 1))
             got = second.transfer("recv")
-            with pytest.raises(TransferTimeoutError, match=r"b\[0\] did not receive"):
-                first.transfer("send", blocking=True, timeout=0.2)
-            assert transport.inside.is_set()
+            gave_up, _ = together(
+                lambda: first.transfer("send", blocking=True, timeout=LONG),
+                lambda: (transport.inside.wait(LONG), cluster.time_is_up(0)),
+            )
+            assert isinstance(gave_up, TransferTimeoutError)
+            assert "b[0] did not receive" in str(gave_up)
             source.fill_(-1)  # it may: its send is over
             assert not got.done()
             transport.open.set()

@@ -98,6 +98,7 @@ class TestDeaths:
             good = etha_ray.pull({"w": target}, "plain", replica="good", client=two, timeout=LONG)
             eventually(lambda: sender.replicas == ["doomed", "good"])
             pushed = sender.start_push(timeout=LONG)
+            eventually(lambda: all(link._busy for link in sender._links.values()))  # it is being sent to both
             cluster.kill(doomed.pid)
             assert good.update(LONG) == 1
             report = pushed.result(LONG)

@@ -43,6 +43,11 @@ class Sides:
     def publish(self, source: Any, agent: int = 0, **more: Any) -> Publisher:
         return self._stack.enter_context(etha_ray.publish(source, "policy", client=self._cluster.client(agent), **more))
 
+    def time_is_up_for_those_who_do_not_take(self) -> None:
+        """The sender is on the first agent, which then knows of all that was taken by now."""
+        self._cluster.client(0).ping(LONG)
+        self._cluster.time_is_up(0)
+
     def pull(self, source: Any, agent: int = 1, **more: Any) -> Receiver:
         more = {"timeout": LONG, "client": self._cluster.client(agent), **more}
         return self._stack.enter_context(etha_ray.pull(source, "policy", **more))
@@ -239,7 +244,9 @@ class TestReplicas:
                 unfit.wait_ready(LONG)
             slow = at.pull({"w": late}, replica="slow")
             eventually(lambda: sender.replicas == ["good", "slow"] and "'unfit' is failed" in sender._state())
-            report, version = succeed(lambda: sender.push(timeout=1.0), lambda: receiver.update(LONG))
+            report, (version, _) = succeed(
+                lambda: sender.push(timeout=LONG), lambda: (receiver.update(LONG), at.time_is_up_for_those_who_do_not_take())
+            )
             assert version == 1
             assert list(report.replicas) == ["good"]
             assert isinstance(report.failed["slow"], TransferTimeoutError)
@@ -306,6 +313,7 @@ def test_a_receiver_outlives_its_sender() -> None:
         with pytest.raises(BatchClosedError, match="gone"):
             receiver.update(LONG)
         assert receiver.version == 1
+        eventually(lambda: "nobody is there" in receiver._state())
         with pytest.raises(BatchUnmatchedError, match=r"replica '0' was not connected within 0\.1 s; .*the sender: nobody is there"):
             receiver.update(0.1)
         again = at.publish({"w": torch.full((2,), 5.0)})
@@ -320,8 +328,10 @@ class TestErrors:
             with pytest.raises(BatchUnmatchedError, match="the sender: nobody is there"):
                 at.pull({"w": torch.zeros(1)}, timeout=0.2)
             sender = at.publish({"w": torch.zeros(1)}, world_size=2, rank=0)
+            receiver = at.pull({"w": torch.zeros(1)}, blocking=False)
+            eventually(lambda: "nobody is there" not in receiver._state())
             with pytest.raises(BatchUnmatchedError, match=r"the sender: ranks \[1\] of 2 are not there"):
-                at.pull({"w": torch.zeros(1)}, timeout=0.5)
+                receiver.wait_ready(0.1)
             with pytest.raises(TransferTimeoutError, match=r"1 replicas to join: not within 0\.2 s"):
                 sender.push(timeout=0.2)
 
