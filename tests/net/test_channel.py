@@ -23,17 +23,15 @@ from etha_ray.net.connection import prefix
 from etha_ray.testing import eventually
 from tests.net.namespaces import cable
 from tests.net.peer import FAILURE_TIMEOUT, SECRET, first_word, peer
+from tests.net.silent import unheard
 
 _PATIENCE = 60.0
 
 
 class Ends:
-    """What is heard of channels; one for any number of them.
+    """What is heard of channels; one for any number of them."""
 
-    ``failure_timeout``: where nobody dies, so long that a machine that stands still is not taken for it.
-    """
-
-    def __init__(self, failure_timeout: float = _PATIENCE) -> None:
+    def __init__(self, failure_timeout: float) -> None:
         self.failure_timeout = failure_timeout
         self.messages: queue.Queue[bytes] = queue.Queue()
         self.losses: queue.Queue[str] = queue.Queue()
@@ -59,14 +57,23 @@ class Ends:
 
 
 @pytest.fixture
-def here() -> Ends:
-    """The end that connects."""
-    return Ends()
+def failure_timeout() -> float:
+    """Of both ends: so long that no death is seen where nobody dies, even if the machine stands still."""
+    return _PATIENCE
+
+
+deaths = pytest.mark.parametrize("failure_timeout", [FAILURE_TIMEOUT])
 
 
 @pytest.fixture
-def there() -> Iterator[Ends]:
-    return Ends()
+def here(failure_timeout: float) -> Ends:
+    """The end that connects."""
+    return Ends(failure_timeout)
+
+
+@pytest.fixture
+def there(failure_timeout: float) -> Ends:
+    return Ends(failure_timeout)
 
 
 @pytest.fixture
@@ -169,13 +176,12 @@ def test_a_server_that_closes_is_a_loss(server: Server, here: Ends, there: Ends)
 
 
 def test_nobody_there(here: Ends) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = Address(*listener.getsockname())
-    channel = here.connect(address)
-    assert f"cannot reach the agent at {address}" in here.lost_once()
-    with pytest.raises(PeerLostError, match=f"cannot reach the agent at {address}"):
-        channel.send(b"")
-    channel.close()
+    with unheard() as address:
+        channel = here.connect(address)
+        assert f"cannot reach the agent at {address}" in here.lost_once()
+        with pytest.raises(PeerLostError, match=f"cannot reach the agent at {address}"):
+            channel.send(b"")
+        channel.close()
 
 
 def test_a_wrong_secret_is_a_loss_and_no_secret_an_error(server: Server, here: Ends) -> None:
@@ -185,6 +191,7 @@ def test_a_wrong_secret_is_a_loss_and_no_secret_an_error(server: Server, here: E
         connect(server.address, b"", "test", here.receive, here.lost)
 
 
+@deaths
 def test_a_callback_that_takes_long_is_no_death(server: Server, there: Ends) -> None:
     """Of several failure timeouts, while the other end has more to say than the sockets hold."""
     release, heard = threading.Event(), threading.Semaphore(0)
@@ -264,6 +271,7 @@ def test_garbage_of_somebody_with_the_secret(server: Server, here: Ends, there: 
         assert there.messages.get(timeout=_PATIENCE) == b"still there?"
 
 
+@deaths
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_server_process_that_dies_is_noticed(how: signal.Signals, here: Ends) -> None:
     with peer("echo", "127.0.0.1") as process:
@@ -280,6 +288,7 @@ def test_a_server_process_that_dies_is_noticed(how: signal.Signals, here: Ends) 
         channel.close()
 
 
+@deaths
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_client_process_that_dies_is_noticed(how: signal.Signals, server: Server, there: Ends) -> None:
     with peer("call", str(server.address)) as process:
@@ -291,6 +300,7 @@ def test_a_client_process_that_dies_is_noticed(how: signal.Signals, server: Serv
         assert ("nothing was heard of it for 3 s" in reason) == (how == signal.SIGSTOP)
 
 
+@deaths
 def test_a_process_that_was_stopped_itself_does_not_blame_the_other(server: Server, there: Ends) -> None:
     """It was away for long, and finds the other end's heartbeats waiting: its first look at the clock must not end it."""
     with peer("call", str(server.address)) as process:
@@ -302,6 +312,7 @@ def test_a_process_that_was_stopped_itself_does_not_blame_the_other(server: Serv
         assert process.poll() is None
 
 
+@deaths
 @pytest.mark.parametrize("side", ["near", "far"])
 def test_a_cable_that_is_cut_is_noticed(side: str, here: Ends) -> None:
     """No end of the connection is told anything: only silence says it."""

@@ -8,6 +8,7 @@ import threading
 import torch
 
 from etha_ray.errors import TransferCancelledError, TransferError
+from etha_ray.testing import eventually
 from etha_ray.transport.network import NetworkProgram, NetworkTransport, Read, RemoteRegion
 from tests.net.pair import PATIENCE, SECRET, Pair, Relay
 
@@ -77,16 +78,15 @@ def test_closing_the_transport_ends_its_runs(pair: Pair, relay: Relay) -> None:
 
 
 def test_a_small_program_does_not_wait_for_a_large_one(pair: Pair) -> None:
-    """Both read the same owner: their buckets take turns. The large one has seconds to go when the small one is done."""
+    """Both read the same owner: their buckets take turns. The large one has most of a minute to go when the small one is done."""
     large, small = torch.ones(96 << 20, dtype=torch.uint8), torch.ones(1000, dtype=torch.uint8)
     pair.owner.export("x", [large, small])
     targets = torch.zeros_like(large), torch.zeros_like(small)
-    slow = pair.reader.prepare([Read(pair.region(0, large), targets[0])] * 100, bucket_size=1 << 18)
+    slow = pair.reader.prepare([Read(pair.region(0, large), targets[0])] * 500, bucket_size=1 << 20)
     quick = pair.reader.prepare([Read(pair.region(1, small), targets[1])])
     outcome: list[object] = []
     thread = running(slow, outcome)
-    while not targets[0][0]:
-        pass
+    eventually(lambda: targets[0][0])
     quick.run()
     assert targets[1].all()
     slow.cancel()

@@ -154,9 +154,8 @@ def test_staging_never_passes_the_budget(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def counted(staging: Staging, nbytes: int) -> torch.Tensor:
         buffer = take(staging, nbytes)
-        with lock:
-            kept = sum(each.nbytes for each in staging._kept)
-            lent.append(staging._lent + kept)
+        with lock, staging._changed:  # others take and give back meanwhile
+            lent.append(staging._lent + sum(each.nbytes for each in staging._kept))
             borrowed[0] += 1
         return buffer
 
@@ -284,8 +283,7 @@ def test_closing_an_export_waits_for_who_reads_it(pair: Pair) -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    while target[0]:
-        pass  # the first bytes are here
+    eventually(lambda: not target[0] or not thread.is_alive())  # the first bytes are here
     export.close()
     source.fill_(7)
     thread.join()
@@ -315,9 +313,8 @@ def test_closing_the_reader_ends_its_session_at_the_owner(pair: Pair) -> None:
     pair.reader.close()
     with pytest.raises(TransferError, match="the transport was closed"):
         program.run()
-    while pair.owner._exports._sessions or pair.server._threads:
-        threading.Event().wait(0.01)
-    assert {thread.name for thread in threading.enumerate()} <= before
+    eventually(lambda: not pair.owner._exports._sessions and not pair.server._threads)
+    eventually(lambda: {thread.name for thread in threading.enumerate()} <= before)  # what the server has forgotten is about to end
 
 
 def test_a_stranger_with_the_secret_who_speaks_nonsense(pair: Pair) -> None:

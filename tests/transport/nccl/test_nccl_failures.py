@@ -86,8 +86,8 @@ def test_an_error_of_the_communicator_ends_the_run_at_both_ends(pair: DevicePair
 
 
 def test_a_communicator_that_stands_still_is_aborted(pair: DevicePair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "STALLED", 0.3)
     program, target = prepared(pair)
+    monkeypatch.setattr(joining, "STALLED", 0.3)
     error = stalled(pair, program).outcome
     assert isinstance(error, CommunicatorError)
     assert "was not done with what both ends had handed over within 0.3 s" in str(error)
