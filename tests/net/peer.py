@@ -1,4 +1,7 @@
-"""The other end, in a process of its own: ``python -m tests.net.peer ROLE ARGUMENTS``; ends when its standard input does."""
+"""The other end, in a process of its own: ``python -m tests.net.peer ROLE ARGUMENTS``; ends when its standard input does.
+
+Roles without tensors do not load torch, which takes longer than what they do.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from etha_ray.errors import EthaRayError
 from etha_ray.net import Address, Channel, Server, accept_channels, connect
-from etha_ray.transport.network import NetworkTransport
+
+if TYPE_CHECKING:
+    import torch
 
 SECRET = bytes(range(32))
 FAILURE_TIMEOUT = 3.0
@@ -21,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 
 def source(index: int, elements: int) -> torch.Tensor:
     """The tensor that an owner exports at ``index``: both ends can make it."""
+    import torch
+
     generator = torch.Generator().manual_seed(index)
     return torch.randint(-(2**31), 2**31 - 1, (elements,), dtype=torch.int32, generator=generator)
 
@@ -47,6 +53,8 @@ def call(address: str) -> None:
 
 def own(host: str, port: str, tensors: str, elements: str) -> None:
     """Export ``tensors`` tensors of int32 as "weights", if any."""
+    from etha_ray.transport.network import NetworkTransport
+
     transport = NetworkTransport(SECRET, failure_timeout=FAILURE_TIMEOUT)
     with contextlib.closing(transport), contextlib.closing(Server(SECRET, transport.services, host, int(port))) as server:
         if int(tensors):

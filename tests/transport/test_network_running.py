@@ -82,7 +82,7 @@ def test_a_small_program_does_not_wait_for_a_large_one(pair: Pair) -> None:
     large, small = torch.ones(96 << 20, dtype=torch.uint8), torch.ones(1000, dtype=torch.uint8)
     pair.owner.export("x", [large, small])
     targets = torch.zeros_like(large), torch.zeros_like(small)
-    slow = pair.reader.prepare([Read(pair.region(0, large), targets[0])] * 500, bucket_size=1 << 20)
+    slow = pair.reader.prepare([Read(pair.region(0, large), targets[0])] * 500, bucket_size=1 << 22)
     quick = pair.reader.prepare([Read(pair.region(1, small), targets[1])])
     outcome: list[object] = []
     thread = running(slow, outcome)
