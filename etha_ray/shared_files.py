@@ -32,6 +32,10 @@ OPENABLE_PATH = re.compile(r"/proc/[0-9]+/fd/[0-9]+|/dev/shm/[^/\0]+")
 SPARE_DESCRIPTORS = 256
 SPARE_MAPPINGS = 1024
 
+# torch gives the process that manages its named files one second to answer, which a busy machine may take; nothing has changed then.
+_MANAGER_TRIES = 30
+_MANAGER_TIMED_OUT = "manager connection has timed out"
+
 
 class SharedFile(NamedTuple):
     path: str
@@ -48,11 +52,22 @@ def share_by_descriptor(storage: torch.UntypedStorage) -> SharedFile:
 
 
 def share_by_name(storage: torch.UntypedStorage) -> SharedFile:
-    _, name, _ = storage._share_filename_cpu_()
+    name = _named(storage)
     path = SHM_DIR + os.fsdecode(name)
     info = os.stat(path)
     # torch keeps a reference count at the head of a named file; the mapping starts at a page, so the rest is the offset.
     return SharedFile(path, info.st_dev, info.st_ino, storage.data_ptr() % mmap.PAGESIZE)
+
+
+def _named(storage: torch.UntypedStorage) -> bytes:
+    """Have torch move it into a named file; that name."""
+    for tries_left in reversed(range(_MANAGER_TRIES)):
+        try:
+            return bytes(storage._share_filename_cpu_()[1])
+        except RuntimeError as error:
+            if not tries_left or _MANAGER_TIMED_OUT not in str(error):
+                raise
+    raise AssertionError("unreachable")
 
 
 class SharedMappings:
@@ -169,6 +184,11 @@ def translated(error: RuntimeError, name: str, nbytes: int) -> MemoryHandleError
         )
     if f"({errno.EMFILE})" in text:
         return MemoryHandleError(f"{name}: no descriptor left for {nbytes} bytes; raise `ulimit -n`: {text}")
+    if _MANAGER_TIMED_OUT in text:
+        return MemoryHandleError(
+            f"{name}: torch's shared-memory manager (torch_shm_manager, a child of this process) did not answer within {_MANAGER_TRIES} s;"
+            " have it go on if it was stopped, or give the machine less to do, and register again"
+        )
     return MemoryHandleError(f"{name}: cannot share {nbytes} bytes: {text}")
 
 

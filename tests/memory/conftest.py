@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from collections.abc import Iterator
 
@@ -10,6 +11,12 @@ import pytest
 from etha_ray.cuda import driver
 from tests.cuda.fake import FakeGpus, install
 from tests.memory.programs import Owner, kill
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left() -> None:
+    """Descriptors are counted here: what earlier tests have left to Python's collector must not be closed meanwhile."""
+    gc.collect()
 
 
 @pytest.fixture

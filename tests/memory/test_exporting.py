@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate
@@ -129,7 +131,7 @@ class TestExport:
         by_torch = torch.arange(5).share_memory_()
         address = by_torch.data_ptr()
         named = torch.arange(5000)
-        named.untyped_storage()._share_filename_cpu_()
+        shared_files.share_by_name(named.untyped_storage())
         for tensor in (by_torch, named, named[1000:]):
             opened = open_tensors(export_tensors([tensor]).handles).tensors[0]
             tensor[0] = 77
@@ -245,6 +247,35 @@ class TestLimits:
         assert not path.exists()
         shared_files.remove_unfinished(RuntimeError(text))
         assert isinstance(shared_files.translated(RuntimeError(text), "w", 10), SharedMemoryFullError)
+
+    def test_a_manager_that_stands_still(self, named: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """torch waits for its answer for one second, and a busy machine may take longer."""
+        export_tensors([torch.ones(3)])
+        (manager,) = (each for each in psutil.Process().children() if each.name() == "torch_shm_manager")
+        manager.suspend()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(shared_files, "_MANAGER_TRIES", 1)
+                with pytest.raises(MemoryHandleError, match=r"w: torch's shared-memory manager .*within 1 s.*register again"):
+                    export_tensors([tensor := torch.ones(3)], ["w"])
+            assert not tensor.is_shared()
+            real, failed = torch.UntypedStorage._share_filename_cpu_, []
+
+            def slow(storage: torch.UntypedStorage) -> Any:
+                try:
+                    return real(storage)
+                except RuntimeError as error:
+                    failed.append(error)
+                    manager.resume()
+                    raise
+
+            monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", slow)
+            opened = open_tensors(export_tensors([tensor]).handles).tensors[0]
+            assert len(failed) == 1
+            tensor.fill_(7)
+            assert opened.eq(7).all()
+        finally:
+            manager.resume()
 
     def test_mappings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         handles = export_tensors([torch.ones(1)]).handles
