@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from etha_ray.errors import QueueFullError
+from etha_ray.tensor_bus import command_queue
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import CleanupBatch, Message
 
@@ -39,6 +40,24 @@ def start(action: Callable[..., Any], *args: Any) -> BaseProcess:
     process = fork.Process(target=action, args=args)
     process.start()
     return process
+
+
+def start_waiting(action: Callable[[], object], count: int = 1) -> list[BaseProcess]:
+    """Fork children that do ``action`` on a queue, and return once each of them sleeps in it, or is about to: a post would wake it."""
+    asleep, sleep = fork.Semaphore(0), command_queue.acquire
+
+    def wait(*given: Any) -> None:
+        asleep.release()
+        sleep(*given)
+
+    def child() -> None:
+        command_queue.acquire = wait
+        action()
+
+    children = [start(child) for _ in range(count)]
+    for _ in children:
+        assert asleep.acquire(timeout=LONG_S)
+    return children
 
 
 def woken(call: Callable[..., Any]) -> Any:

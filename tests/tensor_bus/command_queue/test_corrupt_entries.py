@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from etha_ray.tensor_bus import command_queue
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import CleanupBatch, Transfer
 from etha_ray.tensor_bus.queue_entry import CorruptEntry
@@ -37,7 +38,7 @@ def test_corrupt_entries_are_dropped_and_their_senders_told(small: CommandQueue,
         CorruptEntry(2, None, None, "its header does not match its checksum"),
         CorruptEntry(3, None, None, "5 bytes are too few"),
     ]
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records if record.name == command_queue.__name__]
     assert f"dropped the corrupt entry 2 of {small.lmdb_path}" in lines[1]
     assert "starts with ff 67 61 72" in lines[1]
     assert len(lines) == 3

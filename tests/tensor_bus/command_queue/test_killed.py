@@ -25,6 +25,7 @@ from tests.tensor_bus.command_queue.helpers import (
     ids,
     kill,
     start,
+    start_waiting,
 )
 
 
@@ -68,8 +69,7 @@ def test_a_reader_killed_inside_its_transaction_has_taken_nothing(small: Command
 def test_a_reader_killed_before_it_posts_delays_a_writer_only(small: CommandQueue, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         small.enqueue(batch(number))
-    writer = start(lambda: small.enqueue(batch("late")))
-    time.sleep(0.1)
+    (writer,) = start_waiting(lambda: small.enqueue(batch("late")))
     killed_in(monkeypatch, "_post", small.dequeue)
     finish(writer)
     assert drain(small) == ["1", "2", "3", "4", "late"]
@@ -133,6 +133,7 @@ def test_readers_killed_at_any_moment_cost_no_room(path: Path) -> None:
         kill(reader)
         first = queue.dequeue(block=True, timeout=LONG_S)
         assert first is not None  # the writer goes on
+    eventually(lambda: queue.size() == queue.capacity)
     kill(writer)
     numbers = [int(name.split(":")[1]) for name in drain(queue)]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))

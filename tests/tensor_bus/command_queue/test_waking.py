@@ -13,6 +13,7 @@ import pytest
 from etha_ray.errors import QueueFullError
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
+from etha_ray.testing import eventually
 from tests.tensor_bus.command_queue.helpers import (
     LONG_S,
     assert_capacity_is_whole,
@@ -22,6 +23,7 @@ from tests.tensor_bus.command_queue.helpers import (
     ids,
     kill,
     start,
+    start_waiting,
     woken,
 )
 
@@ -45,8 +47,7 @@ def test_a_waiting_reader_is_woken(queue: CommandQueue, only_posts_wake: None) -
 def test_waiting_writers_are_woken(small: CommandQueue, only_posts_wake: None) -> None:
     for number in range(5):
         small.enqueue(batch(number))
-    writers = [start(lambda: small.enqueue(batch("late"))) for _ in range(4)]
-    time.sleep(0.2)
+    writers = start_waiting(lambda: small.enqueue(batch("late")), 4)
     assert ids(small.dequeue_batch(5)) == ["0", "1", "2", "3", "4"]  # one post, and each passes it on
     finish(*writers)
     assert drain(small) == ["late"] * 4
@@ -55,8 +56,7 @@ def test_waiting_writers_are_woken(small: CommandQueue, only_posts_wake: None) -
 def test_waiting_writers_take_turns_when_there_is_room_for_one(path: Path, only_posts_wake: None) -> None:
     queue = CommandQueue(path, capacity=1)
     queue.enqueue(batch("first"))
-    writers = [start(lambda: queue.enqueue(batch("late"))) for _ in range(3)]
-    time.sleep(0.2)
+    writers = start_waiting(lambda: queue.enqueue(batch("late")), 3)
     received = ids([message for _ in range(4) if (message := woken(queue.dequeue))])
     assert received == ["first", "late", "late", "late"]
     finish(*writers)
@@ -66,8 +66,7 @@ def test_waiting_writers_take_turns_when_there_is_room_for_one(path: Path, only_
 def test_clear_wakes_a_waiting_writer(small: CommandQueue, only_posts_wake: None) -> None:
     for number in range(5):
         small.enqueue(batch(number))
-    writer = start(lambda: small.enqueue(batch("late")))
-    time.sleep(0.2)
+    (writer,) = start_waiting(lambda: small.enqueue(batch("late")))
     small.clear()
     finish(writer)
     assert drain(small) == ["late"]
@@ -78,8 +77,7 @@ def test_a_writer_that_gave_up_or_was_killed_while_waiting_holds_nobody_up(small
         small.enqueue(batch(number))
     with pytest.raises(QueueFullError):
         small.enqueue(batch("gave up"), timeout=0.05)
-    writer = start(lambda: small.enqueue(batch("killed")))
-    time.sleep(0.1)
+    (writer,) = start_waiting(lambda: small.enqueue(batch("killed")))
     kill(writer)
     assert drain(small) == ["0", "1", "2", "3", "4"]
     assert_capacity_is_whole(small)
@@ -122,7 +120,7 @@ def test_stray_posts_are_consumed(queue: CommandQueue, path: Path) -> None:
     started = time.monotonic()
     assert queue.dequeue(block=True, timeout=0.3) is None
     assert time.monotonic() - started >= 0.3
-    assert items.value == 0
+    eventually(lambda: queue.dequeue(block=True, timeout=0.01) is None and items.value == 0)
     items.close()
 
 
