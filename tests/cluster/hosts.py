@@ -20,11 +20,14 @@ from tests.net.namespaces import Cable, cable, join
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, Worker
 
+_ROOT = Path(__file__).parents[2]
 _OWN_SHM = 'mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm && exec "$@"'
 
 
 class TwoHosts:
     """Agents on two hosts, meeting in a TCP store on this one. Ranks ``0 .. near - 1`` are here, the rest over there."""
+
+    program = "etha_ray.tensor_bus.agent"
 
     def __init__(self, wire: Cable, near: int, far: int) -> None:
         self.cable = wire
@@ -37,13 +40,17 @@ class TwoHosts:
             self.agents.append(self._start(rank))
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
-        url = f"tcp://{self.cable.here}:{self.master.port}?master=0"
-        agent = [sys.executable, "-m", "etha_ray.tensor_bus.agent", "--store", url, "--rank", str(rank)]
-        agent += ["--namespace", self.namespace, "--threads", "1"]
+        agent = self._command(rank, self.cable)
         if rank >= self.near:
             # Every agent over there has a /dev/shm of its own: also among them no memory is shared.
             agent = [*self.cable.over_there, "unshare", "--mount", "sh", "-c", _OWN_SHM, "sh", *agent]
         return subprocess.Popen(agent)
+
+    def _command(self, rank: int, cable: Cable) -> list[str]:
+        """An agent that reaches the store by this cable."""
+        url = f"tcp://{cable.here}:{self.master.port}?master=0"
+        agent = [sys.executable, "-m", self.program, "--store", url, "--rank", str(rank)]
+        return [*agent, "--namespace", self.namespace, "--threads", "1"]
 
     def restart(self, rank: int) -> None:
         """Start an agent again that was killed."""
@@ -54,8 +61,8 @@ class TwoHosts:
         """A worker beside the agent of this rank, with a client."""
         worker = Worker()
         self.workers.append(worker)
+        wait_for_client(self.paths[rank].state)
         if rank >= self.near:
-            wait_for_client(self.paths[rank].state)
             worker.call(go_over, self.agents[rank].pid)
         worker.call(acts.connect, rank, self.paths[rank])
         return worker
@@ -77,33 +84,37 @@ class TwoHosts:
 
 
 class ManyHosts(TwoHosts):
-    """As many hosts as ``counts`` says, with so many agents each: the first is this one. Agents of one host share memory."""
+    """As many hosts as ``counts`` says, with so many agents each: the first is this one. Agents of one host share memory.
 
-    def __init__(self, cables: list[Cable], counts: list[int]) -> None:
+    ``patient`` agents give one another all the time that is needed (`tests.cluster.patient_agent`).
+    """
+
+    def __init__(self, cables: list[Cable], counts: list[int], *, patient: bool) -> None:
+        if patient:
+            self.program = "tests.cluster.patient_agent"
         self.cables, self.host_of = cables, [host for host, count in enumerate(counts) for _ in range(count)]
         super().__init__(cables[0], counts[0], sum(counts[1:]))
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
         host = self.host_of[rank]
         cable = self.cables[max(0, host - 1)]
-        agent = [sys.executable, "-m", "etha_ray.tensor_bus.agent", "--store", f"tcp://{cable.here}:{self.master.port}?master=0"]
-        agent += ["--rank", str(rank), "--namespace", self.namespace, "--threads", "1"]
+        agent = self._command(rank, cable)
         first = self.host_of.index(host)
         if host and rank == first:
             agent = [*cable.over_there, "unshare", "--mount", "sh", "-c", _OWN_SHM, "sh", *agent]
         elif host:
             wait_for_client(self.paths[first].state)
             agent = ["nsenter", "--target", str(self.agents[first].pid), "--mount", "--net", *agent]
-        return subprocess.Popen(agent)
+        return subprocess.Popen(agent, cwd=_ROOT)
 
 
 @contextlib.contextmanager
-def many_hosts(*counts: int) -> Iterator[ManyHosts]:
+def many_hosts(*counts: int, patient: bool = False) -> Iterator[ManyHosts]:
     """Skips where network namespaces cannot be made."""
     with contextlib.ExitStack() as stack:
         cables = [stack.enter_context(cable()) for _ in counts[1:]]
         join(cables)
-        yield stack.enter_context(contextlib.closing(ManyHosts(cables, list(counts))))
+        yield stack.enter_context(contextlib.closing(ManyHosts(cables, list(counts), patient=patient)))
 
 
 def wait_for_client(state_path: str) -> None:

@@ -71,8 +71,11 @@ class Cable:
         self._tc("filter", "add", "dev", "far", "egress", "protocol", "ip", *match, *away)
 
     def slow_down(self, megabits: int, device: str = "far") -> None:
-        """Have what comes from over there arrive at this rate: here, or where the cable on another ``device`` leads (see `join`)."""
-        self._tc("qdisc", "add", "dev", device, "root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "50ms")
+        """Have what comes from over there arrive at this rate: here, or where the cable on another ``device`` leads (see `join`).
+
+        It may be called again for another rate.
+        """
+        self._tc("qdisc", "replace", "dev", device, "root", "tbf", "rate", f"{megabits}mbit", "burst", "64kb", "latency", "50ms")
 
     def sent_here(self) -> int:
         """Bytes that went from this side to the other since the cable was laid."""
