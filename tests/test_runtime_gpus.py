@@ -10,6 +10,7 @@ import pytest
 import ray
 
 import etha_ray
+from etha_ray.testing import eventually
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,12 +34,12 @@ class GpuWorker:
 def test_auto_gives_every_gpu_an_agent_that_its_workers_find() -> None:
     namespace = f"gpus-{uuid.uuid4().hex[:8]}"
     with etha_ray.launch_agents(namespace=namespace) as pool:
-        agents = pool.describe()
+        agents = pool.describe(60)
         assert [(agent["rank"], agent["device"], agent["state"]) for agent in agents] == [
             (0, "cuda:0", "running"),
             (1, "cuda:1", "running"),
         ]
-        assert ray.available_resources()["GPU"] == 2  # the agents take no share
+        eventually(lambda: ray.available_resources().get("GPU") == 2)  # the agents take no share
         workers = [GpuWorker.remote() for _ in range(2)]
         found = ray.get([worker.find.remote(namespace) for worker in workers])
     assert sorted(found) == [([0], 0, "cuda:0", "ray"), ([1], 1, "cuda:1", "ray")]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from etha_ray import waiting
+from etha_ray.testing import eventually
 from etha_ray.waiting import LongWait
 from tests.tensor_bus.cluster import LONG, fresh, local_cluster
 
@@ -167,7 +168,12 @@ def test_a_clients_waits_name_who_is_missing(monkeypatch: pytest.MonkeyPatch) ->
     with local_cluster() as cluster:
         _, receiver, *_ = cluster.batch()
         semaphore: Any = receiver.transfer("recv")
-        with pytest.raises(TimeoutError):
-            semaphore.result(1.5)
-        assert "transfer for 'batch': a[0] did not send" in shown
+
+        def named() -> bool:
+            """Its agent says twice a second for whom it waits."""
+            with pytest.raises(TimeoutError):
+                semaphore.result(0.3)
+            return "transfer for 'batch': a[0] did not send" in shown
+
+        eventually(named)
         assert removed[-1] == "transfer for 'batch'", "what was shown is taken away"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from etha_ray.tensor_bus.semaphores import sweep_dead
+from etha_ray.testing import eventually
 from tests.conftest import left_behind
 
 ROOT = Path(__file__).parents[2]
@@ -48,24 +51,31 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"{text!r} was never printed:\n{read}")
 
 
-@dataclass(frozen=True)
 class Traces:
-    """By what a running main job is known on this host: its pool's name, and the processes that Ray started for it."""
+    """By what a main job is known on this host, looked for as long as it runs: its pool's name, and Ray's processes."""
 
-    namespace: str
-    pids: tuple[int, ...]
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._namespaces, self._pids = set[str](), set[int]()
+        self._looking = threading.Thread(target=self._look, daemon=True)
+        self._looking.start()
 
-    @classmethod
-    def of(cls, process: subprocess.Popen[str]) -> Traces:
-        """Those of a job that has synced its first version."""
-        (folder,) = Path(f"/tmp/etha_ray_{os.getuid()}").glob(f"weight-sync-{process.pid}-*")
-        children = psutil.Process(process.pid).children(recursive=True)
-        return cls(folder.name, (process.pid, *(child.pid for child in children)))
+    def _look(self) -> None:
+        while self._process.poll() is None:
+            self._namespaces |= {folder.name for folder in Path(f"/tmp/etha_ray_{os.getuid()}").glob(f"weight-sync-{self._process.pid}-*")}
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._pids |= {child.pid for child in psutil.Process(self._process.pid).children(recursive=True)}
+            time.sleep(0.1)
 
     def assert_gone(self) -> None:
-        """No file, no shared memory and no process is left, and no semaphore once the next pool has swept those of the dead."""
-        deadline = time.monotonic() + 20
-        while left := [*left_behind(self.namespace, self.pids), *filter(psutil.pid_exists, self.pids[1:])]:
-            assert time.monotonic() < deadline, left  # Ray's processes end a moment after their driver
-            time.sleep(0.1)
+        """The job has ended. No file, no shared memory and no process is left, nor a semaphore once the next pool has swept the dead's."""
+        self._looking.join()
+        (namespace,) = self._namespaces
+
+        def left() -> list[Any]:
             sweep_dead()
+            return [*left_behind(namespace, {self._process.pid, *self._pids}), *filter(psutil.pid_exists, self._pids)]
+
+        with contextlib.suppress(TimeoutError):
+            eventually(lambda: not left())  # Ray's processes end a moment after their driver
+        assert left() == []

@@ -44,6 +44,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",  # until a job that is told to end is killed; 3 are few on a busy machine
     }
     names = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     options = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]

@@ -45,4 +45,4 @@ def test_figures_and_ratios() -> None:
     assert values["nccl_tiny_raw"] == pytest.approx(values["nccl_tiny_gb_per_s"] / values["nccl_tiny_raw_gb_per_s"])
     assert [ratio.reach for ratio in ratios] == [0.90, None]
     assert not multiprocessing.active_children()
-    assert {thread for thread in threading.enumerate() if thread.is_alive()} <= before
+    eventually(lambda: set(threading.enumerate()) <= before)

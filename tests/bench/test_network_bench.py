@@ -12,6 +12,7 @@ from etha_ray.bench import network
 from etha_ray.bench.network import run_network
 from etha_ray.bench.processes import BenchError
 from etha_ray.errors import ConfigError
+from etha_ray.testing import eventually
 
 
 def test_figures_and_ratios() -> None:
@@ -26,7 +27,7 @@ def test_figures_and_ratios() -> None:
     assert ratios["unchecked"] == pytest.approx(figures["tcp_gb_per_s"] / figures["unchecked_gb_per_s"], rel=1e-3)
     assert ratios["raw"] == pytest.approx(figures["tcp_gb_per_s"] / figures["raw_gb_per_s"], rel=1e-3)
     assert not multiprocessing.active_children()
-    assert {thread for thread in threading.enumerate() if thread.is_alive()} <= before
+    eventually(lambda: set(threading.enumerate()) <= before)
 
 
 def test_wrong_bytes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

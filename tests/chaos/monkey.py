@@ -16,8 +16,8 @@ from tests.chaos.stage import SEATS, Part, Stage
 PATIENCE = 60.0
 """Seconds within which everybody must have gone on after a strike."""
 
-LIMIT = 10.0
-"""Seconds after which a call counts as hanging: it was given 8."""
+LIMIT = 20.0
+"""Seconds after which a call counts as hanging: it was given 8, and a busy machine may stand still for some."""
 
 _CALLS = ("connect", "init_pair", "register", "send", "recv", "close")
 

@@ -88,7 +88,7 @@ def test_the_main_job_runs_over_both(hosts: RayHosts) -> None:
 
 def _cross_and_kill(near: str, far: str, namespace: str) -> None:
     pool = etha_ray.launch_agents("auto", namespace=namespace)
-    agents = {agent["node_id"]: agent for agent in pool.describe()}
+    agents = {agent["node_id"]: agent for agent in pool.describe(60.0)}
     assert {(node, agent["device"], agent["state"]) for node, agent in agents.items()} == {
         (near, "cpu", "running"),
         (far, "cpu", "running"),
@@ -110,8 +110,8 @@ def _cross_and_kill(near: str, far: str, namespace: str) -> None:
     assert ray.get(there.holds.remote(99), timeout=LONG)
     _cross(here, there, 100)
     _cross(there, here, 101)
-    eventually(lambda: all(agent["state"] == "running" for agent in pool.describe()))
-    successor = next(agent["pid"] for agent in pool.describe() if agent["node_id"] == far)
+    eventually(lambda: all(agent["state"] == "running" for agent in pool.describe(60.0)))
+    successor = next(agent["pid"] for agent in pool.describe(60.0) if agent["node_id"] == far)
     assert successor != victim
 
     both = (near, [agents[near]["pid"]]), (far, [victim, successor])

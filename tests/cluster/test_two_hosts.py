@@ -226,7 +226,7 @@ def test_an_agent_that_stands_still_during_a_transfer_and_goes_on_later(hosts: T
     source.register("batch", [whole])
     target.register("batch", [torch.zeros_like(whole)])
     assert source.outcomes() == target.outcomes() == [None]
-    hosts.cable.slow_down(megabits=50)  # six seconds for all of it
+    hosts.cable.slow_down(megabits=10)  # half a minute for all of it
     sender, receiver = source.workers[0], target.workers[0]
     sender.start(acts.transfer, "batch", "send")
     receiver.call(_begin)
@@ -237,6 +237,7 @@ def test_an_agent_that_stands_still_during_a_transfer_and_goes_on_later(hosts: T
             receiver.call(_end)
     finally:
         hosts.agents[2].send_signal(signal.SIGCONT)
+    hosts.cable.slow_down(megabits=1000)
     assert isinstance(_outcome(sender), EthaRayError)
     again = torch.arange(1000.0)
     source, target = _Side(hosts, "c", "d", [2], [Replicate()]), _Side(hosts, "d", "c", [0], [Replicate()])

@@ -22,7 +22,7 @@ from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import BaseCommand, Message, encode_command, encode_outcome
 from etha_ray.tensor_bus.queue_entry import _AFTER_CHECKSUM, _CHECKSUM
-from etha_ray.testing import succeed, together
+from etha_ray.testing import eventually, succeed, together
 from tests.security.mutations import mutated, other_bytes
 from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
 from tests.tensor_bus.far import far_agents
@@ -80,7 +80,7 @@ def test_commands(caplog: pytest.LogCaptureFixture) -> None:
                     handler.client.close()
                 cluster.clients.remove(handler.client)
         works(cluster, "at last")
-        assert queue.size() == 0
+        eventually(lambda: queue.size() == 0)
         assert queue.capacity == capacity
         queue.close(destroy=False)
     assert [record.getMessage() for record in caplog.records if "agent failed on" in record.getMessage()] == []

@@ -112,7 +112,7 @@ def test_tensors_cross_between_actors(pool: etha_ray.AgentPool, ray_local: RayUn
         assert ray.get([worker.bytes.remote() for worker in workers], timeout=60) == [48] * 4
     parts = ray.get([worker.read.remote() for worker in generators], timeout=60)
     assert torch.cat(parts, dim=1).tolist() == [[0.0] * 6] * 2 + [[1.0] * 6] * 2
-    assert sum(agent["workers"] for agent in pool.describe()) == 4
+    assert sum(agent["workers"] for agent in pool.describe(60.0)) == 4
     ray.get([worker.close.remote() for worker in workers], timeout=60)
 
 
@@ -139,7 +139,7 @@ def test_weights_cross_between_driver_and_actor(pool: etha_ray.AgentPool) -> Non
 
 
 def test_the_agents_are_found_seen_and_refused_a_second_time(pool: etha_ray.AgentPool, ray_local: RayUnderTest) -> None:
-    described = find_pool().describe()
+    described = find_pool().describe(60.0)
     assert [(agent["rank"], agent["state"], agent["device"]) for agent in described] == [(0, "running", "cpu"), (1, "running", "cpu")]
     assert ({agent["pid"] for agent in described} == {os.getpid()}) == ray_local.local_mode
     assert [(seen.rank, seen.life) for seen in seen_agents(pool.namespace)] == [(0, "running"), (1, "running")]
@@ -160,7 +160,7 @@ def test_agents_leave_nothing_and_disturb_nothing(namespace: str) -> None:
     before = torch.get_num_threads(), threads_of_ours()
     for _ in range(2):
         with etha_ray.launch_agents(["cpu"], namespace=namespace) as pool:
-            assert [agent["pid"] for agent in pool.describe()] == [os.getpid()]
+            assert [agent["pid"] for agent in pool.describe(60.0)] == [os.getpid()]
             assert torch.get_num_threads() == before[0]
             assert threads_of_ours() - before[1]  # those of an earlier pool may still be ending
     assert not Path(agent_paths(0, namespace).state).parent.exists()

@@ -35,7 +35,7 @@ def test_workers_find_the_agents_by_themselves(ray_cluster: RayUnderTest) -> Non
     with ray_cluster.launch_agents(2) as pool:
         assert (pool.namespace, pool.ranks) == (ray_cluster.namespace, [0, 1])
         assert find_pool().namespace == pool.namespace == worker_environment().namespace
-        pids = [agent["pid"] for agent in pool.describe()]
+        pids = [agent["pid"] for agent in pool.describe(60.0)]
         generator = Generator.remote()  # type: ignore[attr-defined]
         with etha_ray.publish({"w": torch.arange(3.0)}, "policy") as sender:
             updating = generator.update.remote()
