@@ -18,7 +18,8 @@ import pytest
 from etha_ray import waiting
 from etha_ray.testing import eventually
 from etha_ray.waiting import LongWait
-from tests.tensor_bus.cluster import LONG, fresh, local_cluster
+from tests.fresh import fresh
+from tests.tensor_bus.cluster import LONG, local_cluster
 
 
 class _Clock:

@@ -21,8 +21,9 @@ from etha_ray.testing.etcd_server import EtcdServer, free_ports
 from tests.chaos.journal import Reader
 from tests.chaos.player import Seat, run
 from tests.cluster.hosts import enter
+from tests.fresh import fresh
 from tests.net.namespaces import Cable, End, cable, join
-from tests.tensor_bus.cluster import LONG, fresh, left_in_shm
+from tests.tensor_bus.cluster import LONG, left_in_shm
 
 _OWN_SHM = "mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm && exec sleep infinity"
 

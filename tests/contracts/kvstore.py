@@ -135,8 +135,8 @@ class KVStoreContract(WaitContract, WatchContract, LeaseContract):
         assert store.add("n", -1) == 2**63 - 2
 
     def test_parallel_adds_are_exact(self, store: KVStore, namespace: str, add_in_parallel: AddInParallel) -> None:
-        add_in_parallel(namespace, "n", 8, 500)
-        assert store.get("n") == b"4000"
+        add_in_parallel(namespace, "n", 8, 150)
+        assert store.get("n") == b"1200"
 
     def test_threads_of_one_store_add_exactly(self, store: KVStore, background: ThreadPoolExecutor) -> None:
         results = list(background.map(lambda _: [store.add("n", 1) for _ in range(10)], range(8)))

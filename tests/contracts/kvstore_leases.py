@@ -15,12 +15,14 @@ from etha_ray.kvstore import KVStore
 from etha_ray.kvstore.lease import Lease
 from etha_ray.kvstore.watch import KeyEvent
 from tests.contracts.kvstore_fixtures import MakeStore, StoreFixtures
-from tests.contracts.store_processes import StoreInAProcess, hold_lease
+from tests.contracts.store_processes import StoreInAProcess, hold_lease, leased
 
 SHORT = 1.0
 """Seconds asked for where a test waits for the end of a lease. A backend may grant more, so tests go by `Lease.ttl`."""
-KEPT = 3.0
-"""Where a test needs the lease to be renewed in time, on a machine that may stand still for a second."""
+KEPT = 6.0
+"""Where a test needs the lease to be renewed in time, on a machine that may stand still for some seconds."""
+OWNED = 3.0
+"""The same, where its end is waited for, too."""
 LONG = 600.0
 
 
@@ -121,10 +123,8 @@ class LeaseContract(StoreFixtures):
         assert other.list("") == dict(sorted(expected.items()))
 
     def test_what_has_run_out_is_missing(self, store: KVStore, other: KVStore) -> None:
-        lease = store.lease(SHORT, renew=False)
         start = time.monotonic()
-        for key in ("get", "list/1", "list/2", "compare", "compare old", "delete", "number", "text", "wait"):
-            lease.set(key, "5")
+        lease = leased(store, SHORT, "get", "list/1", "list/2", "compare", "compare old", "delete", "number", "text", "wait", value="5")
         store.set("list/own", "1")
         # On a machine that stands still they may be gone before they are looked at.
         assert other.get("get") == b"5" or time.monotonic() >= start + lease.ttl
@@ -162,7 +162,7 @@ class LeaseContract(StoreFixtures):
             kept.set("kept", "1")
             by_hand.set("by hand", "1")
             with other.watch() as watch:
-                deadline = time.monotonic() + 2.2 * kept.ttl
+                deadline = time.monotonic() + 1.1 * kept.ttl
                 while time.monotonic() < deadline:
                     with pytest.raises(StoreTimeoutError):
                         watch.next(min(by_hand.ttl / 6, deadline - time.monotonic()))
@@ -173,8 +173,7 @@ class LeaseContract(StoreFixtures):
 
     def test_one_of_many_takes_over_what_has_run_out(self, make_store: MakeStore, namespace: str, background: ThreadPoolExecutor) -> None:
         stores = [make_store(namespace=namespace) for _ in range(6)]
-        lease = stores[0].lease(SHORT, renew=False)
-        lease.set("leader", "old")
+        leased(stores[0], SHORT, "leader", value="old")
 
         def take_over(n: int) -> bytes | None:
             deadline = time.monotonic() + 60
@@ -187,8 +186,7 @@ class LeaseContract(StoreFixtures):
         assert sum(answer == b"%d" % n for n, answer in enumerate(answers)) == 1
 
     def test_a_watch_sees_what_runs_out(self, store: KVStore, other: KVStore, background: ThreadPoolExecutor) -> None:
-        lease = store.lease(SHORT, renew=False)
-        lease.set("k", "1")
+        leased(store, SHORT, "k")
         with other.watch() as watch:
             if "k" in watch.initial:  # else the machine stood still for so long
                 assert watch.next(60) == KeyEvent("k", None)
@@ -200,8 +198,7 @@ class LeaseContract(StoreFixtures):
             assert waiting.result(60) == KeyEvent("k", None)
 
     def test_a_wait_does_not_take_what_runs_out(self, store: KVStore, other: KVStore, background: ThreadPoolExecutor) -> None:
-        lease = store.lease(SHORT, renew=False)
-        lease.set("k", "1")
+        leased(store, SHORT, "k")
         wait = background.submit(other.wait_for_keys, "k*", 2, "1", 60)
         gone(other, "k")
         store.set("k2", "1")
@@ -209,7 +206,7 @@ class LeaseContract(StoreFixtures):
         assert wait.result(60) == ["k2", "k3"]
 
     def test_a_killed_owner(self, store: KVStore, namespace: str, store_in_a_process: StoreInAProcess) -> None:
-        owner = store_in_a_process(namespace, hold_lease, KEPT)
+        owner = store_in_a_process(namespace, hold_lease, OWNED)
         store.wait_for_key("ttl", 60)
         assert list(store.list("held/")) == ["held/a", "held/b"]
         store.set("held/b", "2")

@@ -100,7 +100,7 @@ class TestGcsStore(KVStoreContract):
         for _ in range(20):
             store.add("k", 1)
         assert len(entries_of(namespace)) == 22
-        store.lease(0.3).set("leased", "1")
+        store.lease(60).set("leased", "1")
         assert len(entries_of(namespace)) == 24
         store.close()
         assert entries_of(namespace) == []

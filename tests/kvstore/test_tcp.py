@@ -16,6 +16,8 @@ from etha_ray.errors import ConfigError, StoreUnavailableError
 from etha_ray.kvstore import KVStore, TorchTCPStore
 from etha_ray.kvstore.tcp import POLL_INTERVAL
 from tests.contracts.kvstore import KVStoreContract, MakeStore, StoreInAProcess, in_processes
+from tests.fresh import fresh
+from tests.net.silent import unheard
 
 HOST = "127.0.0.1"
 
@@ -140,12 +142,9 @@ def test_workers_that_do_not_come() -> None:
 
 
 def test_nobody_listens() -> None:
-    port = free_port()
-    start = time.monotonic()
-    with pytest.raises(StoreUnavailableError, match=f"{HOST}:{port}.*0.5 s") as caught:
-        TorchTCPStore(HOST, port, None, False, 0.5)
+    with unheard() as address, pytest.raises(StoreUnavailableError, match=f"{address}.*0.5 s") as caught:
+        TorchTCPStore(address.host, address.port, None, False, 0.5)
     assert isinstance(caught.value, ConnectionError)
-    assert time.monotonic() - start < 5
 
 
 def test_port_is_taken() -> None:
@@ -162,7 +161,7 @@ def test_arguments_out_of_range(port: int, world_size: int | None, is_master: bo
 
 
 def test_multi_tenant_and_listen_fd() -> None:
-    first = TorchTCPStore(HOST, free_port(), None, True, multi_tenant=True)
+    first = TorchTCPStore(HOST, 0, None, True, multi_tenant=True)
     second = TorchTCPStore(HOST, first.port, None, True, multi_tenant=True)
     first.set("k", "v")
     assert second.get("k") == b"v"
@@ -177,7 +176,7 @@ def test_multi_tenant_and_listen_fd() -> None:
 
 def test_a_killed_server() -> None:
     ours, theirs = multiprocessing.Pipe()
-    server = multiprocessing.get_context("forkserver").Process(target=serve, args=(theirs,), daemon=True)
+    server = fresh.Process(target=serve, args=(theirs,), daemon=True)
     server.start()
     store = TorchTCPStore(HOST, ours.recv(), None, False, 30.0)
     store.set("k", "v")

@@ -7,7 +7,6 @@ that nothing is left of them in /dev/shm or on disk. `Worker` is a process that 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import secrets
 import signal
@@ -30,14 +29,12 @@ from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 from etha_ray.tensor_bus.transfer_state import UnderWay
 from etha_ray.tensor_bus.watch import find_agent
 from etha_ray.testing import TensorBus, eventually, succeed
+from tests.fresh import fresh
 
 LONG = 45.0
 """Seconds that are never reached, unless something that must happen does not."""
 
 SHM = Path("/dev/shm")
-# Loads torch once: its children are there in milliseconds, and inherit no threads.
-fresh = multiprocessing.get_context("forkserver")
-fresh.set_forkserver_preload(["etha_ray.tensor_bus.agent", "etha_ray.tensor_bus.client", "torch.distributed.tensor"])
 
 
 def left_in_shm(pids: set[int], paths: list[AgentPaths]) -> list[str]:

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from etha_ray.layout import MeshSpec
 from etha_ray.testing import eventually, succeed
+from tests.fresh import fresh
 from tests.tensor_bus import cluster as acts
-from tests.tensor_bus.cluster import LONG, fresh, local_cluster, local_part, process_cluster
+from tests.tensor_bus.cluster import LONG, local_cluster, local_part, process_cluster
 
 
 def gloo_side(state: dict[str, Any], rank: int, port: int) -> None:

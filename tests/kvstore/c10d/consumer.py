@@ -11,4 +11,4 @@ if __name__ == "__main__":
     url, namespace = sys.argv[1:]
     store = C10dStore(create_store(url, namespace=namespace))
     while True:
-        print(store.queue_pop("q").decode(), flush=True)
+        print(store.queue_pop("q").decode(), flush=True)  # waits once the pipe is full

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -14,15 +13,9 @@ from torch.multiprocessing.spawn import start_processes
 
 from etha_ray.kvstore import create_store
 from etha_ray.kvstore.c10d import C10dStore, C10dTimeoutError
+from tests.fresh import fresh
 from tests.kvstore.c10d.backends import opened
-from tests.kvstore.c10d.ranks import RANKS, expected, meet
-
-
-def enter(rank: int, url: str, namespace: str, folder: Path) -> None:
-    assert meet(rank, url, namespace) == expected(rank)
-    (folder / f"rank {rank}").touch()
-    # Not by way of destroy_process_group: gloo's threads may abort a process whose peer has closed its connections first.
-    os._exit(0)
+from tests.kvstore.c10d.ranks import RANKS, enter, expected, meet
 
 
 @ray.remote(num_cpus=0.1)
@@ -37,7 +30,7 @@ class Rank:
 def test_four_processes(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     with opened(backend, request) as open_kv:
         kv = open_kv(uuid.uuid4().hex)
-        start_processes(enter, (kv._where(), kv.namespace, tmp_path), nprocs=RANKS, start_method="spawn")  # type: ignore[no-untyped-call]
+        start_processes(enter, (kv._where(), kv.namespace, tmp_path), nprocs=RANKS, start_method=fresh.get_start_method())  # type: ignore[no-untyped-call]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"rank {rank}" for rank in range(RANKS)]
 
 

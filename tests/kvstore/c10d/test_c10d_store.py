@@ -20,6 +20,7 @@ import torch.distributed as dist
 from etha_ray.errors import ConfigError, StoreClosedError, StoreError, StoreTimeoutError, StoreUnavailableError, ValueTooLargeError
 from etha_ray.kvstore import MemoryStore, TorchTCPStore
 from etha_ray.kvstore.c10d import C10dQueueEmptyError, C10dStore, C10dTimeoutError, C10dUnavailableError
+from tests.fresh import fresh
 from tests.kvstore.c10d.backends import HOST, SHORT
 
 
@@ -88,7 +89,7 @@ def serve(pipe: Connection) -> None:
 @pytest.mark.parametrize("through", ["itself", "PrefixStore"])
 def test_a_lost_backend_is_a_network_error(through: str) -> None:
     ours, theirs = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,))
+    server = fresh.Process(target=serve, args=(theirs,), daemon=True)
     server.start()
     client = TorchTCPStore(HOST, ours.recv(), None, False, 60.0)
     store: Any = C10dStore(client)
