@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from etha_ray.config import agent_paths
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
@@ -24,6 +25,10 @@ else:  # a machine that stands still for a moment makes no example wrong
 # Torch and Ray look up the names of both ends of a connection: a resolver that loses questions must not cost 5 s for each of
 # them. A process reads this at its first lookup, which importing Ray already makes.
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
+
+# A machine that stands still for a moment makes no example too slow: by default one that takes 200 ms is a failure.
+settings.register_profile("unhurried", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_configure(config: pytest.Config) -> None:
