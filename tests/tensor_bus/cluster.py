@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard
 
 from etha_ray.config import AgentPaths, agent_paths
@@ -141,7 +142,8 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _run_agent(arguments: list[str]) -> None:
+def run_agent(arguments: list[str]) -> None:
+    """What ``python -m etha_ray.tensor_bus.agent`` does."""
     from etha_ray.tensor_bus.agent import main
 
     main(arguments)
@@ -160,7 +162,7 @@ class ProcessCluster:
         self.url = f"tcp://127.0.0.1:{self.master.port}?master=0"
         self.paths = [agent_paths(rank, self.namespace) for rank in range(count)]
         self.as_modules = as_modules
-        self._run = run or _run_agent
+        self._run = run or run_agent
         self.restarts = restarts
         self.pids: list[int] = []
         self.every_pid: set[int] = set()
@@ -308,6 +310,18 @@ def _work(pipe: Any) -> None:
 
 
 # --- what workers do
+
+
+def serve_group(state: dict[str, Any]) -> int:
+    """Serve the store of a process group that is to be made; its port."""
+    state["store"] = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    return int(state["store"].port)
+
+
+def process_group(state: dict[str, Any], rank: int, size: int, port: int) -> None:
+    """Make the process group whose store rank 0 serves."""
+    store = state["store"] if rank == 0 else dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
 
 
 def connect(state: dict[str, Any], rank: int, paths: AgentPaths) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from etha_ray.errors import TransferTimeoutError
 from etha_ray.report import Span, TransferReport
+from etha_ray.tensor_bus import inspection
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.history import KEPT, Flow, History, PastTransfer, flow_key
 from etha_ray.tensor_bus.inspection import (
@@ -177,10 +178,12 @@ def test_agents_of_a_pool_are_found_stopped_ones_and_killed_ones_told_apart() ->
         assert [(agent.rank, agent.life) for agent in agents_here(cluster.namespace)] == [(0, "running"), (1, "running")]
         for client in pair:
             client.close()
-        os.kill(cluster.pids[0], signal.SIGSTOP)
+        cluster.pause(cluster.pids[0])
         cluster.kill(cluster.pids[1])
-        eventually(lambda: agents_here(cluster.namespace)[0].life == "stuck")
-        assert agents_here(cluster.namespace)[1].life == "dead"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(inspection, "FAILURE_TIMEOUT", 1.0)  # it is stuck for as long as this is looked at
+            eventually(lambda: agents_here(cluster.namespace)[0].life == "stuck")
+            assert agents_here(cluster.namespace)[1].life == "dead"
         os.kill(cluster.pids[0], signal.SIGCONT)
         eventually(lambda: agents_here(cluster.namespace)[0].life == "running")
     assert agents_here(cluster.namespace) == []

@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from etha_ray.errors import LayoutError, TensorMismatchError
 from tests.plan.test_mesh_pairs import PAIRS
 from tests.tensor_bus import cluster as acts
-from tests.tensor_bus.cluster import LONG, Worker, free_port, process_cluster
+from tests.tensor_bus.cluster import LONG, Worker, process_cluster
 from tests.tensor_bus.groups import Group, Groups, contributions, finish
 
 
@@ -284,7 +284,7 @@ def test_what_dtensor_makes_of_its_own_placements(groups: Groups) -> None:
     """DTensors that torch sharded (FSDP of TP) or left Partial, against their own ``full_tensor``."""
     workers = [groups.cluster.worker() for _ in range(4)]
     sink = groups.cluster.worker()
-    port = free_port()
+    port = workers[0].call(acts.serve_group)
     for rank, worker in enumerate([*workers, sink]):
         worker.call(acts.connect, rank % 4, groups.cluster.paths[rank % 4])
     for rank, worker in enumerate(workers):
@@ -312,8 +312,7 @@ def close_all(workers: list[Worker], sink: Worker) -> None:
 
 
 def dtensor_group(state: dict[str, Any], rank: int, port: int) -> None:
-    store = dist.TCPStore("127.0.0.1", port, 4, rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=4)
+    acts.process_group(state, rank, 4, port)
     state["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
 
 

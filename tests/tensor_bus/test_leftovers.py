@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +13,7 @@ from etha_ray.config import agent_paths
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.leftovers import remove_dead_agents, remove_files
 from tests.conftest import left_behind
-
-START = 60.0
+from tests.tensor_bus.cluster import LONG, fresh, run_agent
 
 
 class Agent:
@@ -25,14 +21,17 @@ class Agent:
 
     def __init__(self, namespace: str, rank: int) -> None:
         self.paths = agent_paths(rank, namespace)
-        command = [sys.executable, "-m", "etha_ray.tensor_bus.agent", "--store", "memory://", "--rank", str(rank), "--namespace", namespace]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        TensorBusClient(rank, self.paths.command_queue, self.paths.state, connection_timeout=START).close()
+        arguments = ["--store", "memory://", "--rank", str(rank), "--namespace", namespace]
+        self.process = fresh.Process(target=run_agent, args=(arguments,), daemon=True)
+        self.process.start()
+        assert self.process.pid is not None
+        self.pid: int = self.process.pid
+        TensorBusClient(rank, self.paths.command_queue, self.paths.state, LONG).close()
 
     def kill(self) -> int:
         self.process.kill()
-        self.process.wait()
-        return self.process.pid
+        self.process.join()
+        return self.pid
 
 
 @pytest.fixture
@@ -46,10 +45,11 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 def test_an_agent_that_is_told_to_end_leaves_nothing(namespaces: tuple[str, str]) -> None:
     agent = Agent(namespaces[0], 0)
-    assert len(left_behind(namespaces[0], [agent.process.pid])) >= 5
-    agent.process.send_signal(signal.SIGTERM)
-    assert agent.process.wait(START) == 0
-    assert left_behind(namespaces[0], [agent.process.pid]) == []
+    assert len(left_behind(namespaces[0], [agent.pid])) >= 5
+    agent.process.terminate()
+    agent.process.join(LONG)
+    assert agent.process.exitcode == 0
+    assert left_behind(namespaces[0], [agent.pid]) == []
     assert not Path(agent.paths.state).parent.exists()
 
 

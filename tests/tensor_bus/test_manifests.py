@@ -18,7 +18,7 @@ from etha_ray.tensor_bus.records import BatchRecord, Manifest, PlanInputs, Tenso
 from etha_ray.testing import succeed, together
 from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
 
-TENSORS = 400
+TENSORS = 120
 
 
 def stored(ranks: int, sizes: list[int]) -> tuple[int, int]:

@@ -18,8 +18,7 @@ from tests.tensor_bus.cluster import LONG, local_cluster, local_part, process_cl
 
 
 def gloo_side(state: dict[str, Any], rank: int, port: int) -> None:
-    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    acts.process_group(state, rank, 2, port)
     state["mesh"] = init_device_mesh("cpu", (2,))
 
 
@@ -100,7 +99,7 @@ class TestProcesses:
         with process_cluster(2) as cluster:
             workers = [cluster.worker() for _ in range(4)]
             for group in (workers[:2], workers[2:]):
-                port = acts.free_port()
+                port = group[0].call(acts.serve_group)
                 for rank, worker in enumerate(group):
                     worker.call(acts.connect, rank, cluster.paths[rank])
                     worker.start(gloo_side, rank, port)
