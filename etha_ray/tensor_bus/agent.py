@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from etha_ray.config import (
@@ -33,31 +32,27 @@ from etha_ray.config import (
     worker_environment,
 )
 from etha_ray.cuda.gpus import see_only
-from etha_ray.errors import AgentBusyError, ConfigError, StoreError
+from etha_ray.errors import ConfigError, StoreError
 from etha_ray.kvstore import KVStore, create_store
-from etha_ray.kvstore.lease import Lease
 from etha_ray.processes import permit_tracing, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Message
 from etha_ray.tensor_bus.history import History, Observer
 from etha_ray.tensor_bus.host import HostNonce, host_identity
-from etha_ray.tensor_bus.jobs import Job, Jobs
-from etha_ray.tensor_bus.leftovers import leave_folder, lives
+from etha_ray.tensor_bus.jobs import Jobs
+from etha_ray.tensor_bus.leftovers import claim, leave_folder
 from etha_ray.tensor_bus.network import AgentNetwork, address_towards
 from etha_ray.tensor_bus.pinned import Pinned
-from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
+from etha_ray.tensor_bus.presence import Presence
+from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.service import BusService
-from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.ways import Ways
 from etha_ray.transport.base import OneSidedTransport
 from etha_ray.transport.checked import CheckedTransport
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
 logger = logging.getLogger(__name__)
-
-_HANDOVER = 5.0
-"""Seconds that a new agent waits for one that is shutting down at the same paths."""
 
 
 class TensorBusAgent:
@@ -115,7 +110,6 @@ class TensorBusAgent:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._turned = time.monotonic()
-        self._publishing = False
         self._observer = observer
         self._history = History(observed=observer is not None)
         incarnation = secrets.token_hex(16)
@@ -135,24 +129,9 @@ class TensorBusAgent:
                     path="nccl" if transport == "nccl" else "tcp" if transport == "tcp" else "auto",
                 )
                 undo.callback(self._network.close)
-            self.record = AgentRecord(
-                rank=rank,
-                incarnation=incarnation,
-                pid=os.getpid(),
-                start_time=process_start_time(os.getpid()) or 0.0,
-                hostname=socket.gethostname(),
-                host=host_identity(),
-                nonce_path=self._nonce.path,
-                nonce=self._nonce.value,
-                command_queue_path=self.paths.command_queue,
-                state_path=self.paths.state,
-                device=device,
-                address="" if self._network is None else self._network.address,
-                restarts=restarts,
-                gpu=pinned.gpu,
-                trouble=pinned.trouble,
-            )
-            self._state = _claim_state(self.record)
+            address = "" if self._network is None else self._network.address
+            self.record = _record(rank, incarnation, self._nonce, self.paths, device, pinned, address, restarts)
+            self._state = claim(self.record)
             undo.callback(self._state.close, destroy=True)
             sweep_dead()
             self._queue = CommandQueue(self.paths.command_queue)
@@ -165,8 +144,8 @@ class TensorBusAgent:
             self._queue.on_corrupt = self._service.handle_corrupt
             if self._network is not None:
                 self._network.serve(self._receive, self._left)
-            self._lease = self._publish()
-            undo.callback(self._lease.close)
+            self._presence = Presence(self.record, store, self._jobs)
+            undo.callback(self._presence.close)
             self._state.put_first(self._queue.head())
             self._service.restore()
             while left := self._queue.dequeue_batch(64):
@@ -193,7 +172,7 @@ class TensorBusAgent:
                 if now >= next_check:
                     next_check = now + HEARTBEAT_INTERVAL
                     self._service.check_others()
-                    self._stay_published()
+                    self._presence.renew()
                     self._service.tell_status()
         finally:
             self._stopping.set()
@@ -248,33 +227,6 @@ class TensorBusAgent:
                 self._service.handle(message)
         self._jobs.run(results)
 
-    def _publish(self) -> Lease:
-        """Put this agent's record into the store, for as long as the agent lives."""
-        lease = self._store.lease(FAILURE_TIMEOUT)
-        try:
-            lease.set_bytes(agent_key(self.rank), encode(self.record))
-        except BaseException:
-            lease.close()
-            raise
-        return lease
-
-    def _stay_published(self) -> None:
-        """Take a new lease where one was lost, with a store that was away for long or when this process was stopped."""
-        if self._publishing or self._lease.alive:
-            return
-
-        def over(job: Job[Lease]) -> None:
-            self._publishing = False
-            if job.value is None:
-                _log_error(job)
-                return
-            self._lease = lease = job.value
-            if not self.running:  # the one before was closed already
-                self._jobs.start("leave the store", lambda _: lease.close(), _log_error)
-
-        self._publishing = True
-        self._jobs.start("publish the agent", lambda _: self._publish(), over)
-
     def _receive(self, message: Message) -> None:
         # Through the queue, which the loop empties before it looks at what jobs came to: see `_turn`. It does not empty it while it
         # shuts down, and must not wait then for who waits here.
@@ -318,37 +270,30 @@ class TensorBusAgent:
             steps.callback(self._mapped.close)
             if self._network is not None:
                 steps.callback(self._network.close)
-            self._jobs.start("leave the store", lambda _: self._lease.close(), _log_error)
+            self._presence.leave()
             self._service.leave_all(f"agent {self.rank} was shut down")
 
 
-def _log_error(job: Job[Any]) -> None:
-    if job.error is not None:
-        logger.warning("the agent's record in the store: %s", job.error)
-
-
-def _claim_state(record: AgentRecord) -> StateFile:
-    """Open the state file for a new agent. Raises `AgentBusyError` while another agent lives there."""
-    Path(record.state_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    deadline = time.monotonic() + _HANDOVER
-    while True:
-        state = StateFile(record.state_path, create=True)
-        found = state.record()
-        if found is not None and lives(state, found):
-            leaving = state.stopped()
-            state.close()
-            if not leaving or time.monotonic() >= deadline:
-                raise AgentBusyError(
-                    f"agent {found.rank} (pid {found.pid}) already serves {record.state_path}: shut it down (kill it, if it is"
-                    f" stuck), or give the pool of agent {record.rank} a namespace of its own"
-                )
-            time.sleep(0.01)
-            continue
-        if state.take_over(found, record) and state.owns_path():
-            if found is not None:
-                logger.info("agent %d (pid %d) died at %s; taking its place", found.rank, found.pid, record.state_path)
-            return state
-        state.close()
+def _record(
+    rank: int, incarnation: str, nonce: HostNonce, paths: AgentPaths, device: str, pinned: Pinned, address: str, restarts: bool
+) -> AgentRecord:
+    return AgentRecord(
+        rank=rank,
+        incarnation=incarnation,
+        pid=os.getpid(),
+        start_time=process_start_time(os.getpid()) or 0.0,
+        hostname=socket.gethostname(),
+        host=host_identity(),
+        nonce_path=nonce.path,
+        nonce=nonce.value,
+        command_queue_path=paths.command_queue,
+        state_path=paths.state,
+        device=device,
+        address=address,
+        restarts=restarts,
+        gpu=pinned.gpu,
+        trouble=pinned.trouble,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

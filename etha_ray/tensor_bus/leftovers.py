@@ -1,11 +1,13 @@
-"""What killed agents left on this host: whose it was, and removing it.
+"""What killed agents left on this host: whose it was, taking its place, and removing it.
 
-An agent that ends by itself removes its files. One that was killed cannot: the next pool does it, or its own pool's end.
+An agent that ends by itself removes its files. One that was killed cannot: the agent in its place goes on with them, or the next pool
+removes them, or its own pool's end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import time
@@ -14,12 +16,18 @@ from pathlib import Path
 import msgspec
 
 from etha_ray.config import FAILURE_TIMEOUT, AgentPaths, agent_paths, namespace_folders
+from etha_ray.errors import AgentBusyError
 from etha_ray.processes import is_alive, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.host import host_identity
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.state_file import StateFile
+
+logger = logging.getLogger(__name__)
+
+_HANDOVER = 5.0
+"""Seconds that a new agent waits for one that is shutting down at the same paths."""
 
 
 def lives(state: StateFile, record: AgentRecord) -> bool:
@@ -29,6 +37,30 @@ def lives(state: StateFile, record: AgentRecord) -> bool:
     beat = state.heartbeat() or state.claimed()
     same_process = record.host == host_identity() and record.start_time == process_start_time(os.getpid())
     return (same_process or record.host != host_identity()) and beat is not None and abs(time.time() - beat) < FAILURE_TIMEOUT
+
+
+def claim(record: AgentRecord) -> StateFile:
+    """Open the state file for a new agent. Raises `AgentBusyError` while another agent lives there."""
+    Path(record.state_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    deadline = time.monotonic() + _HANDOVER
+    while True:
+        state = StateFile(record.state_path, create=True)
+        found = state.record()
+        if found is not None and lives(state, found):
+            leaving = state.stopped()
+            state.close()
+            if not leaving or time.monotonic() >= deadline:
+                raise AgentBusyError(
+                    f"agent {found.rank} (pid {found.pid}) already serves {record.state_path}: shut it down (kill it, if it is"
+                    f" stuck), or give the pool of agent {record.rank} a namespace of its own"
+                )
+            time.sleep(0.01)
+            continue
+        if state.take_over(found, record) and state.owns_path():
+            if found is not None:
+                logger.info("agent %d (pid %d) died at %s; taking its place", found.rank, found.pid, record.state_path)
+            return state
+        state.close()
 
 
 def remove_files(paths: AgentPaths) -> bool:

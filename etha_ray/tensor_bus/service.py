@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from etha_ray.cuda.marks import MarksOfOthers
 from etha_ray.errors import (
     BatchClosedError,
     EthaRayError,
@@ -21,12 +19,11 @@ from etha_ray.errors import (
     TransferCancelledError,
     TransferInProgressError,
     UnknownBatchError,
-    WrongDeviceError,
 )
 from etha_ray.kvstore import KVStore
+from etha_ray.tensor_bus.agent_bus import AgentBus
 from etha_ray.tensor_bus.batch import Batch
 from etha_ray.tensor_bus.batches import Batches
-from etha_ray.tensor_bus.bus import Member
 from etha_ray.tensor_bus.commands import (
     Announce,
     BaseCommand,
@@ -61,8 +58,8 @@ from etha_ray.tensor_bus.commands import (
     WaitVersion,
     Withdraw,
 )
-from etha_ray.tensor_bus.history import History, PastTransfer
-from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
+from etha_ray.tensor_bus.history import History
+from etha_ray.tensor_bus.jobs import Jobs
 from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.network import AgentNetwork
@@ -74,19 +71,11 @@ from etha_ray.tensor_bus.records import AgentRecord, encode
 from etha_ray.tensor_bus.replicas import Replicas
 from etha_ray.tensor_bus.semaphores import unlink_quietly
 from etha_ray.tensor_bus.snapshot import counts, snapshot
-from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key, holding_key, holding_prefix
-from etha_ray.tensor_bus.versions import Holding
+from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key, holding_prefix
 from etha_ray.tensor_bus.ways import Ways
 from etha_ray.tensor_bus.workers import Worker, Workers
-from etha_ray.transport.base import CopyProgram
 
 logger = logging.getLogger(__name__)
-
-_MOVERS = 8
-"""Transfers that may copy at the same time; each uses the transport's threads."""
-
-_FIRST_LOOK, _LAST_LOOK = 20e-6, 1e-3
-"""Seconds between two looks at a GPU that is waited for, at first and at last."""
 
 
 class BusService:
@@ -121,13 +110,12 @@ class BusService:
         self._outcomes = Outcomes(state, history)
         self._workers = Workers(record.rank)
         self._links = Links(record, network, self._loop_back, jobs.post, self._on_agent_lost)
-        self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="etha-ray move")
         self._journal = Journal(state)
         self._pairing = Pairing(record, store, state, jobs, self._outcomes, self._journal)
         self._notices = Notices(record, store, jobs, self._outcomes, self._journal)
         self._replicas = Replicas(store, jobs, self._outcomes)
-        self._batches = Batches(self, store, state, ways, jobs, self._links, self._journal, self._replicas)
-        self._marks = None if ways.gpu is None else MarksOfOthers(ways.gpu)
+        self._bus = AgentBus(record, self._links, self._outcomes, jobs, state, history, self._replicas, ways.gpu)
+        self._batches = Batches(self._bus, store, state, ways, jobs, self._links, self._journal, self._replicas)
         self._timed: dict[int, Batch] = {}
         self._handlers: dict[type[BaseCommand], Callable[[Any], None]] = {
             Ping: self._outcomes.ok,
@@ -248,7 +236,7 @@ class BusService:
         """Close everything, as the agent shuts down; waits for the copies and jobs under way."""
         for worker in self._workers.all():
             self._drop_worker(worker, TransferCancelledError(reason), lost=True, then=lambda: None)
-        self._movers.shutdown(wait=True)
+        self._bus.close()
         self._replicas.close()
         self._jobs.close()
         self._links.close()
@@ -256,72 +244,6 @@ class BusService:
     def close(self) -> None:
         """Let go of the semaphores."""
         self._outcomes.close()
-
-    # `Bus`, for the batches
-
-    def tell(self, agent: AgentRecord, message: Message) -> None:
-        """Send a message to an agent."""
-        self._links.tell(agent, message)
-
-    def gone(self, agent: AgentRecord, seconds: float) -> str:
-        """Why an agent that shares memory with this one may have failed its workers in the last ``seconds``; empty if it has not."""
-        return self._links.gone(agent, seconds)
-
-    def answer(self, command: BaseCommand, value: object) -> None:
-        """A command succeeded."""
-        self._outcomes.ok(command, value)
-
-    def refuse(self, command: BaseCommand, error: BaseException) -> None:
-        """A command failed."""
-        self._outcomes.failed(command, error)
-
-    def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
-        """Run a program beside the loop."""
-
-        def run() -> None:
-            job: Job[int] = Job()
-            try:
-                job.value = program.run()
-            except Exception as error:  # becomes the transfer's outcome
-                job.error = error
-            self._jobs.post(partial(done, job))
-
-        self._movers.submit(run)
-
-    def when_passed(self, mark: bytes, done: Callable[[Job[None]], None]) -> Job[None]:
-        """Wait beside the loop until a worker's GPU has passed a mark."""
-        marks = self._marks
-
-        def wait(cancellation: Cancellation) -> None:
-            if marks is None:
-                raise WrongDeviceError(f"agent {self.record.rank} is on {self.record.device}, and its worker sends from a GPU")
-            pause = _FIRST_LOOK
-            try:
-                while not marks.passed(mark):
-                    cancellation.pause(pause)
-                    pause = min(1.5 * pause, _LAST_LOOK)
-            except EthaRayError:
-                marks.forget(mark)  # its batch may have forgotten it before this looked last
-                raise
-
-        return self._jobs.start("wait for a GPU", wait, done)
-
-    def forget_mark(self, mark: bytes) -> None:
-        """Nothing waits for this mark again."""
-        if self._marks is not None:
-            self._marks.forget(mark)
-
-    def note(self, past: PastTransfer) -> None:
-        """A transfer is over."""
-        self._history.note(past)
-
-    def hold(self, client_id: str, batch_id: str, holding: Holding) -> None:
-        """Write down what a client's batch holds, for its worker to read."""
-        self._state.put(holding_key(client_id, batch_id), holding.encode())
-
-    def received(self, member: Member, version: int) -> None:
-        """A member's tensors were received at this version; 0: they are being written, or are torn."""
-        self._replicas.holds(member, version)
 
     # -------------------------------------------------------------------------------------------------- workers
 

@@ -203,9 +203,9 @@ def test_a_store_that_is_away_keeps_nobodys_memory(cluster: Agents, monkeypatch:
 def test_an_agent_whose_lease_was_lost_takes_another_and_gives_it_back(cluster: Agents) -> None:
     agent, key = cluster.agents[0], agent_key(0)
     for _ in range(2):
-        lost = agent._lease
+        lost = agent._presence.lease
         lost.close()
-        eventually(lambda lost=lost: agent._lease is not lost)
+        eventually(lambda lost=lost: agent._presence.lease is not lost)
         assert cluster.store.exists(key)
     agent.stop()
     assert not cluster.store.exists(key)

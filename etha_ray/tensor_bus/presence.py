@@ -1,0 +1,69 @@
+"""An agent's record in the store, there for as long as the agent lives: what makes it known to agents of other hosts, and its death."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from etha_ray.config import FAILURE_TIMEOUT
+from etha_ray.kvstore import KVStore
+from etha_ray.kvstore.lease import Lease
+from etha_ray.tensor_bus.jobs import Job, Jobs
+from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
+
+logger = logging.getLogger(__name__)
+
+
+class Presence:
+    """Puts ``record`` into ``store`` under a lease, and again where that is lost. On the agent's loop only, which never waits for it.
+
+    Made, it has published; raises `StoreError` where the store cannot be reached.
+    """
+
+    def __init__(self, record: AgentRecord, store: KVStore, jobs: Jobs) -> None:
+        self._record = record
+        self._store = store
+        self._jobs = jobs
+        self._publishing = False
+        self._left = False
+        self.lease = self._publish()
+
+    def renew(self) -> None:
+        """Take a new lease where one was lost, with a store that was away for long or when this process was stopped."""
+        if self._publishing or self.lease.alive:
+            return
+
+        def over(job: Job[Lease]) -> None:
+            self._publishing = False
+            if job.value is None:
+                _log_error(job)
+                return
+            self.lease = lease = job.value
+            if self._left:  # the one before was closed already
+                self._jobs.start("leave the store", lambda _: lease.close(), _log_error)
+
+        self._publishing = True
+        self._jobs.start("publish the agent", lambda _: self._publish(), over)
+
+    def leave(self) -> None:
+        """Take the record back, beside the loop."""
+        self._left = True
+        self._jobs.start("leave the store", lambda _: self.lease.close(), _log_error)
+
+    def close(self) -> None:
+        """Take the record back at once, where there is no loop to go on beside it."""
+        self.lease.close()
+
+    def _publish(self) -> Lease:
+        lease = self._store.lease(FAILURE_TIMEOUT)
+        try:
+            lease.set_bytes(agent_key(self._record.rank), encode(self._record))
+        except BaseException:
+            lease.close()
+            raise
+        return lease
+
+
+def _log_error(job: Job[Any]) -> None:
+    if job.error is not None:
+        logger.warning("the agent's record in the store: %s", job.error)

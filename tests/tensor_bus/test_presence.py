@@ -1,0 +1,90 @@
+"""An agent's record in the store: lost, taken again, and given back in every order in which that can happen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from etha_ray.errors import StoreUnavailableError
+from etha_ray.kvstore import MemoryStore
+from etha_ray.kvstore.lease import Lease
+from etha_ray.tensor_bus.jobs import Jobs
+from etha_ray.tensor_bus.presence import Presence
+from etha_ray.tensor_bus.records import AgentRecord, agent_key, decode
+from etha_ray.testing import eventually
+
+RECORD = AgentRecord(3, "incarnation", 1, 0.0, "host", "host", "", "", "", "", "cpu")
+
+
+class Store(MemoryStore):
+    """Leases of it are given once ``open`` is set, and not while it is ``away``."""
+
+    away = False
+
+    def __init__(self) -> None:
+        super().__init__("presence")
+        self.open = threading.Event()
+        self.open.set()
+
+    def lease(self, ttl: float) -> Lease:
+        assert self.open.wait(60)
+        if self.away:
+            raise StoreUnavailableError("it is away")
+        return super().lease(ttl)
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    store = Store()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def jobs() -> Iterator[Jobs]:
+    jobs = Jobs(lambda: None)
+    yield jobs
+    jobs.close()
+
+
+def test_it_is_there_as_soon_as_it_is_made_and_gone_once_it_has_left(store: Store, jobs: Jobs) -> None:
+    presence = Presence(RECORD, store, jobs)
+    found = store.get_bytes(agent_key(3))
+    assert found is not None
+    assert decode(found, AgentRecord, "") == RECORD
+    lease = presence.lease
+    presence.renew()
+    assert presence.lease is lease, "it was not lost"
+    presence.leave()
+    eventually(lambda: not store.exists(agent_key(3)))
+
+
+def test_a_store_that_is_away_is_asked_again(store: Store, jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
+    presence = Presence(RECORD, store, jobs)
+    lost = presence.lease
+    lost.close()
+    store.away = True
+    presence.renew()
+    eventually(lambda: (jobs.run(jobs.take()), "it is away" in caplog.text)[1])
+    assert presence.lease is lost
+    store.away = False
+    presence.renew()
+    eventually(lambda: (jobs.run(jobs.take()), presence.lease is not lost)[1])
+    assert store.exists(agent_key(3))
+    presence.close()
+    assert not store.exists(agent_key(3))
+
+
+def test_a_lease_that_comes_after_it_has_left_is_given_back(store: Store, jobs: Jobs) -> None:
+    presence = Presence(RECORD, store, jobs)
+    presence.lease.close()
+    store.open.clear()
+    presence.renew()
+    presence.renew()  # once is enough
+    presence.leave()
+    store.open.set()
+    eventually(lambda: store.exists(agent_key(3)))
+    jobs.close()
+    assert not store.exists(agent_key(3))
