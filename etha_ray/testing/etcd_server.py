@@ -138,8 +138,9 @@ class EtcdServer:
         self.wait_ready()
 
     def kill(self) -> None:
-        """SIGKILL, also to a server that is paused."""
-        self._end(signal.SIGKILL)
+        """SIGKILL, if the server runs; also to one that is paused."""
+        if self._process is not None:
+            self._end(signal.SIGKILL)
 
     def stop(self) -> None:
         """Ends the server, if it runs, as an administrator would."""

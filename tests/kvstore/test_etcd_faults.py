@@ -18,7 +18,7 @@ from etha_ray.errors import StoreClosedError, StoreUnavailableError
 from etha_ray.kvstore import EtcdStore, create_store
 from etha_ray.kvstore.etcd import _CHUNK
 from etha_ray.kvstore.watch import KeyEvent
-from etha_ray.testing.calls import eventually, succeed
+from etha_ray.testing.calls import eventually
 from etha_ray.testing.etcd_server import HOST, EtcdServer
 from tests.fresh import fresh
 from tests.kvstore.etcd_server import start_cluster, watching
@@ -29,7 +29,8 @@ from tests.net.silent import unheard
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[EtcdServer]]:
     members = start_cluster(tmp_path_factory.mktemp("cluster"), 3)
     yield members
-    succeed(*[member.stop for member in members])  # one after the other each would wait for others that are gone
+    for member in members:
+        member.kill()  # one that is asked to stop hands over to others first, and waits for those that are gone
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from etha_ray.transport.network import NetworkProgram, NetworkTransport, Read, R
 from tests.net.namespaces import Cable, cable
 from tests.net.peer import FAILURE_TIMEOUT, ROOT, SECRET, first_word, peer, source
 
-TENSORS, ELEMENTS = 8, 8 << 20
+TENSORS, ELEMENTS = 8, 2 << 20
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_one_stream_that_is_cut_off_alone(line: Cable, reader: NetworkTransport)
 
 def test_a_slow_cable_is_waited_for(line: Cable, reader: NetworkTransport) -> None:
     """Several failure timeouts for one program, whose heartbeats share the line with its bytes."""
-    line.slow_down(megabits=40)
+    line.slow_down(megabits=10)
     with peer("own", line.host, "0", "1", str(ELEMENTS), prefix=line.over_there) as process:
         program, targets = prepare(reader, Address(line.host, int(first_word(process))), tensors=1)
         program.run()
