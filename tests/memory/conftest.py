@@ -10,7 +10,7 @@ import pytest
 
 from etha_ray.cuda import driver
 from tests.cuda.fake import FakeGpus, install
-from tests.memory.programs import Owner, kill
+from tests.memory.programs import Owner
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +31,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
 def owner() -> Iterator[Owner]:
     owner = Owner()
     yield owner
-    kill(owner.process)
+    owner.kill()
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import msgspec
+import torch
 
-from etha_ray.memory import (
-    TensorHandle,
-    decode_handle,
-)
+from etha_ray import shared_files
+from etha_ray.memory import TensorHandle, decode_handle, encode_handle, export_tensors, open_tensors
+from tests.tensor_bus.cluster import Worker
 
 
 def open_descriptors() -> int:
@@ -45,35 +46,50 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 class Owner:
-    """A process that exports ``torch.arange(count)`` and holds it until killed."""
+    """A process that exports ``torch.arange(100_000)``, and a part of it, and holds it until killed.
 
-    def __init__(self, count: int = 100_000, setup: str = "") -> None:
-        self.process = python(f"""
-            {setup}
-            weight = torch.arange({count}, dtype=torch.int32)
-            exported = export_tensors([weight, weight[10:20]])
-            print(os.getpid(), *(encode_handle(handle).hex() for handle in exported.handles), flush=True)
-            for line in sys.stdin:
-                if line == "sum\\n":
-                    print(weight.sum().item(), flush=True)
-                else:
-                    exported.close(); del exported, weight
-                    print("closed", flush=True)
-        """)
-        self.pid, *handles = line_of(self.process).split()
-        self.handles = [decode_handle(bytes.fromhex(handle)) for handle in handles]
+    ``named``: it uses descriptors for nothing, so the storage gets a name.
+    """
 
-    def ask(self, line: str) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return line_of(self.process)
+    def __init__(self, named: bool = False) -> None:
+        self._worker = Worker()
+        self.pid = self._worker.pid
+        self.handles = [decode_handle(handle) for handle in self._worker.call(_export, named)]
+
+    def sum(self) -> int:
+        return int(self._worker.call(_sum))
+
+    def let_go(self) -> None:
+        self._worker.call(_let_go)
+
+    def kill(self) -> None:
+        self._worker.process.kill()
+        self._worker.process.join()
+
+
+def _export(state: dict[str, Any], named: bool) -> list[bytes]:
+    if named:
+        shared_files.SPARE_DESCRIPTORS = 1 << 40
+    state["weight"] = torch.arange(100_000, dtype=torch.int32)
+    state["exported"] = export_tensors([state["weight"], state["weight"][10:20]])
+    return [encode_handle(handle) for handle in state["exported"].handles]
+
+
+def _sum(state: dict[str, Any]) -> int:
+    return int(state["weight"].sum())
+
+
+def _let_go(state: dict[str, Any]) -> None:
+    state.pop("exported").close()
+    del state["weight"]
+
+
+def open_and_set(state: dict[str, Any], handle: bytes, value: int) -> None:
+    """For a `Worker`: it opens the tensor, keeps it, and sets its first element."""
+    state["opened"] = open_tensors([decode_handle(handle)])
+    state["opened"].tensors[0][0] = value
 
 
 def names_of(*pids: int | str) -> set[str]:
     """What these processes have in /dev/shm: torch puts the pid into the name."""
     return {name for name in os.listdir("/dev/shm") if any(f"_{pid}_" in name for pid in pids)}
-
-
-# Use descriptors for nothing: each storage gets a name.
-NAMED = "from etha_ray import shared_files; shared_files.SPARE_DESCRIPTORS = 1 << 40"

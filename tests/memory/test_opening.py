@@ -14,15 +14,11 @@ from etha_ray.errors import (
     HandleExpiredError,
     MemoryHandleError,
 )
-from etha_ray.memory import (
-    ExportedTensors,
-    encode_handle,
-    export_tensors,
-    open_tensors,
-)
+from etha_ray.memory import ExportedTensors, SharedHandle, encode_handle, export_tensors, open_tensors
 from etha_ray.testing import eventually
 from tests.contracts.transport import DTYPES
-from tests.memory.programs import NAMED, Owner, changed, kill, line_of, names_of, open_descriptors, python
+from tests.memory.programs import Owner, changed, names_of, open_and_set, open_descriptors
+from tests.tensor_bus.cluster import Worker
 
 
 class TestOpen:
@@ -34,26 +30,28 @@ class TestOpen:
         assert torch.equal(whole, torch.arange(100_000, dtype=torch.int32))
         assert whole.untyped_storage()._cdata == part.untyped_storage()._cdata  # mapped once
         part.zero_()
-        assert int(owner.ask("sum")) == sum(range(100_000)) - sum(range(10, 20))
+        assert owner.sum() == sum(range(100_000)) - sum(range(10, 20))
         assert repr(opened) == "OpenedTensors(2 tensors, 400000 bytes)"
 
     def test_close_unmaps(self, owner: Owner) -> None:
-        inode = str(owner.handles[0].inode)
+        handle = owner.handles[0]
+        assert isinstance(handle, SharedHandle)
+        file = f"{os.major(handle.device):02x}:{os.minor(handle.device):02x} {handle.inode} "
         opened = open_tensors(owner.handles)
-        assert inode in Path("/proc/self/maps").read_text().split()
+        assert file in Path("/proc/self/maps").read_text()
         opened.close()
         opened.close()
-        assert inode not in Path("/proc/self/maps").read_text().split()
+        assert file not in Path("/proc/self/maps").read_text()
 
     def test_owner_died(self, owner: Owner) -> None:
         opened = open_tensors(owner.handles)
-        kill(owner.process)
+        owner.kill()
         assert opened.tensors[0][99_999] == 99_999  # what is open stays readable
         with pytest.raises(HandleExpiredError, match=rf"w: process {owner.pid} .*register it again"):
             open_tensors(owner.handles, ["w", "v"])
 
     def test_owner_let_go(self, owner: Owner) -> None:
-        assert owner.ask("close") == "closed"
+        owner.let_go()
         with pytest.raises(HandleExpiredError, match=f"process {owner.pid}"):
             open_tensors(owner.handles)
 
@@ -90,25 +88,20 @@ class TestOpen:
 class TestKilled:
     """SIGKILL leaves no name in /dev/shm, whoever is killed."""
 
-    @pytest.mark.parametrize("setup", ["", NAMED], ids=["by descriptor", "by name"])
-    def test_owner_and_opener(self, setup: str) -> None:
-        owner = Owner(setup=setup)
-        opener = python(f"""
-            opened = open_tensors([decode_handle(bytes.fromhex("{encode_handle(owner.handles[0]).hex()}"))])
-            opened.tensors[0][0] = 5
-            print("open", flush=True)
-            time.sleep(100)
-        """)
+    @pytest.mark.parametrize("named", [False, True], ids=["by descriptor", "by name"])
+    def test_owner_and_opener(self, named: bool) -> None:
+        owner, opener = Owner(named), Worker()
         try:
-            assert len(names_of(owner.pid)) == (1 if setup else 0)
+            assert len(names_of(owner.pid)) == named
             opened = open_tensors(owner.handles)
-            assert line_of(opener) == "open"
-            kill(opener)
+            opener.call(open_and_set, encode_handle(owner.handles[0]), 5)
+            opener.process.kill()
+            opener.process.join()
             assert names_of(opener.pid) == set()
-            assert int(owner.ask("sum")) == sum(range(100_000)) + 5  # the owner goes on
+            assert owner.sum() == sum(range(100_000)) + 5  # the owner goes on
         finally:
-            kill(opener)
-            kill(owner.process)
+            opener.process.kill()
+            owner.kill()
         eventually(lambda: not names_of(owner.pid))
         assert opened.tensors[0].sum() == sum(range(100_000)) + 5  # and so does who has it open
 
