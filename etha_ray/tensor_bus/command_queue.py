@@ -117,9 +117,7 @@ class CommandQueue:
     def wake(self) -> None:
         """Let the reader's blocking call return early: the one waiting now, or else the next one."""
         with self._lock:
-            if not self._file.attached:
-                self._attach()
-            with self._env.begin(self._db, write=True) as txn:
+            with self._transaction() as txn:
                 flags, head, tail, capacity, used = self._read_state(txn)
                 _write_state(txn, flags | _WAKE, head, tail, capacity, used)
             _post(self._items)
@@ -155,12 +153,8 @@ class CommandQueue:
             if taken is None:
                 return []
             first, entries = taken
-            messages = []
-            for offset, entry in enumerate(entries):
-                message = self._unpack(first + offset, entry)
-                if message is not None:
-                    messages.append(message)
-            if messages:
+            unpacked = (self._unpack(position, entry) for position, entry in enumerate(entries, first))
+            if messages := [message for message in unpacked if message is not None]:
                 return messages
             # Only corrupt ones: the next may be whole. Nothing at all: wait.
             if not entries and (not block or not self._sleep(self._items, deadline)):
@@ -168,21 +162,16 @@ class CommandQueue:
 
     def peek(self) -> Message | None:
         """The first command, left where it is; None if there is none or it is corrupt."""
-        with self._lock:
-            if not self._file.attached:
-                self._attach()
-            with self._env.begin(self._db, write=True) as txn:
-                _, head, tail, _, _ = self._read_state(txn)
-                entry = txn.get(_POSITION.pack(head)) if tail > head else None
+        with self._lock, self._transaction() as txn:
+            _, head, tail, _, _ = self._read_state(txn)
+            entry = txn.get(_POSITION.pack(head)) if tail > head else None
         message = None if entry is None else unpack_entry(head, entry)
         return None if isinstance(message, CorruptEntry) else message
 
     def clear(self) -> None:
         """Drop all entries; positions go on from where they were."""
         with self._lock:
-            if not self._file.attached:
-                self._attach()
-            with self._env.begin(self._db, write=True) as txn:
+            with self._transaction() as txn:
                 flags, _, tail, capacity, _ = self._read_state(txn)
                 txn.drop(self._db, delete=False)
                 txn.put(_FORMAT_KEY, _FORMAT)
@@ -194,20 +183,14 @@ class CommandQueue:
 
     def size(self) -> int:
         """How many entries are in the queue."""
-        with self._lock:
-            if not self._file.attached:
-                self._attach()
-            with self._env.begin(self._db, write=True) as txn:
-                _, head, tail, _, _ = self._read_state(txn)
-                return tail - head
+        with self._lock, self._transaction() as txn:
+            _, head, tail, _, _ = self._read_state(txn)
+            return tail - head
 
     def head(self) -> int:
         """The position of the first entry that has not been taken, or of the next one to come: all before it were taken."""
-        with self._lock:
-            if not self._file.attached:
-                self._attach()
-            with self._env.begin(self._db, write=True) as txn:
-                return self._read_state(txn)[1]
+        with self._lock, self._transaction() as txn:
+            return self._read_state(txn)[1]
 
     def is_empty(self) -> bool:
         """Whether there are no entries."""
@@ -247,6 +230,12 @@ class CommandQueue:
             return f"CommandQueue(path={str(self.lmdb_path)!r}, closed)"
 
     # --- transactions ---
+
+    def _transaction(self) -> lmdb.Transaction[bytes]:
+        """Begin one, in a forked child too. Called with the lock held."""
+        if not self._file.attached:
+            self._attach()
+        return self._env.begin(self._db, write=True)
 
     def _attach(self) -> None:
         """Open the database here: at first, and again in a forked child. Called with the lock held."""
@@ -312,16 +301,14 @@ class CommandQueue:
             return tail
 
     def _ask_for_room(self) -> None:
-        with self._env.begin(self._db, write=True) as txn:
+        with self._transaction() as txn:
             flags, head, tail, capacity, used = self._read_state(txn)
             _write_state(txn, flags | _SPACE_WANTED, head, tail, capacity, used)
 
     def _take(self, max_count: int, block: bool) -> tuple[int, list[bytes | None]] | None:
         """The first position taken and what is stored from there on; None if there is nothing, but a wake-up was asked for."""
         with self._lock:
-            if not self._file.attached:
-                self._attach()
-            with self._env.begin(self._db, write=True) as txn:
+            with self._transaction() as txn:
                 flags, head, tail, capacity, used = self._read_state(txn)
                 woken = block and flags & _WAKE
                 if head == tail:
