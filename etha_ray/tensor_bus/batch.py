@@ -166,7 +166,7 @@ class Batch:
         transfer = self.transfer
         if transfer is not None and transfer.state is TransferState.ANNOUNCED:
             return True
-        return bool(self.registered.sources) and self.receiving.all_announced
+        return bool(self.registered.sources) and self.receiving.announced.complete
 
     def cancel(self, error: EthaRayError) -> None:
         """End the transfer under way with ``error``; one that is MOVING or SWAPPING ends by itself, with its own outcome."""
@@ -256,7 +256,7 @@ class Batch:
         refusal = None if self.transfer is None else self.refusal(self.transfer.command.transfer_type) or self.losing.split(self.transfer)
         if refusal is not None:
             self.cancel(refusal)
-        self.receiving.pass_over_taken()
+        self.receiving.announced.pass_over_taken()
         if self.state is BatchState.READY:
             self.ready_waits.done(None)
         if self.is_renewal and self.holding.version and self.holding.taken:  # its agent may be another one now
@@ -375,7 +375,7 @@ class Batch:
     def hear(self, message: DataMessage) -> None:
         """Another member says something of a transfer."""
         if isinstance(message, DataReady):
-            self.receiving.on_ready(message)
+            self.receiving.announced.add(message)
             self.advance()
         elif isinstance(message, DataRead):
             self.sending.on_read(message)

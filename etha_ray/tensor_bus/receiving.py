@@ -1,4 +1,4 @@
-"""The receiving side of a batch: what its senders announced, and the receive under way. Owned by the agent's loop.
+"""The receiving side of a batch: the receive under way of what its senders announced (`announcements`). Owned by the agent's loop.
 
 In place, bytes go straight into the worker's tensors: they are torn from before the first byte changes until all senders on other
 hosts have said that what was read still stood. An atomic receive reads into memory of the agent instead; once all is there and
@@ -22,11 +22,10 @@ from etha_ray.errors import (
     TransferTimeoutError,
     VersionMismatchError,
 )
+from etha_ray.tensor_bus.announcements import Announcements
 from etha_ray.tensor_bus.bus import Member, tell
 from etha_ray.tensor_bus.commands import (
     DataRead,
-    DataReady,
-    DataRefused,
     DataRevoked,
     DataStands,
     DataTaken,
@@ -40,7 +39,7 @@ from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.registered import torn_positions
 from etha_ray.tensor_bus.relaying import Lending, Relaying
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay
-from etha_ray.tensor_bus.versions import Announced, agreed_version, behind, shown_positions
+from etha_ray.tensor_bus.versions import shown_positions
 from etha_ray.transport.base import CopyProgram
 
 _ANSWER_TIMEOUT = 3 * FAILURE_TIMEOUT
@@ -52,34 +51,26 @@ class Receiving:
 
     def __init__(self, member: Member) -> None:
         self._member = member
-        self.announced: dict[str, Announced] = {}
+        self.announced = Announcements(member)
         self._questions = 0
         self._relaying, self._lending = Relaying(member), Lending(member)
-
-    @property
-    def all_announced(self) -> bool:
-        """Whether every sender's data is there to be read."""
-        return all(source in self.announced for source in self._member.registered.sources)
 
     # ----------------------------------------------------------------------------------------------------- steps
 
     def advance(self, transfer: UnderWay) -> None:
         """Begin to read, once every sender has announced, if they all mean the same version, and every relay has it or is done without."""
         member = self._member
-        if transfer.state is not TransferState.WAITING or not self.all_announced:
+        if transfer.state is not TransferState.WAITING or not self.announced.complete:
             return
         sources = member.registered.sources
-        by_name = {peer.name: self.announced[registration] for registration, peer in sources.items()}
-        late, error = behind(member.batch_id, by_name)
-        if late:
-            self._refuse(late, error, max(each.version for each in by_name.values()))
-            return
         try:
-            transfer.version = agreed_version(member.batch_id, by_name, member.holding.last)
+            version = self.announced.agreed()
         except VersionMismatchError as mismatch:
-            self._refuse(set(by_name), mismatch)
             member.finish(mismatch)
             return
+        if version is None:
+            return
+        transfer.version = version
         sends = {registration: self.announced[registration].sequence for registration in sources}
         self._lending.begin(sends)
         self._relaying.begin(sends)
@@ -93,14 +84,6 @@ class Receiving:
         self._next_stage(transfer)
         if not transfer.command.atomic:
             member.bus.received(member, 0)
-
-    def _refuse(self, names: set[str], error: VersionMismatchError, count: int = 0) -> None:
-        member = self._member
-        for registration, peer in member.registered.sources.items():
-            if peer.name in names:
-                sequence = self.announced.pop(registration).sequence
-                more = {"kind": type(error).__name__, "message": str(error), "count": count}
-                tell(member, peer, DataRefused, registration, member.registration, sequence, **more)
 
     def _feed(self, transfer: UnderWay) -> Feed:
         registered = self._member.registered
@@ -373,20 +356,6 @@ class Receiving:
         member.hold(member.holding.tear(member.registered.received if torn is None else torn, why))
 
     # -------------------------------------------------------------------------------------------- senders' messages
-
-    def on_ready(self, message: DataReady) -> None:
-        """A sender announces its data."""
-        self.announced[message.source] = Announced(message.sequence, message.version, message.chosen, message.send)
-        self.pass_over_taken()
-
-    def pass_over_taken(self) -> None:
-        """Senders that had not heard of it, when a member was lost, announce what was taken here: say so."""
-        member = self._member
-        for registration, announced in list(self.announced.items()):
-            peer = member.registered.sources.get(registration)
-            if peer is not None and announced.send in member.holding.taken:
-                del self.announced[registration]
-                tell(member, peer, DataTaken, registration, member.registration, announced.sequence, version=announced.version)
 
     def on_stands(self, message: DataStands) -> None:
         """A sender on another host says that what was read stood until then."""
