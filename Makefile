@@ -35,7 +35,7 @@ $(LOCAL_MODE)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(LOCAL_MODE)
 	sed 's/^ray==.*/ray==$(LOCAL_MODE_RAY)/' constraints.txt > $(LOCAL_MODE)/constraints.txt
 	$(LOCAL_MODE)/bin/python -m pip install --quiet --upgrade pip
-	$(LOCAL_MODE)/bin/python -m pip install --quiet -c $(LOCAL_MODE)/constraints.txt -e '.[etcd]' pytest pytest-timeout
+	$(LOCAL_MODE)/bin/python -m pip install --quiet -c $(LOCAL_MODE)/constraints.txt -e '.[etcd]' pytest pytest-timeout hypothesis
 	touch $@
 
 test-local-mode: $(LOCAL_MODE)/.installed  ## The tests marked local_mode, with the last Ray that has it, in an environment of their own

@@ -14,14 +14,6 @@ from etha_ray.config import agent_paths
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 from etha_ray.testing import plugin
 
-try:
-    from hypothesis import HealthCheck, settings
-except ImportError:  # the tests of local_mode are run where it is not installed
-    pass
-else:  # a machine that stands still for a moment makes no example wrong
-    settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("unhurried")
-
 # Torch and Ray look up the names of both ends of a connection: a resolver that loses questions must not cost 5 s for each of
 # them. A process reads this at its first lookup, which importing Ray already makes.
 os.environ.setdefault("RES_OPTIONS", "timeout:1")

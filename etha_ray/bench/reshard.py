@@ -77,7 +77,7 @@ class Reshard:
         sides = (("dst", self.workload.dst), ("src", self.workload.src))
         local, remote = (tuple(_member(name, rank, count) for rank in range(count)) for name, count in sides)
         tensors = self.targets[index].tensors
-        return Part("bench", "bench", Match(local, remote, index, "bench"), range(len(tensors)), tensors, self._agreed)
+        return Part("bench", "bench", Match(local, remote, index), range(len(tensors)), tensors, self._agreed)
 
     def _open(self, source: int, positions: Sequence[int]) -> list[torch.Tensor]:
         return [self.sources[source].tensors[position] for position in positions]

@@ -13,11 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import msgspec
 
-from etha_ray.errors import BatchExistsError, EthaRayError, MemoryHandleError, UnknownPairError
+from etha_ray.errors import BatchExistsError, EthaRayError, MemoryHandleError, StoreError, UnknownPairError
 from etha_ray.kvstore import KVStore
 from etha_ray.tensor_bus.batch import Batch
 from etha_ray.tensor_bus.bus import Bus
@@ -33,6 +32,7 @@ from etha_ray.tensor_bus.replicas import Replicas
 from etha_ray.tensor_bus.state_file import StateFile, holding_key
 from etha_ray.tensor_bus.versions import Holding
 from etha_ray.tensor_bus.ways import Ways
+from etha_ray.tensor_bus.withdrawals import Withdrawals
 from etha_ray.tensor_bus.workers import Worker
 from etha_ray.transport.buckets import DEFAULT_BUCKET_SIZE
 
@@ -58,6 +58,7 @@ class Batches:
         links: Links,
         journal: Journal,
         replicas: Replicas,
+        withdrawals: Withdrawals,
     ) -> None:
         self._bus = bus
         self._store = store
@@ -67,6 +68,7 @@ class Batches:
         self._links = links
         self._journal = journal
         self._replicas = replicas
+        self._withdrawals = withdrawals
         self._by_registration: dict[str, Batch] = {}
 
     def all(self) -> list[Batch]:
@@ -132,32 +134,36 @@ class Batches:
     def close(
         self, worker: Worker, batch: Batch, error: EthaRayError, *, lost: bool, returns: Returns = "no", then: Callable[[], None]
     ) -> None:
-        """Close a batch; ``then`` runs once no byte moves any more, and nobody can find it in the store."""
+        """Close a batch; ``then`` runs once no byte moves any more and nobody can find it in the store, or that is found to be away."""
         worker.batches.pop(batch.batch_id, None)
-        before = worker.closing.get(batch.batch_id)
-        withdrawn = worker.closing[batch.batch_id] = threading.Event()
-
-        def withdraw(_: Cancellation) -> None:
-            batch.work.close()
-            # A batch that was closed before it began has nothing to withdraw, and is done when the one before it is.
-            if before is not None:
-                before.wait()
+        withdraw = self._withdrawal(worker, batch)
 
         def released() -> None:
             self._by_registration.pop(batch.registration, None)
             self._state.delete([holding_key(batch.client_id, batch.batch_id)])
             self._journal.closed(batch.client_id, batch.batch_id)
-            self._jobs.start(f"withdraw {batch.batch_id}", withdraw, over)
+            withdraw(lambda: self._replicas.drop(batch, then))
 
-        def over(job: Job[Any]) -> None:
-            if job.error is not None:
-                logger.warning("could not withdraw batch %r from the store: %s", batch.batch_id, job.error)
+        batch.close(error, lost=lost, returns=returns, then=released)
+
+    def _withdrawal(self, worker: Worker, batch: Batch) -> Callable[[Callable[[], None]], None]:
+        """What takes from the store what a batch has there, and then calls back. From now on who registers its id again waits for that."""
+        before = worker.closing.get(batch.batch_id)
+        withdrawn = worker.closing[batch.batch_id] = threading.Event()
+
+        def gone() -> None:
             withdrawn.set()
             if worker.closing.get(batch.batch_id) is withdrawn:
                 del worker.closing[batch.batch_id]
-            self._replicas.drop(batch, then)
 
-        batch.close(error, lost=lost, returns=returns, then=released)
+        def done() -> None:
+            # A batch that was closed before it began had nothing there, and is gone when the one before it is.
+            if before is None or before.is_set():
+                gone()
+            else:
+                self._jobs.start(f"wait for batch {batch.batch_id}", lambda _: before.wait(), lambda _: gone())
+
+        return lambda tried: self._withdrawals.start(f"withdraw batch {batch.batch_id!r}", batch.work.close, tried, done)
 
     def _add(self, worker: Worker, batch: Batch) -> None:
         worker.batches[batch.batch_id] = self._by_registration[batch.registration] = batch
@@ -224,6 +230,8 @@ class Batches:
                 del worker.batches[batch.batch_id]
                 del self._by_registration[batch.registration]
                 self._journal.closed(batch.client_id, batch.batch_id)
+                if isinstance(error, StoreError):  # what it published may still be there
+                    self._withdrawal(worker, batch)(lambda: None)
 
     def _settle(self, cancellation: Cancellation) -> None:
         """Wait until the loop has handled what is in the queue now. On a job's thread."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import weakref
@@ -15,6 +14,7 @@ import torch
 
 from etha_ray.config import FAILURE_TIMEOUT, agent_paths, check_timeout, worker_environment
 from etha_ray.errors import (
+    AgentDiedError,
     ConfigError,
     EthaRayError,
     UnknownPairError,
@@ -348,9 +348,12 @@ class TensorBusClient:
                 return
             connection.closed = True
             batches = self._batches.take_all()
-            # A dead or stuck agent has nothing left to forget; its successor starts without this worker.
-            with contextlib.suppress(EthaRayError, TimeoutError):
+            try:
                 connection.finish(connection.start(Goodbye(), "goodbye", "agent", FAILURE_TIMEOUT, closing=True), FAILURE_TIMEOUT)
+            except AgentDiedError:
+                connection.say_goodbye()  # again, to the next agent there: the dead one may have taken it, and not come to it
+            except (EthaRayError, TimeoutError):
+                pass  # a stuck agent finds it in its queue
             for batch in batches:
                 batch.exported.close()
             self._finalizer.detach()

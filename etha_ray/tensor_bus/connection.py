@@ -143,10 +143,14 @@ class Connection:
     def leave(self) -> None:
         """Say goodbye without waiting for an answer, and let go of everything."""
         self.closed = True
-        with contextlib.suppress(EthaRayError):  # a full queue or a dead agent: the process's end will do
-            if self.pool.in_owner:
-                self.queue.enqueue(Goodbye(client_id=self.client_id), block=False)
+        if self.pool.in_owner:
+            self.say_goodbye()
         self.release()
+
+    def say_goodbye(self) -> None:
+        """Have the agent, or the next one there, forget this client; nobody waits for an answer."""
+        with contextlib.suppress(EthaRayError):  # a full queue, or one that is gone: the process's end will do
+            self.queue.enqueue(Goodbye(client_id=self.client_id), block=False)
 
     def release(self) -> None:
         """Let go of everything."""

@@ -46,13 +46,24 @@ def slot_of(member: MemberRecord, order: int) -> str:
     return f"{member.index:08d}" if member.index is not None else f"{member.agent.rank:08d}.{order:08d}"
 
 
+def place_of(pair_name: str, member: MemberRecord, slot: str) -> str:
+    """The key of a member's place."""
+    return pair_prefix(pair_name, member.peer) + slot
+
+
+def give_back(store: KVStore, pair_name: str, member: MemberRecord, slot: str) -> None:
+    """Give back the place that `claim` took for ``member``, if it did, and what it was told there. May be called more than once."""
+    release(store, place_of(pair_name, member, slot), member)
+    store.delete(verdict_key(member.attempt))
+
+
 def claim(store: KVStore, pair_name: str, member: MemberRecord, slot: str) -> str:
     """Take ``slot`` for ``member`` and return its key.
 
     Raises:
         CoordinateTakenError: a worker that is not known to be dead holds it.
     """
-    key = pair_prefix(pair_name, member.peer) + slot
+    key = place_of(pair_name, member, slot)
     holder = take(store, key, member)
     if holder is not None:
         raise CoordinateTakenError(

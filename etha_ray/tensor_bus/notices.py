@@ -20,6 +20,7 @@ from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.members import gone_among, release, take
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.records import AgentRecord, NoticeRecord, decode, fingerprint, manifest_key, notice_prefix, part
+from etha_ray.tensor_bus.withdrawals import Withdrawals
 from etha_ray.tensor_bus.workers import Worker
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,18 @@ class Notices:
         jobs: what runs beside the loop.
         outcomes: what answers commands.
         journal: what the next agent here would have to know.
+        withdrawals: what takes notices back.
     """
 
-    def __init__(self, record: AgentRecord, store: KVStore, jobs: Jobs, outcomes: Outcomes, journal: Journal) -> None:
+    def __init__(
+        self, record: AgentRecord, store: KVStore, jobs: Jobs, outcomes: Outcomes, journal: Journal, withdrawals: Withdrawals
+    ) -> None:
         self._record = record
         self._store = store
         self._jobs = jobs
         self._outcomes = outcomes
         self._journal = journal
+        self._withdrawals = withdrawals
 
     def announce(self, worker: Worker, command: Announce) -> None:
         """Publish a worker's notice, in place of its earlier one in that slot.
@@ -74,11 +79,12 @@ class Notices:
                 )
 
         def over(job: Job[None]) -> None:
-            if worker.notices.get(key) is not notice:  # the worker left meanwhile
-                self._jobs.start("withdraw a notice", lambda _: release(self._store, key, notice), _log_error)
-            elif job.error is not None:
+            current = worker.notices.get(key) is notice  # or else the worker left meanwhile
+            if current and job.error is not None:
                 del worker.notices[key]
                 self._journal.withdrawn(command.client_id, command.topic, command.slot)
+            if not current or isinstance(job.error, StoreError):  # it may be there all the same
+                self._remove({key: notice}, lambda: None)
             self._answer(command, job)
 
         self._jobs.start(f"announce {command.topic}", publish, over)
@@ -117,35 +123,28 @@ class Notices:
         if notice is None:
             self._outcomes.ok(command)
         else:
-            self._remove({key: notice}, lambda job: self._answer(command, job))
+            self._remove({key: notice}, lambda: self._outcomes.ok(command))
 
     def drop(self, worker: Worker, then: Callable[[], None]) -> None:
-        """Remove all that a worker announced; ``then`` runs once that is done. What is just being announced goes when it is."""
+        """Remove all that a worker announced; ``then`` runs once that is done, or the store found to be away.
+
+        What is just being announced goes when it is.
+        """
         held, worker.notices = worker.notices, {}
         if not held:
             then()
             return
+        self._remove(held, then)
 
-        def over(job: Job[None]) -> None:
-            _log_error(job)
-            then()
-
-        self._remove(held, over)
-
-    def _remove(self, held: dict[str, NoticeRecord], over: Callable[[Job[None]], None]) -> None:
-        def remove(_: Cancellation) -> None:
+    def _remove(self, held: dict[str, NoticeRecord], then: Callable[[], None]) -> None:
+        def remove() -> None:
             for key, notice in held.items():
                 release(self._store, key, notice)
 
-        self._jobs.start("withdraw notices", remove, over)
+        self._withdrawals.start("withdraw notices", remove, then)
 
     def _answer(self, command: BaseCommand, job: Job[Any]) -> None:
         if job.error is None:
             self._outcomes.ok(command, job.value)
         else:
             self._outcomes.failed(command, job.error)
-
-
-def _log_error(job: Job[None]) -> None:
-    if job.error is not None:
-        logger.warning("a notice could not be withdrawn: %s", job.error)

@@ -24,8 +24,8 @@ from etha_ray.kvstore import KVStore
 from etha_ray.layout import Layout, MeshSpec
 from etha_ray.tensor_bus.commands import InitPair
 from etha_ray.tensor_bus.jobs import Backoff, Cancellation, Job
-from etha_ray.tensor_bus.members import claim, is_refused, members_and_absent, members_of, raise_if_refused, refuse, release
-from etha_ray.tensor_bus.records import MemberRecord, verdict_key
+from etha_ray.tensor_bus.members import claim, give_back, is_refused, members_and_absent, members_of, raise_if_refused, refuse
+from etha_ray.tensor_bus.records import MemberRecord
 
 _numbers: Decoder[tuple[int, ...]] = Decoder(tuple[int, ...])
 _texts: Decoder[tuple[str, ...]] = Decoder(tuple[str, ...])
@@ -46,13 +46,12 @@ class Match:
     local: tuple[MemberRecord, ...]
     remote: tuple[MemberRecord, ...]
     index: int
-    key: str
 
     @classmethod
-    def of(cls, member: MemberRecord, local: list[MemberRecord], remote: list[MemberRecord], key: str) -> Match:
-        """The match of ``member``, which is one of ``local`` and holds ``key``."""
+    def of(cls, member: MemberRecord, local: list[MemberRecord], remote: list[MemberRecord]) -> Match:
+        """The match of ``member``, which is one of ``local``."""
         index = [other.attempt for other in local].index(member.attempt)
-        return cls(local=tuple(local), remote=tuple(remote), index=index, key=key)
+        return cls(local=tuple(local), remote=tuple(remote), index=index)
 
     @property
     def paired(self) -> bool:
@@ -75,6 +74,8 @@ class Pair:
     job: Job[Match] | None = None
     waiting: list[InitPair] = field(default_factory=list)
     leaving: list[Callable[[], None]] = field(default_factory=list)
+    left: threading.Event | None = None
+    """Set once its place is free, where it is given back."""
 
 
 def layout_of(command: InitPair) -> tuple[Layout | None, int | None]:
@@ -112,11 +113,11 @@ def match(
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     backoff = Backoff(cancellation, deadline)
-    while not all(left.is_set() for left in leaving):
-        if not backoff.wait():
-            raise PairTimeoutError(f"pair {pair_name!r}: a client that leaves it had not given its place back within {timeout:g} s")
-    key = claim(store, pair_name, member, slot)
     try:
+        while not all(left.is_set() for left in leaving):
+            if not backoff.wait():
+                raise PairTimeoutError(f"pair {pair_name!r}: a client that leaves it had not given its place back within {timeout:g} s")
+        claim(store, pair_name, member, slot)
         seen = 0
         while True:
             raise_if_refused(store, member.attempt)
@@ -126,7 +127,7 @@ def match(
             elif _find_misfit(store, pair_name, member, local, remote):
                 pass  # that one has been told, and is about to leave
             elif _complete(local, remote):
-                return Match.of(member, local, remote, key)
+                return Match.of(member, local, remote)
             if len(local) + len(remote) != seen:
                 seen = len(local) + len(remote)
                 cancellation.waits_for = _absent(member, local, remote)
@@ -134,8 +135,7 @@ def match(
             if not backoff.wait():
                 raise PairTimeoutError(_missing(pair_name, member, local, remote, timeout))
     except BaseException:
-        release(store, key, member)
-        store.delete(verdict_key(member.attempt))
+        give_back(store, pair_name, member, slot)
         raise
 
 
@@ -149,7 +149,7 @@ def rematch(store: KVStore, pair_name: str, match: Match) -> tuple[Match | None,
     if member.attempt not in attempts or not _complete(local, remote):
         return None, attempts
     _check_alike(pair_name, local, remote)
-    return Match.of(member, local, remote, match.key), attempts
+    return Match.of(member, local, remote), attempts
 
 
 def _complete(local: list[MemberRecord], remote: list[MemberRecord]) -> bool:

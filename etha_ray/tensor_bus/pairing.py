@@ -8,22 +8,22 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import msgspec
 
 from etha_ray.config import HEARTBEAT_INTERVAL
-from etha_ray.errors import ConfigError, PairMismatchError, PairTimeoutError
+from etha_ray.errors import ConfigError, PairMismatchError, PairTimeoutError, StoreError
 from etha_ray.kvstore import KVStore
 from etha_ray.layout import Layout
 from etha_ray.tensor_bus.commands import InitPair
 from etha_ray.tensor_bus.jobs import Job, Jobs
 from etha_ray.tensor_bus.journal import Journal
-from etha_ray.tensor_bus.members import release, slot_of
+from etha_ray.tensor_bus.members import give_back, slot_of
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.pair import Match, Pair, PairState, layout_of, match
 from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
 from etha_ray.tensor_bus.state_file import StateFile, pair_state_key
+from etha_ray.tensor_bus.withdrawals import Withdrawals
 from etha_ray.tensor_bus.workers import Worker
 
 logger = logging.getLogger(__name__)
@@ -39,15 +39,26 @@ class Pairing:
         jobs: what runs beside the loop.
         outcomes: what answers commands.
         journal: what the next agent here would have to know.
+        withdrawals: what gives places back.
     """
 
-    def __init__(self, record: AgentRecord, store: KVStore, state: StateFile, jobs: Jobs, outcomes: Outcomes, journal: Journal) -> None:
+    def __init__(
+        self,
+        record: AgentRecord,
+        store: KVStore,
+        state: StateFile,
+        jobs: Jobs,
+        outcomes: Outcomes,
+        journal: Journal,
+        withdrawals: Withdrawals,
+    ) -> None:
         self._record = record
         self._store = store
         self._state = state
         self._jobs = jobs
         self._outcomes = outcomes
         self._journal = journal
+        self._withdrawals = withdrawals
         self._members = 0
         self._leaving: dict[tuple[str, str], list[threading.Event]] = {}
 
@@ -99,24 +110,24 @@ class Pairing:
         pair.job = self._jobs.start(f"pair {pair.name}", work, partial(self._over, pair))
 
     def leave(self, pair: Pair, reason: str, then: Callable[[], None]) -> None:
-        """Give a worker's place back; ``then`` runs once the place is free.
+        """Give a worker's place back; ``then`` runs once the place is free, or the store found to be away.
 
         Who joins meanwhile in its stead, such as a new client of the same process, does so after that: the two are never there at once.
         """
-        if not pair.leaving:
-            free = threading.Event()
-            self._leaving.setdefault((pair.name, pair.local_name), []).append(free)
-            pair.leaving.append(partial(self._left, pair, free))
         pair.leaving.append(then)
+        self._hold_back(pair)
         if pair.job is not None:
             pair.job.cancellation.cancel(reason)
         else:
             self._give_back(pair)
 
-    def _left(self, pair: Pair, free: threading.Event) -> None:
-        free.set()
+    def _left(self, pair: Pair) -> None:
+        assert pair.left is not None
+        if pair.left.is_set():
+            return  # given back before, when it could not be matched
+        pair.left.set()
         leaving = self._leaving[pair.name, pair.local_name]
-        leaving.remove(free)
+        leaving.remove(pair.left)
         if not leaving:
             del self._leaving[pair.name, pair.local_name]
 
@@ -144,24 +155,28 @@ class Pairing:
                 self._outcomes.ok(command)
             else:
                 self._outcomes.failed(command, pair.error)
-        if pair.leaving:
+        if pair.leaving or isinstance(pair.error, StoreError):
             self._give_back(pair)
 
+    def _hold_back(self, pair: Pair) -> None:
+        if pair.left is None:
+            pair.left = threading.Event()
+            self._leaving.setdefault((pair.name, pair.local_name), []).append(pair.left)
+
     def _give_back(self, pair: Pair) -> None:
-        held = pair.match
         callbacks, pair.leaving = pair.leaving, []
+        self._hold_back(pair)
 
-        def over(job: Job[Any]) -> None:
-            if job.error is not None:
-                logger.warning("could not leave pair %r in the store: %s", pair.name, job.error)
+        def tried() -> None:
             for callback in callbacks:
                 callback()
 
-        if held is None:
-            for callback in callbacks:
-                callback()
+        if pair.match is None and not isinstance(pair.error, StoreError):  # it holds none; else the store may know better than we do
+            self._left(pair)
+            tried()
         else:
-            self._jobs.start(f"leave pair {pair.name}", lambda _: release(self._store, held.key, pair.member), over)
+            work = partial(give_back, self._store, pair.name, pair.member, pair.slot)
+            self._withdrawals.start(f"leave pair {pair.name!r}", work, tried, partial(self._left, pair))
 
 
 def _check_same(pair: Pair, member: MemberRecord) -> None:

@@ -73,6 +73,7 @@ from etha_ray.tensor_bus.semaphores import unlink_quietly
 from etha_ray.tensor_bus.snapshot import counts, snapshot
 from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key, holding_prefix
 from etha_ray.tensor_bus.ways import Ways
+from etha_ray.tensor_bus.withdrawals import Withdrawals
 from etha_ray.tensor_bus.workers import Worker, Workers
 
 logger = logging.getLogger(__name__)
@@ -111,11 +112,12 @@ class BusService:
         self._workers = Workers(record.rank)
         self._links = Links(record, network, self._loop_back, jobs.post, self._on_agent_lost)
         self._journal = Journal(state)
-        self._pairing = Pairing(record, store, state, jobs, self._outcomes, self._journal)
-        self._notices = Notices(record, store, jobs, self._outcomes, self._journal)
+        self._withdrawals = Withdrawals(jobs)
+        self._pairing = Pairing(record, store, state, jobs, self._outcomes, self._journal, self._withdrawals)
+        self._notices = Notices(record, store, jobs, self._outcomes, self._journal, self._withdrawals)
         self._replicas = Replicas(store, jobs, self._outcomes)
         self._bus = AgentBus(record, self._links, self._outcomes, jobs, state, history, self._replicas, ways.gpu)
-        self._batches = Batches(self._bus, store, state, ways, jobs, self._links, self._journal, self._replicas)
+        self._batches = Batches(self._bus, store, state, ways, jobs, self._links, self._journal, self._replicas, self._withdrawals)
         self._timed: dict[int, Batch] = {}
         self._handlers: dict[type[BaseCommand], Callable[[Any], None]] = {
             Ping: self._outcomes.ok,
@@ -213,6 +215,7 @@ class BusService:
             for pair in worker.pairs.values():
                 self._pairing.expire_waiting(pair)
         self._batches.renew_lost(self._workers.all(), time.monotonic())
+        self._withdrawals.again()
         self._outcomes.clean(time.monotonic())
 
     def agent_left(self, incarnation: str, reason: str) -> None:

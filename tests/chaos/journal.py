@@ -75,6 +75,8 @@ class Reader:
         self._read: dict[Path, int] = {}
         self.entries: dict[tuple[str, int, int], Entry] = {}
         self.latest: dict[str, Entry] = {}
+        self.failed: dict[str, Entry] = {}
+        """The last call of each that ended with an error."""
         self.through: dict[str, list[str]] = {}
         """Who passed on to each receiver in its last good receive."""
         self._order: list[Entry] = []
@@ -89,6 +91,8 @@ class Reader:
                 last = self.latest.get(entry.who)
                 if last is None or (entry.life, entry.number) >= (last.life, last.number):
                     self.latest[entry.who] = entry
+                if entry.outcome not in (None, "ok"):
+                    self.failed[entry.who] = entry
                 if entry.call == "recv" and entry.outcome == "ok":
                     self.through[entry.who] = entry.through
 

@@ -230,7 +230,9 @@ class Monkey:
             self.hangs.append(f"{entry.who} has been in {entry.call} for {now - entry.begin:.1f} s, after {self.strikes[-1:]}")
 
     def _state(self) -> str:
-        return "; ".join(f"{e.who} {e.call} {e.outcome} {e.detail[:300]}" for e in self.stage.reader.latest.values())
+        reader = self.stage.reader
+        failed = (f"; before that {e.who} {e.call} {e.outcome} {e.detail[:300]}" for e in reader.failed.values())
+        return "; ".join(f"{e.who} {e.call} {e.outcome} {e.detail[:300]}" for e in reader.latest.values()) + "".join(failed)
 
 
 def _cable(one: int, other: int) -> str:

@@ -107,7 +107,10 @@ class RayStage:
             os.kill(part.pid, number)
 
     def dump(self) -> None:
-        """Nothing: what Ray's workers write is in its logs."""
+        """What each agent says of its workers, into the folder. What Ray's workers write is in its logs."""
+        for rank, path in enumerate(self.paths):
+            with contextlib.suppress(AgentDiedError):
+                (self.folder / f"agent_{rank}.{time.monotonic():.0f}.txt").write_text(repr(inspect_agent(rank, path)))
 
     def kill(self, part: RayPart) -> None:
         """SIGKILL; Ray starts it again."""

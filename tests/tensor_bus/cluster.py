@@ -244,7 +244,8 @@ class ProcessCluster:
 
     def check_clean(self) -> None:
         """After `close`: nothing is left."""
-        assert left_in_shm(self.every_pid, self.paths) == []
+        left = left_in_shm(self.every_pid, self.paths)
+        assert left == [], left
         folder = Path(self.paths[0].state).parent
         assert not folder.exists()
 

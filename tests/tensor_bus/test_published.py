@@ -58,7 +58,7 @@ class Member:
         sides = [
             [MemberRecord(f"{peer}{rank}", peer, "", 2, "2: S0", rank, "client", 1, 0.0, agent) for rank in range(2)] for peer in ("a", "b")
         ]
-        self.match = Match(tuple(sides[0]), tuple(sides[1]), index, "")
+        self.match = Match(tuple(sides[0]), tuple(sides[1]), index)
         self.network: Any = Network()
         self.manifests = Manifests(store)
         self.store = store

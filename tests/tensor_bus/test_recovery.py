@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch.distributed.tensor import Shard
 
 from etha_ray.errors import AgentDiedError, BatchClosedError, PeerLostError
-from etha_ray.tensor_bus.commands import CleanupBatch
+from etha_ray.tensor_bus.commands import BaseCommand
 from etha_ray.testing import eventually, succeed
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, ProcessCluster, Side, Worker, local_cluster, process_cluster
@@ -145,27 +146,27 @@ class TestAgents:
             works(one, two)
 
 
-def _die_at_the_first_close(arguments: list[str]) -> None:
-    """An agent that takes the first command to close a batch, and dies of it; the next one does not."""
+def _die_at_the_first(handler: str, arguments: list[str]) -> None:
+    """An agent that takes the first command for this handler, and dies of it; the next one does not."""
     from etha_ray.tensor_bus import agent
     from etha_ray.tensor_bus.service import BusService
 
     died = Path(tempfile.gettempdir()) / f"{arguments[arguments.index('--namespace') + 1]}.died"
-    close = BusService._on_cleanup
+    handle = getattr(BusService, handler)
 
-    def die(service: BusService, command: CleanupBatch) -> None:
+    def die(service: BusService, command: BaseCommand) -> None:
         if died.exists():
-            close(service, command)
+            handle(service, command)
         else:
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    BusService._on_cleanup = die  # type: ignore[method-assign]
+    setattr(BusService, handler, die)
     agent.main(arguments)
 
 
 def test_a_batch_whose_agent_dies_as_it_closes_is_closed() -> None:
-    with process_cluster(2, restarts=True, run=_die_at_the_first_close) as cluster:
+    with process_cluster(2, restarts=True, run=partial(_die_at_the_first, "_on_cleanup")) as cluster:
         one, two = cluster.worker(), cluster.worker()
         settled(cluster, one, two)
         one.start(acts.close_batch, "x")
@@ -178,6 +179,25 @@ def test_a_batch_whose_agent_dies_as_it_closes_is_closed() -> None:
         one.result()
         works(one, two)
         (Path(tempfile.gettempdir()) / f"{cluster.namespace}.died").unlink()
+
+
+def leave(state: dict[str, Any]) -> None:
+    state["client"].close()
+
+
+def test_a_client_whose_agent_dies_as_it_leaves_leaves_its_place() -> None:
+    """Its process lives, so the next agent would take it for one that is still there."""
+    with process_cluster(2, restarts=True, run=partial(_die_at_the_first, "_on_goodbye")) as cluster:
+        one, two = cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        one.start(leave)
+        cluster.wait(cluster.pids[0])
+        one.result()
+        cluster.start_agent(0)
+        two.call(leave)
+        settled(cluster, one, two)
+        works(one, two)
+    (Path(tempfile.gettempdir()) / f"{cluster.namespace}.died").unlink()
 
 
 def is_done(state: dict[str, Any]) -> bool:

@@ -1,0 +1,154 @@
+"""What is taken back while the store is away is taken back once it is there again, and nobody waits for ever in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from etha_ray.errors import StoreError, StoreUnavailableError
+from etha_ray.tensor_bus.jobs import Jobs
+from etha_ray.tensor_bus.withdrawals import Withdrawals
+from etha_ray.testing import eventually, succeed
+from tests.tensor_bus.cluster import LONG, LocalCluster
+
+
+class Store:
+    """One that may be away; ``asked`` for what, in order."""
+
+    def __init__(self) -> None:
+        self.away, self.asked = True, list[str]()
+
+    def delete(self, key: str) -> Callable[[], None]:
+        def work() -> None:
+            self.asked.append(key)
+            if self.away:
+                raise StoreUnavailableError("it is away")
+
+        return work
+
+
+@pytest.fixture
+def jobs() -> Iterator[Jobs]:
+    jobs = Jobs(lambda: None)
+    yield jobs
+    jobs.close()
+
+
+def settled(jobs: Jobs, condition: Callable[[], bool]) -> None:
+    eventually(lambda: (jobs.run(jobs.take()), condition())[1])
+
+
+def test_what_can_be_taken_back_is_done_at_once(jobs: Jobs) -> None:
+    store, said = Store(), list[str]()
+    store.away = False
+    Withdrawals(jobs).start("one", store.delete("one"), lambda: said.append("tried"), lambda: said.append("done"))
+    settled(jobs, lambda: said == ["done", "tried"])
+    assert store.asked == ["one"]
+
+
+def test_a_store_that_is_away_is_asked_again_and_nobody_waits_for_it(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
+    store, said = Store(), list[str]()
+    withdrawals = Withdrawals(jobs)
+    for key in ("one", "two"):
+        withdrawals.start(key, store.delete(key), lambda key=key: said.append(f"{key} tried"), lambda key=key: said.append(f"{key} done"))  # type: ignore[misc]
+        settled(jobs, lambda key=key: f"{key} tried" in said)  # type: ignore[misc]
+    assert "the store is away" in caplog.text
+    del store.asked[:]
+    withdrawals.again()
+    withdrawals.again()  # the first is under way
+    settled(jobs, lambda: withdrawals._job is None)
+    assert store.asked == ["one"], "a store that is away is asked once"
+    store.away = False
+    withdrawals.again()
+    settled(jobs, lambda: said[2:] == ["one done", "two done"])
+    del store.asked[:]
+    withdrawals.again()
+    assert withdrawals._job is None
+    assert store.asked == []
+
+
+def test_one_that_fails_for_another_reason_keeps_no_other_from_being_taken_back(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
+    store, said = Store(), list[str]()
+    withdrawals = Withdrawals(jobs)
+    broken = store.delete("broken")
+
+    def fails() -> None:
+        broken()
+        raise ZeroDivisionError("a fault of ours")
+
+    withdrawals.start("broken", fails, lambda: None, lambda: said.append("broken"))
+    withdrawals.start("whole", store.delete("whole"), lambda: None, lambda: said.append("whole"))
+    settled(jobs, lambda: store.asked.count("broken") + store.asked.count("whole") == 2 and len(withdrawals._owed) == 2)
+    store.away = False
+
+    def all_done() -> bool:
+        withdrawals.again()
+        return sorted(said) == ["broken", "whole"]
+
+    settled(jobs, all_done)
+    assert "a fault of ours" in caplog.text
+
+
+@pytest.fixture
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(2) as made:
+        yield made
+
+
+def test_a_client_that_leaves_while_the_store_is_away_leaves_its_place(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process lives on, and so does its agent: nothing else would ever free the place."""
+    one, two = cluster.pair("p")
+    handlers = succeed(
+        lambda: one.register_tensors("x", [(torch.ones(3), "p")], timeout=LONG),
+        lambda: two.register_tensors("x", [(torch.zeros(3), "p")], timeout=LONG),
+    )
+    succeed(
+        lambda: handlers[0].transfer("send", blocking=True, timeout=LONG), lambda: handlers[1].transfer("recv", timeout=LONG).result(LONG)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.store, "delete", _away)
+        one.close()
+        two.close()
+    again = cluster.pair("p")
+    target = torch.zeros(3)
+    handlers = succeed(
+        lambda: again[0].register_tensors("x", [(torch.ones(3), "p")], timeout=LONG),
+        lambda: again[1].register_tensors("x", [(target, "p")], timeout=LONG),
+    )
+    handlers[0].transfer("send")
+    handlers[1].transfer("recv").result(LONG)
+    assert torch.equal(target, torch.ones(3))
+
+
+def test_a_batch_that_is_closed_while_the_store_is_away_can_be_registered_again(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = cluster.pair("p")
+    for away in (True, False):
+        handlers = succeed(
+            lambda: one.register_tensors("x", [(torch.ones(3), "p")], timeout=LONG),
+            lambda: two.register_tensors("x", [(torch.zeros(3), "p")], timeout=LONG),
+        )
+        with monkeypatch.context() as patch:
+            if away:
+                patch.setattr(cluster.store, "delete", _away)
+            for handler in handlers:
+                handler.close()
+
+
+def test_a_place_taken_as_the_store_went_away_is_given_back(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who could not be matched may have taken its place all the same."""
+    one = cluster.client(0)
+    with monkeypatch.context() as patch:
+        for name in ("delete", "list"):
+            patch.setattr(cluster.store, name, _away)
+        with pytest.raises(StoreError):
+            one.init_pair("pair", "a", "b", 1, timeout=LONG)
+        assert cluster.store.exists("pair/pair/a/00000000.00000001") or list(cluster.store._list("pair/"))
+    cluster.pair("pair")
+
+
+def _away(*_: object, **__: object) -> bool:
+    raise StoreUnavailableError("it is away")
