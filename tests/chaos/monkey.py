@@ -154,8 +154,9 @@ class Monkey:
         part = self.random.choice(parts)
         with self._moment(kind) as strike:
             strike.victims = [part.name]
-            begin, pid = time.monotonic(), part.pid
+            begin = time.monotonic()
             self.stage.signal(part, signal.SIGSTOP)
+            pid = part.pid
             self._watch(self.random.uniform(0.5, 7.0), paused=part.name)
             self.stage.signal(part, signal.SIGCONT)
             self._paused.append((begin, time.monotonic(), part.name))

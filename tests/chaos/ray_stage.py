@@ -99,12 +99,14 @@ class RayStage:
         latest = self.reader.latest.get(who)
         return (0, 0) if latest is None or not psutil.pid_exists(latest.pid) else (latest.pid, latest.life)
 
-    def signal(self, part: RayPart, number: signal.Signals) -> None:
-        """Send it to the present life, once there is one."""
+    def signal(self, part: RayPart, number: signal.Signals) -> int:
+        """Send it to the present life, once there is one; returns which process that is."""
         eventually(lambda: self.reader.poll() is None and part.pid > 0, 2 * LONG)
-        self.every_pid.add(part.pid)
+        pid = part.pid
+        self.every_pid.add(pid)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(part.pid, number)
+            os.kill(pid, number)
+        return pid
 
     def dump(self) -> None:
         """What each agent says of its workers, into the folder. What Ray's workers write is in its logs."""
@@ -113,8 +115,9 @@ class RayStage:
                 (self.folder / f"agent_{rank}.{time.monotonic():.0f}.txt").write_text(repr(inspect_agent(rank, path)))
 
     def kill(self, part: RayPart) -> None:
-        """SIGKILL; Ray starts it again."""
-        self.signal(part, signal.SIGKILL)
+        """SIGKILL; Ray starts it again. Once this returns nobody takes the dead one for its present life."""
+        pid = self.signal(part, signal.SIGKILL)
+        eventually(lambda: not psutil.pid_exists(pid), LONG)
 
     def end(self) -> None:
         """Everybody leaves: players close, agents stop."""
