@@ -16,7 +16,7 @@ from functools import partial
 
 import msgspec
 
-from etha_ray.errors import BatchExistsError, EthaRayError, MemoryHandleError, StoreError, UnknownPairError
+from etha_ray.errors import BatchExistsError, EthaRayError, MemoryHandleError, UnknownPairError
 from etha_ray.kvstore import KVStore
 from etha_ray.tensor_bus.batch import Batch
 from etha_ray.tensor_bus.bus import Bus
@@ -88,19 +88,18 @@ class Batches:
         if command.batch_id in worker.batches:
             raise BatchExistsError(f"batch {command.batch_id!r} is registered already: close it first, or use another id")
         request = self._request(worker, command, command.timeout)
-        work = self._registration(request)
         batch = Batch(
             bus=self._bus,
             batch_id=command.batch_id,
             registration=request.registration,
             client_id=command.client_id,
-            work=work,
+            work=self._registration(request),
             command=command,
         )
         self._add(worker, batch)
         if command.timeout is None:  # it goes on whatever its worker hears of it
             self._journal.registered(command)
-        batch.job = self._jobs.start(f"register {batch.batch_id}", work.run, partial(self._registration_over, worker, batch))
+        self._start(worker, batch, "register")
 
     def restore(self, worker: Worker, command: RegisterTensors) -> None:
         """A worker has had this batch, served by an agent that died: register it again.
@@ -122,7 +121,7 @@ class Batches:
         )
         batch.restored()
         self._add(worker, batch)
-        self._start_renewal(worker, batch, None)
+        self._start(worker, batch, "renew")
 
     def renew_lost(self, workers: Iterable[Worker], now: float) -> None:
         """Register again those batches that have lost members, by the monotonic clock."""
@@ -148,7 +147,7 @@ class Batches:
 
     def _withdrawal(self, worker: Worker, batch: Batch) -> Callable[[Callable[[], None]], None]:
         """What takes from the store what a batch has there, and then calls back. From now on who registers its id again waits for that."""
-        before = worker.closing.get(batch.batch_id)
+        work, before = batch.work, worker.closing.get(batch.batch_id)
         withdrawn = worker.closing[batch.batch_id] = threading.Event()
 
         def gone() -> None:
@@ -163,7 +162,7 @@ class Batches:
             else:
                 self._jobs.start(f"wait for batch {batch.batch_id}", lambda _: before.wait(), lambda _: gone())
 
-        return lambda tried: self._withdrawals.start(f"withdraw batch {batch.batch_id!r}", batch.work.close, tried, done)
+        return lambda tried: self._withdrawals.start(f"withdraw batch {batch.batch_id!r}", work.close, tried, done)
 
     def _add(self, worker: Worker, batch: Batch) -> None:
         worker.batches[batch.batch_id] = self._by_registration[batch.registration] = batch
@@ -193,23 +192,17 @@ class Batches:
     def _renew(self, worker: Worker, batch: Batch) -> None:
         command = batch.command
         assert isinstance(command, RegisterTensors)
+        withdraw = self._withdrawal(worker, batch)
         request = self._request(worker, command, None, batch.standing())
         logger.info("batch %r is registered again: %s", batch.batch_id, batch.loss)
-        before = batch.work
+        withdraw(lambda: None)
         self._by_registration.pop(batch.registration, None)
         batch.renew(request.registration, self._registration(request))
         self._by_registration[batch.registration] = batch
-        self._start_renewal(worker, batch, before)
+        self._start(worker, batch, "renew")
 
-    def _start_renewal(self, worker: Worker, batch: Batch, before: Registration | None) -> None:
-        work = batch.work
-
-        def run(cancellation: Cancellation) -> Registered:
-            if before is not None:
-                before.close()
-            return work.run(cancellation)
-
-        batch.job = self._jobs.start(f"renew {batch.batch_id}", run, partial(self._registration_over, worker, batch))
+    def _start(self, worker: Worker, batch: Batch, what: str) -> None:
+        batch.job = self._jobs.start(f"{what} {batch.batch_id}", batch.work.run, partial(self._registration_over, worker, batch))
 
     def _registration_over(self, worker: Worker, batch: Batch, job: Job[Registered]) -> None:
         renewal = batch.is_renewal
@@ -230,7 +223,7 @@ class Batches:
                 del worker.batches[batch.batch_id]
                 del self._by_registration[batch.registration]
                 self._journal.closed(batch.client_id, batch.batch_id)
-                if isinstance(error, StoreError):  # what it published may still be there
+                if not batch.work.withdrawn:
                     self._withdrawal(worker, batch)(lambda: None)
 
     def _settle(self, cancellation: Cancellation) -> None:

@@ -85,6 +85,8 @@ class Registration:
         self._published = Published(store, state, ways.network, self._manifests, request.batch_id, request.registration)
         self._inputs: dict[str, PlanInputs] = {}
         self._confirmed: set[str] = set()
+        self.withdrawn = False
+        """Whether nothing of it is left in the store, now that it is closed."""
         self.agreed_with: dict[str, Peer] = {}
         """The other members of each set that this one has agreed to: any of them may take it for ready. By registration."""
 
@@ -138,6 +140,7 @@ class Registration:
         """Withdraw what was published. May be called more than once."""
         self._published.withdraw()
         self._store.delete(verdict_key(self._request.registration))
+        self.withdrawn = True
 
     # ------------------------------------------------------------------------------------------------ own side
 
