@@ -31,7 +31,7 @@ test: $(STAMP)  ## Pass the tests, on all cores where isolated hosts can be made
 LOCAL_MODE_RAY := 2.52.1
 LOCAL_MODE     := .venv-local-mode
 
-$(LOCAL_MODE)/.installed: pyproject.toml constraints.txt
+$(LOCAL_MODE)/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(LOCAL_MODE)
 	sed 's/^ray==.*/ray==$(LOCAL_MODE_RAY)/' constraints.txt > $(LOCAL_MODE)/constraints.txt
 	$(LOCAL_MODE)/bin/python -m pip install --quiet --upgrade pip
