@@ -24,7 +24,7 @@ from etha_ray.kvstore import KVStore
 from etha_ray.layout import Layout, MeshSpec
 from etha_ray.tensor_bus.commands import InitPair
 from etha_ray.tensor_bus.jobs import Backoff, Cancellation, Job
-from etha_ray.tensor_bus.members import claim, give_back, is_refused, members_and_absent, members_of, raise_if_refused, refuse
+from etha_ray.tensor_bus.members import claim, give_back, is_refused, members_and_absent, members_of, place_of, raise_if_refused, refuse
 from etha_ray.tensor_bus.records import MemberRecord
 
 _numbers: Decoder[tuple[int, ...]] = Decoder(tuple[int, ...])
@@ -115,6 +115,7 @@ def match(
     backoff = Backoff(cancellation, deadline)
     try:
         while not all(left.is_set() for left in leaving):
+            store.exists(place_of(pair_name, member, slot))  # if it is away, they cannot leave, and this is why
             if not backoff.wait():
                 raise PairTimeoutError(f"pair {pair_name!r}: a client that leaves it had not given its place back within {timeout:g} s")
         claim(store, pair_name, member, slot)

@@ -106,6 +106,8 @@ class Registration:
         result = Registered()
         try:
             while request.after is not None and not request.after.is_set():
+                if request.standing is None:  # who registers again has nobody who waits for an answer
+                    self._store.exists(verdict_key(request.registration))  # if the store is away, that one cannot be closed
                 if not backoff.wait():
                     raise BatchUnmatchedError(f"batch {request.batch_id!r}: this worker's earlier batch of that id is still being closed")
             matches = self._matches(grouped, backoff, cancellation)

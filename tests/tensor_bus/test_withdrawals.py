@@ -179,6 +179,26 @@ def test_a_batch_that_is_registered_again_while_the_store_is_away_leaves_nothing
     assert torch.equal(target, source)
 
 
+def test_who_comes_meanwhile_hears_that_the_store_is_away(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that somebody is slow to leave."""
+    one, two = cluster.pair("p")
+    handler, _ = succeed(
+        lambda: one.register_tensors("x", [(torch.ones(3), "p")], timeout=LONG),
+        lambda: two.register_tensors("x", [(torch.zeros(3), "p")], timeout=LONG),
+    )
+    again = cluster.client(0)
+    with monkeypatch.context() as patch:
+        for name in ("delete", "exists", "list", "get_bytes", "set_bytes", "compare_and_set"):
+            patch.setattr(cluster.store, name, _away)
+        handler.close()
+        with pytest.raises(StoreUnavailableError):
+            one.register_tensors("x", [(torch.ones(3), "p")], timeout=LONG)
+        one.close()
+        with pytest.raises(StoreUnavailableError):
+            again.init_pair("p", "a", "b", 1, timeout=LONG)
+    again.init_pair("p", "a", "b", 1, timeout=LONG)
+
+
 def test_a_place_taken_as_the_store_went_away_is_given_back(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who could not be matched may have taken its place all the same."""
     one = cluster.client(0)
