@@ -61,6 +61,10 @@ class AgentBus:
         """Send a message to an agent."""
         self._links.tell(agent, message)
 
+    def remind(self, agent: AgentRecord, message: Message) -> None:
+        """Send a message to an agent that was lost, if it may only stand still."""
+        self._links.remind(agent, message)
+
     def gone(self, agent: AgentRecord, seconds: float) -> str:
         """Why an agent that shares memory with this one may have failed its workers in the last ``seconds``; empty if it has not."""
         return self._links.gone(agent, seconds)

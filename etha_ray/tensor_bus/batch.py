@@ -173,7 +173,7 @@ class Batch:
         transfer = self.transfer
         if transfer is None or transfer.runs:
             return
-        if transfer.state is TransferState.ANNOUNCED:
+        if transfer.state is TransferState.ANNOUNCED or (transfer.state is TransferState.BLOCKED and transfer.announced):
             self.sending.revoke(transfer)
         elif transfer.state is TransferState.LENDING:
             self.finish(None)  # it has what it wanted

@@ -31,6 +31,9 @@ class Bus(Protocol):
     def tell(self, agent: AgentRecord, message: Message) -> None:
         """Send a message to an agent."""
 
+    def remind(self, agent: AgentRecord, message: Message) -> None:
+        """Send a message to an agent that was lost, if it may only stand still."""
+
     def gone(self, agent: AgentRecord, seconds: float) -> str:
         """Why an agent that shares memory with this one may have failed its workers in the last ``seconds``; empty if it has not."""
 

@@ -176,6 +176,14 @@ class Links:
         except (EthaRayError, OSError) as error:
             self._drop(agent.incarnation, link, str(error))
 
+    def remind(self, agent: AgentRecord, message: Message) -> None:
+        """Send a message to an agent that was lost, if it is one of this host that may only stand still: it is read once that goes on.
+
+        Agents of two hosts lose one another both, and what was said to one that died is of no use to the next.
+        """
+        if agent.incarnation != self._own.incarnation and shares_memory(agent) and is_alive(agent.pid, agent.start_time):
+            self.tell(agent, message)
+
     def check(self) -> None:
         """Send what waits, and find out who died."""
         for incarnation, link in list(self._links.items()):

@@ -189,14 +189,17 @@ class Losing:
     # ------------------------------------------------------------------------------------------------ going oneself
 
     def say_closed(self, others: Mapping[str, Peer], reason: str, lost: bool, returns: Returns, ready: bool = True) -> None:
-        """Tell those of ``others`` that are there that this member goes, or its registration; ``ready``: they may know how it agreed."""
+        """Tell ``others`` that this member goes, or its registration; ``ready``: they may know how it agreed.
+
+        Those that are lost, too: one whose agent only stood still would go on with a batch that all others have left.
+        """
         member = self._member
         for registration, peer in others.items():
-            if registration not in self.losses.members:
-                message = self._closed(member.registration, registration, reason, lost=lost)
-                message.returns, message.completed = returns, member.completed
-                message.agreed = member.work.agreed if ready else ()
-                member.bus.tell(peer.member.agent, message)
+            message = self._closed(member.registration, registration, reason, lost=lost)
+            message.returns, message.completed = returns, member.completed
+            message.agreed = member.work.agreed if ready else ()
+            say = member.bus.remind if registration in self.losses.members else member.bus.tell
+            say(peer.member.agent, message)
 
     def _closed(self, closed: str, target: str, reason: str, *, lost: bool) -> RegistrationClosed:
         return RegistrationClosed(batch_id=self._member.batch_id, closed=closed, target=target, reason=reason, lost=lost)

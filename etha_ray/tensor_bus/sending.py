@@ -37,9 +37,9 @@ class Sending:
             member.finish(None)
 
     def revoke(self, transfer: UnderWay) -> None:
-        """Take back what was announced, from all that have not taken it; what they read now may change."""
+        """Take back what was announced in this registration, from all that have not taken it; what they read now may change."""
         member = self._member
-        for registration in transfer.outstanding:
+        for registration in transfer.outstanding & member.registered.targets.keys():
             tell(member, member.registered.targets[registration], DataRevoked, member.registration, registration, self.sequence)
 
     def on_read(self, message: DataRead) -> None:

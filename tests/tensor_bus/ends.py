@@ -56,6 +56,10 @@ class Bus:
     def tell(self, agent: AgentRecord, message: Message) -> None:
         self.said.append(message)
 
+    def remind(self, agent: AgentRecord, message: Message) -> None:
+        if agent.incarnation not in self.dead:
+            self.said.append(message)
+
     def gone(self, agent: AgentRecord, seconds: float) -> str:
         return self.dead.get(agent.incarnation, "")
 

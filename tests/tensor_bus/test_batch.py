@@ -12,6 +12,7 @@ from etha_ray.errors import (
     BatchTornError,
     BatchUnmatchedError,
     PeerLostError,
+    TransferCancelledError,
     TransferTimeoutError,
 )
 from etha_ray.tensor_bus.bus import BatchState
@@ -191,6 +192,21 @@ def test_an_agent_lost_before_the_end_of_the_registration_is_lost_after() -> Non
     target.register()
     assert isinstance(target.outcome(), PeerLostError)
     assert target.batch.state is BatchState.LOST
+
+
+def test_a_send_that_waits_for_one_that_was_lost_is_taken_back_when_it_is_given_up() -> None:
+    """The lost one may only have stood still, and the other one may be about to read: neither must read what changes from now on."""
+    source = End("source", targets={"lost": False, "slow": False})
+    source.register()
+    source.start("send")
+    assert {type(message) for message in source.said()} == {DataReady}
+    source.hears(RegistrationClosed(batch_id="batch", closed="lost", target="source", reason="it stands still", lost=True, returns="soon"))
+    assert source.said() == []
+    source.batch.cancel(TransferCancelledError("its worker gave up waiting"))
+    told = source.said()
+    assert {type(message) for message in told} == {DataRevoked}
+    assert {message.target for message in told if isinstance(message, DataRevoked)} == {"lost", "slow"}
+    assert isinstance(source.outcome(), TransferCancelledError)
 
 
 def test_closing_waits_for_a_copy_and_not_for_an_answer() -> None:

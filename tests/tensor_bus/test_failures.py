@@ -115,6 +115,9 @@ class TestAgents:
         with pytest.raises(PeerLostError, match="has not answered"):
             two.result(LONG)
         os.kill(cluster.pids[0], signal.SIGCONT)
+        for worker in (one, two):  # it hears that the others took it for lost, and all meet again
+            worker.call(acts.wait_ready, "x")
+        works(one, two)
 
     def test_polling_notices_too(self, cluster: ProcessCluster) -> None:
         one, two = cluster.worker(), cluster.worker()
