@@ -65,9 +65,9 @@ class AgentBus:
         """Send a message to an agent that was lost, if it may only stand still."""
         self._links.remind(agent, message)
 
-    def gone(self, agent: AgentRecord, seconds: float) -> str:
-        """Why an agent that shares memory with this one may have failed its workers in the last ``seconds``; empty if it has not."""
-        return self._links.gone(agent, seconds)
+    def gone(self, agent: AgentRecord) -> str:
+        """Why an agent that shares memory with this one may have failed its workers; empty if it has not."""
+        return self._links.gone(agent)
 
     def answer(self, command: BaseCommand, value: object) -> None:
         """A command succeeded."""

@@ -34,8 +34,8 @@ class Bus(Protocol):
     def remind(self, agent: AgentRecord, message: Message) -> None:
         """Send a message to an agent that was lost, if it may only stand still."""
 
-    def gone(self, agent: AgentRecord, seconds: float) -> str:
-        """Why an agent that shares memory with this one may have failed its workers in the last ``seconds``; empty if it has not."""
+    def gone(self, agent: AgentRecord) -> str:
+        """Why an agent that shares memory with this one may have failed its workers; empty if it has not."""
 
     def answer(self, command: BaseCommand, value: object) -> None:
         """A command succeeded."""

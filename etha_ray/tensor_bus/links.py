@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from etha_ray.config import FAILURE_TIMEOUT
+from etha_ray.config import FAILURE_TIMEOUT, HEARTBEAT_INTERVAL
 from etha_ray.errors import AgentDiedError, EthaRayError, NoTransportError, PeerLostError, QueueFullError
 from etha_ray.net import Channel
 from etha_ray.processes import is_alive, pid_namespace
@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 _ONE_WAY = 3 * FAILURE_TIMEOUT
 """Seconds that an agent of another host may be reached from here, and not reach this one."""
+
+
+_SURE = FAILURE_TIMEOUT - 2 * HEARTBEAT_INTERVAL
+"""Seconds for which an agent may be seen here to stand still while no client of it, that looks more often, can have given it up."""
 
 
 class _Link(Protocol):
@@ -67,6 +71,11 @@ class _QueueLink:
     def ended(self) -> bool:
         """Whether its process has ended; one in another pid namespace cannot be looked at."""
         return bool(self._end.poll(0))
+
+    @property
+    def silence(self) -> float:
+        """Seconds for which it has not beaten."""
+        return self._watch.silence
 
     def send(self, message: Message) -> None:
         self._outbox.append(message)
@@ -192,24 +201,27 @@ class Links:
             except (EthaRayError, OSError) as error:
                 self._drop(incarnation, link, str(error))
 
-    def gone(self, agent: AgentRecord, seconds: float) -> str:
-        """Why an agent of this host may have failed its workers in the last ``seconds``; empty if it has not.
+    def gone(self, agent: AgentRecord) -> str:
+        """Why an agent of this host may have failed its workers; empty if it has not. Cheap.
 
-        Cheap if they are few. An agent that was killed says nothing to those who read its workers' memory, and its workers may write at
-        once when they find it dead, before `check` looks.
+        An agent that was killed, or stands still, says nothing to those who read its workers' memory, and its workers may write at
+        once when they find that out, before `check` looks.
         """
         if agent.incarnation == self._own.incarnation:
             return ""
         link = self._links.get(agent.incarnation)
         if link is None:
             return f"agent {agent.rank} was lost"
-        if isinstance(link, _QueueLink) and (link.ended() or seconds > FAILURE_TIMEOUT / 2):
-            try:
+        if not isinstance(link, _QueueLink):
+            return ""
+        try:
+            if link.ended():
                 link.check()
-            except (EthaRayError, OSError) as error:
-                self._drop(agent.incarnation, link, str(error))
-                return str(error)
-        return ""
+            silence = link.silence
+        except (EthaRayError, OSError) as error:
+            self._drop(agent.incarnation, link, str(error))
+            return str(error)
+        return "" if silence < _SURE else f"agent {agent.rank} has not answered for {silence:.1f} s, and its workers may write by now"
 
     def left(self, incarnation: str, reason: str) -> None:
         """An agent of another host sends no more, and may have sent what did not come in."""

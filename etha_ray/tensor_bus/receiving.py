@@ -159,11 +159,11 @@ class Receiving:
         return True
 
     def _spoil_unheard(self, transfer: UnderWay) -> None:
-        """What agents of this host announced does not stand if they were killed since, which they could not say."""
+        """What agents of this host announced does not stand if they were killed or stood still since, which they could not say."""
         member = self._member
         local = {registration: peer for registration, peer in member.registered.sources.items() if not peer.remote}
         agents = {peer.member.agent.incarnation: peer.member.agent for peer in local.values()}
-        gone = {incarnation: member.bus.gone(agent, transfer.moved) for incarnation, agent in agents.items()}
+        gone = {incarnation: member.bus.gone(agent) for incarnation, agent in agents.items()}
         for registration, peer in local.items():
             reason = gone[peer.member.agent.incarnation]
             if reason:

@@ -35,6 +35,14 @@ class AgentWatch:
         found = self._state.record()
         return found is not None and found.incarnation != self.record.incarnation
 
+    @property
+    def silence(self) -> float:
+        """Seconds for which it is known not to have beaten. Cheap."""
+        now = time.monotonic()
+        if self._state.heartbeat() != self._beat or now - self._looked > FAILURE_TIMEOUT:
+            return 0.0
+        return now - self._beat_seen
+
     def check(self) -> None:
         """Raise `AgentDiedError` if the agent's process is gone or it has not beaten for the failure timeout."""
         record = self.record

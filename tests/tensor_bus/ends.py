@@ -60,7 +60,7 @@ class Bus:
         if agent.incarnation not in self.dead:
             self.said.append(message)
 
-    def gone(self, agent: AgentRecord, seconds: float) -> str:
+    def gone(self, agent: AgentRecord) -> str:
         return self.dead.get(agent.incarnation, "")
 
     def answer(self, command: BaseCommand, value: object) -> None:

@@ -7,14 +7,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 import torch
 
 from etha_ray.config import AgentPaths
-from etha_ray.errors import ConfigError, PeerLostError, StoreError
+from etha_ray.errors import BatchTornError, ConfigError, PeerLostError, StoreError
 from etha_ray.kvstore import MemoryStore
 from etha_ray.tensor_bus import links, members, ways
 from etha_ray.tensor_bus.agent import TensorBusAgent
@@ -22,8 +22,10 @@ from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.commands import DataRevoked, Message, encode_command
 from etha_ray.tensor_bus.network import AgentNetwork, address_towards
 from etha_ray.tensor_bus.records import AgentRecord, agent_key
-from etha_ray.testing import eventually, together
-from tests.tensor_bus.cluster import LONG
+from etha_ray.tensor_bus.state_file import StateFile
+from etha_ray.tensor_bus.watch import AgentWatch
+from etha_ray.testing import eventually, succeed, together
+from tests.tensor_bus.cluster import LONG, local_cluster
 from tests.tensor_bus.far import Agents
 
 Batch = tuple[BatchHandler, BatchHandler, torch.Tensor, torch.Tensor]
@@ -246,3 +248,44 @@ def test_who_is_found_dead_while_it_is_told_is_reported_after() -> None:
         callback()
     assert lost == ["one"]
     links_.close()
+
+
+def test_what_is_read_beside_an_agent_that_stands_still_is_not_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers, who look more often, may find that out before this agent does, and write."""
+    with local_cluster() as cluster:
+        one, two = cluster.pair("p")
+        source, target = torch.ones(3), torch.zeros(3)
+        handlers = succeed(
+            lambda: one.register_tensors("x", [(source, "p")], timeout=LONG),
+            lambda: two.register_tensors("x", [(target, "p")], timeout=LONG),
+        )
+        (link,) = cluster.agents[1]._service._links._links.values()
+        assert isinstance(link, links._QueueLink)
+        monkeypatch.setattr(type(link._watch), "silence", property(lambda watch: links._SURE + 0.1))
+        sent = handlers[0].transfer("send")
+        with pytest.raises(BatchTornError, match=r"agent 0 has not answered for 4\.1 s"):
+            handlers[1].transfer("recv").result(LONG)
+        monkeypatch.undo()
+        handlers[1].transfer("recv")
+        handlers[0].wait_ready(LONG)
+        sent.acquire(LONG)
+        assert torch.equal(target, source)
+
+
+class _Heart:
+    beat = 1.0
+
+    def heartbeat(self) -> float:
+        return self.beat
+
+
+def test_silence_is_counted_from_the_last_beat_that_was_seen() -> None:
+    heart = _Heart()
+    watch = AgentWatch(cast(StateFile, heart), AgentRecord(1, "one", 1, 0.0, "far", "far", "", "", "", "", "cpu"))
+    watch._beat_seen -= 3.0
+    assert 3.0 <= watch.silence < LONG
+    heart.beat = 2.0
+    assert watch.silence == 0.0
+    heart.beat = 1.0
+    watch._looked -= 10.0  # nobody has looked for long: this process may have stood still together with that agent
+    assert watch.silence == 0.0
