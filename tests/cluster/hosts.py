@@ -105,7 +105,8 @@ class ManyHosts(TwoHosts):
         elif host:
             wait_for_client(self.paths[first].state)
             agent = ["nsenter", "--target", str(self.agents[first].pid), "--mount", "--net", *agent]
-        return subprocess.Popen(agent, cwd=_ROOT)
+        # Whoever joins a mount namespace is in its root directory: `tests` is found by its path.
+        return subprocess.Popen(agent, env=os.environ | {"PYTHONPATH": str(_ROOT)})
 
 
 @contextlib.contextmanager

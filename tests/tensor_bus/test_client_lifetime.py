@@ -125,13 +125,13 @@ class TestLifetime:
         self, mesh: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody waits for a client that is dropped to leave, and its place is not free at once."""
-        release = pairing.release
+        give_back = pairing.give_back
 
         def slowly(*arguments: Any) -> None:
             time.sleep(0.3)
-            release(*arguments)
+            give_back(*arguments)
 
-        monkeypatch.setattr(pairing, "release", slowly)
+        monkeypatch.setattr(pairing, "give_back", slowly)
         with local_cluster(2) as cluster:
             [one] = cluster.side("a", "b", [0], mesh, mesh and [Shard(0)])
             [two] = cluster.side("b", "a", [1], mesh, mesh and [Shard(0)])

@@ -15,6 +15,7 @@ from torch.distributed.elastic.rendezvous import etcd_store
 from etha_ray.errors import ConfigError, LeaseExpiredError, ValueTooLargeError
 from etha_ray.kvstore import create_store
 from etha_ray.kvstore.c10d import C10dUnavailableError, EtcdStore
+from etha_ray.testing import eventually
 from etha_ray.testing.etcd_server import EtcdAddress, EtcdServer
 from tests.kvstore.c10d.backends import LONG, SHORT, pyetcd_clients
 
@@ -176,7 +177,14 @@ def test_a_killed_etcd_is_a_network_error(own_etcd: EtcdServer, prefix: str) -> 
             assert isinstance(caught.value, (dist.DistNetworkError, ConnectionError))
         own_etcd.restart()
         again = EtcdStore(connect(), prefix, LONG)
-        assert again.get("k") == b"v"
+
+        def is_back() -> bool:
+            try:
+                return again.get("k") == b"v"
+            except C10dUnavailableError:  # gRPC remembers for a second, for all clients of a process, that nobody listened there
+                return False
+
+        eventually(is_back)
 
 
 def test_with_our_store_a_wait_outlasts_a_restart_of_etcd(own_etcd: EtcdServer, prefix: str) -> None:
