@@ -165,7 +165,6 @@ class Pairing:
 
     def _give_back(self, pair: Pair) -> None:
         callbacks, pair.leaving = pair.leaving, []
-        self._hold_back(pair)
 
         def tried() -> None:
             for callback in callbacks:
@@ -175,6 +174,7 @@ class Pairing:
             self._left(pair)
             tried()
         else:
+            self._hold_back(pair)
             work = partial(give_back, self._store, pair.name, pair.member, pair.slot)
             self._withdrawals.start(f"leave pair {pair.name!r}", work, tried, partial(self._left, pair))
 

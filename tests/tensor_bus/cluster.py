@@ -74,6 +74,17 @@ def local_part(whole: torch.Tensor, spec: MeshSpec, placements: list[Any]) -> to
     return part.clone()
 
 
+def registered(
+    one: TensorBusClient, two: TensorBusClient, pair: str, source: torch.Tensor, target: torch.Tensor, batch_id: str = "x"
+) -> tuple[BatchHandler, BatchHandler]:
+    """A batch of one tensor on both sides of a pair."""
+    first, second = succeed(
+        lambda: one.register_tensors(batch_id, [(source, pair)], timeout=LONG),
+        lambda: two.register_tensors(batch_id, [(target, pair)], timeout=LONG),
+    )
+    return first, second
+
+
 class LocalCluster(TensorBus):
     """A bus of this process whose end checks that nothing is left."""
 
@@ -102,10 +113,7 @@ class LocalCluster(TensorBus):
         one, two = self.pair(f"pair of {batch_id}", ranks)
         source = torch.arange(12.0).reshape(3, 4) if source is None else source
         target = torch.zeros_like(source) if target is None else target
-        first, second = succeed(
-            lambda: one.register_tensors(batch_id, [(source, f"pair of {batch_id}")], timeout=LONG),
-            lambda: two.register_tensors(batch_id, [(target, f"pair of {batch_id}")], timeout=LONG),
-        )
+        first, second = registered(one, two, f"pair of {batch_id}", source, target, batch_id)
         return first, second, source, target
 
     def time_is_up(self, rank: int) -> None:

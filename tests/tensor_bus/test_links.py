@@ -24,8 +24,8 @@ from etha_ray.tensor_bus.network import AgentNetwork, address_towards
 from etha_ray.tensor_bus.records import AgentRecord, agent_key
 from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.watch import AgentWatch
-from etha_ray.testing import eventually, succeed, together
-from tests.tensor_bus.cluster import LONG, local_cluster
+from etha_ray.testing import eventually, together
+from tests.tensor_bus.cluster import LONG, local_cluster, registered
 from tests.tensor_bus.far import Agents
 
 Batch = tuple[BatchHandler, BatchHandler, torch.Tensor, torch.Tensor]
@@ -255,10 +255,7 @@ def test_what_is_read_beside_an_agent_that_stands_still_is_not_certain(monkeypat
     with local_cluster() as cluster:
         one, two = cluster.pair("p")
         source, target = torch.ones(3), torch.zeros(3)
-        handlers = succeed(
-            lambda: one.register_tensors("x", [(source, "p")], timeout=LONG),
-            lambda: two.register_tensors("x", [(target, "p")], timeout=LONG),
-        )
+        handlers = registered(one, two, "p", source, target)
         (link,) = cluster.agents[1]._service._links._links.values()
         assert isinstance(link, links._QueueLink)
         monkeypatch.setattr(type(link._watch), "silence", property(lambda watch: links._SURE + 0.1))

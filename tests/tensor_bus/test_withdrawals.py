@@ -11,7 +11,7 @@ from etha_ray.errors import BatchUnmatchedError, StoreError, StoreUnavailableErr
 from etha_ray.tensor_bus.jobs import Jobs
 from etha_ray.tensor_bus.withdrawals import Withdrawals
 from etha_ray.testing import eventually, succeed
-from tests.tensor_bus.cluster import LONG, LocalCluster
+from tests.tensor_bus.cluster import LONG, LocalCluster, registered
 
 
 class Store:
@@ -100,10 +100,7 @@ def cluster() -> Iterator[LocalCluster]:
 def test_a_client_that_leaves_while_the_store_is_away_leaves_its_place(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process lives on, and so does its agent: nothing else would ever free the place."""
     one, two = cluster.pair("p")
-    handlers = succeed(
-        lambda: one.register_tensors("x", [(torch.ones(3), "p")], timeout=LONG),
-        lambda: two.register_tensors("x", [(torch.zeros(3), "p")], timeout=LONG),
-    )
+    handlers = registered(one, two, "p", torch.ones(3), torch.zeros(3))
     succeed(
         lambda: handlers[0].transfer("send", blocking=True, timeout=LONG), lambda: handlers[1].transfer("recv", timeout=LONG).result(LONG)
     )
@@ -113,10 +110,7 @@ def test_a_client_that_leaves_while_the_store_is_away_leaves_its_place(cluster: 
         two.close()
     again = cluster.pair("p")
     target = torch.zeros(3)
-    handlers = succeed(
-        lambda: again[0].register_tensors("x", [(torch.ones(3), "p")], timeout=LONG),
-        lambda: again[1].register_tensors("x", [(target, "p")], timeout=LONG),
-    )
+    handlers = registered(*again, "p", torch.ones(3), target)
     handlers[0].transfer("send")
     handlers[1].transfer("recv").result(LONG)
     assert torch.equal(target, torch.ones(3))
@@ -127,10 +121,7 @@ def test_a_batch_that_is_closed_while_the_store_is_away_can_be_registered_again(
 ) -> None:
     one, two = cluster.pair("p")
     for away in (True, False):
-        handlers = succeed(
-            lambda: one.register_tensors("x", [(torch.ones(3), "p")], timeout=LONG),
-            lambda: two.register_tensors("x", [(torch.zeros(3), "p")], timeout=LONG),
-        )
+        handlers = registered(one, two, "p", torch.ones(3), torch.zeros(3))
         with monkeypatch.context() as patch:
             if away:
                 patch.setattr(cluster.store, "delete", _away)
@@ -148,10 +139,7 @@ def test_a_batch_that_nobody_matched_while_the_store_went_away_can_be_registered
             one.register_tensors("x", [(torch.ones(3), "p")], timeout=0.2)
         assert len(cluster.store.list("batch/")) == 1
     target = torch.zeros(3)
-    handlers = succeed(
-        lambda: one.register_tensors("x", [(torch.ones(3), "p")], timeout=LONG),
-        lambda: two.register_tensors("x", [(target, "p")], timeout=LONG),
-    )
+    handlers = registered(one, two, "p", torch.ones(3), target)
     handlers[0].transfer("send")
     handlers[1].transfer("recv").result(LONG)
     assert torch.equal(target, torch.ones(3))
@@ -162,10 +150,7 @@ def test_a_batch_that_is_registered_again_while_the_store_is_away_leaves_nothing
 ) -> None:
     one, two = cluster.pair("p")
     source, target = torch.ones(3), torch.zeros(3)
-    first, second = succeed(
-        lambda: one.register_tensors("x", [(source, "p")], timeout=LONG),
-        lambda: two.register_tensors("x", [(target, "p")], timeout=LONG),
-    )
+    first, second = registered(one, two, "p", source, target)
     with monkeypatch.context() as patch:
         patch.setattr(cluster.store, "delete", _away)
         second.close()
@@ -182,10 +167,7 @@ def test_a_batch_that_is_registered_again_while_the_store_is_away_leaves_nothing
 def test_who_comes_meanwhile_hears_that_the_store_is_away(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not that somebody is slow to leave."""
     one, two = cluster.pair("p")
-    handler, _ = succeed(
-        lambda: one.register_tensors("x", [(torch.ones(3), "p")], timeout=LONG),
-        lambda: two.register_tensors("x", [(torch.zeros(3), "p")], timeout=LONG),
-    )
+    handler, _ = registered(one, two, "p", torch.ones(3), torch.zeros(3))
     again = cluster.client(0)
     with monkeypatch.context() as patch:
         for name in ("delete", "exists", "list", "get_bytes", "set_bytes", "compare_and_set"):
