@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import math
 import mmap
 import os
 import re
 import resource
+import signal
 import stat
+import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -35,6 +38,10 @@ SPARE_MAPPINGS = 1024
 # torch gives the process that manages its named files one second to answer, which a busy machine may take; nothing has changed then.
 _MANAGER_TRIES = 30
 _MANAGER_TIMED_OUT = "manager connection has timed out"
+
+_TORCH_FILE = re.compile(r"torch_[0-9]+_[0-9]+(?:_[0-9]+)?")
+_HEAD = 64
+_SWEEP_TRIES = 5
 
 
 class SharedFile(NamedTuple):
@@ -198,3 +205,52 @@ def remove_unfinished(error: RuntimeError) -> None:
     if found:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{SHM_DIR}/{found[1]}")
+
+
+def sweep_unfinished() -> list[str]:
+    """Remove the files in /dev/shm that torch named in a process which was killed before torch took the name back; their names.
+
+    torch names each file that it moves a storage into, makes room in it, maps it, and only then removes the name and copies the
+    contents: who is killed in between leaves a file of zeros that nobody has open. One that torch means to keep by name starts with
+    its reference count, which is not zero. So whose process it was need not be known, nor be visible from here: other containers
+    may share /dev/shm. Only this user's files are touched.
+    """
+    removed = []
+    for name in os.listdir(SHM_DIR):
+        if _TORCH_FILE.fullmatch(name) and _remove_if_unfinished(f"{SHM_DIR}/{name}"):
+            removed.append(name)
+    return removed
+
+
+def _remove_if_unfinished(path: str) -> bool:
+    try:
+        # Does not wait for who has a lease on it: that is another sweep.
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or any(os.pread(fd, _HEAD, 0)):
+            return False
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one sweep of several goes on
+        for _ in range(_SWEEP_TRIES):
+            if _nobody_else_has(fd):
+                os.unlink(path)
+                return True
+            time.sleep(0.001)  # another sweep may just have looked at it
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+    return False
+
+
+def _nobody_else_has(fd: int) -> bool:
+    """Whether no process of this machine has the file open or mapped besides ``fd``: only then is a write lease given (fcntl(2))."""
+    # Who opens it while the lease is held has a signal sent here: one that is ignored unless it is asked for.
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return False
+    return True

@@ -40,12 +40,11 @@ from etha_ray.tensor_bus.commands import Message
 from etha_ray.tensor_bus.history import History, Observer
 from etha_ray.tensor_bus.host import HostNonce, host_identity
 from etha_ray.tensor_bus.jobs import Jobs
-from etha_ray.tensor_bus.leftovers import claim, leave_folder
+from etha_ray.tensor_bus.leftovers import claim, leave_folder, sweep
 from etha_ray.tensor_bus.network import AgentNetwork, address_towards
 from etha_ray.tensor_bus.pinned import Pinned
 from etha_ray.tensor_bus.presence import Presence
 from etha_ray.tensor_bus.records import AgentRecord
-from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.service import BusService
 from etha_ray.tensor_bus.ways import Ways
 from etha_ray.transport.base import OneSidedTransport
@@ -133,7 +132,7 @@ class TensorBusAgent:
             self.record = _record(rank, incarnation, self._nonce, self.paths, device, pinned, address, restarts)
             self._state = claim(self.record)
             undo.callback(self._state.close, destroy=True)
-            sweep_dead()
+            sweep()
             self._queue = CommandQueue(self.paths.command_queue)
             undo.callback(self._queue.close, destroy=True)
             self._jobs = Jobs(self._queue.wake)
@@ -261,7 +260,7 @@ class TensorBusAgent:
         with contextlib.ExitStack() as steps:
             steps.callback(self._stopped.set)
             steps.callback(leave_folder, self.paths)
-            steps.callback(sweep_dead)
+            steps.callback(sweep)
             steps.callback(self._nonce.close)
             steps.callback(self._state.close, destroy=True)
             steps.callback(self._state.put_stopped)

@@ -1,7 +1,7 @@
-"""What killed agents left on this host: whose it was, taking its place, and removing it.
+"""What killed agents and workers left on this host: whose it was, taking its place, and removing it.
 
 An agent that ends by itself removes its files. One that was killed cannot: the agent in its place goes on with them, or the next pool
-removes them, or its own pool's end.
+removes them, or its own pool's end. What a killed worker left in /dev/shm its agent removes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import msgspec
 from etha_ray.config import FAILURE_TIMEOUT, AgentPaths, agent_paths, namespace_folders
 from etha_ray.errors import AgentBusyError
 from etha_ray.processes import is_alive, process_start_time
+from etha_ray.shared_files import sweep_unfinished
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.host import host_identity
 from etha_ray.tensor_bus.records import AgentRecord
@@ -63,6 +64,12 @@ def claim(record: AgentRecord) -> StateFile:
         state.close()
 
 
+def sweep() -> None:
+    """Remove what dead processes left in /dev/shm: semaphores, files of ours, and shared memory that torch was making."""
+    sweep_dead()
+    sweep_unfinished()
+
+
 def remove_files(paths: AgentPaths) -> bool:
     """Remove the files and semaphores of an agent that was killed. False, and nothing is touched, while an agent lives there."""
     if Path(paths.state).exists():
@@ -78,7 +85,7 @@ def remove_files(paths: AgentPaths) -> bool:
             state.close(destroy=True)
     else:
         _remove_queue(paths)
-    sweep_dead()
+    sweep()
     leave_folder(paths)
     return True
 

@@ -61,6 +61,7 @@ from etha_ray.tensor_bus.commands import (
 from etha_ray.tensor_bus.history import History
 from etha_ray.tensor_bus.jobs import Jobs
 from etha_ray.tensor_bus.journal import Journal
+from etha_ray.tensor_bus.leftovers import sweep
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.notices import Notices
@@ -208,9 +209,12 @@ class BusService:
     def check_others(self) -> None:
         """Find out which workers and agents have died."""
         self._links.check()
-        for worker in self._workers.dead():
+        dead = self._workers.dead()
+        for worker in dead:
             logger.warning("agent %d: worker pid %d died", self.record.rank, worker.pid)
             self._drop_worker(worker, PeerLostError(f"worker pid {worker.pid} died"), lost=True, then=lambda: None)
+        if dead:
+            sweep()
         for worker in self._workers.all():
             for pair in worker.pairs.values():
                 self._pairing.expire_waiting(pair)

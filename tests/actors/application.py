@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from etha_ray.tensor_bus.semaphores import sweep_dead
+from etha_ray.tensor_bus.leftovers import sweep
 from etha_ray.testing import eventually
 from tests.conftest import left_behind
 
@@ -73,7 +73,7 @@ class Traces:
         (namespace,) = self._namespaces
 
         def left() -> list[Any]:
-            sweep_dead()
+            sweep()
             return [*left_behind(namespace, {self._process.pid, *self._pids}), *filter(psutil.pid_exists, self._pids)]
 
         with contextlib.suppress(TimeoutError):

@@ -7,7 +7,9 @@ that nothing is left of them in /dev/shm or on disk. `Worker` is a process that 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -370,6 +372,14 @@ def close_batch(state: dict[str, Any], batch_id: str) -> None:
 def fill(state: dict[str, Any], batch_id: str, add: float) -> None:
     for tensor in state["tensors"][batch_id]:
         tensor.add_(add)
+
+
+def die_sharing(state: dict[str, Any]) -> None:
+    """Have torch move a storage into shared memory, and be killed after it has named the file: by the system, as the file is too large."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (mmap.PAGESIZE, mmap.PAGESIZE))
+    torch.ones(10_000).share_memory_()
 
 
 def read(state: dict[str, Any], batch_id: str) -> list[torch.Tensor]:

@@ -218,6 +218,17 @@ class TestWorkers:
         cluster.kill(three.pid)
         works(one, two)
 
+    def test_killed_while_torch_shares_its_memory(self, cluster: ProcessCluster) -> None:
+        """Other storages of it are there, and its agent remains: both must not be what tidies up."""
+        one, two = cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        two.start(acts.die_sharing)
+        eventually(lambda: not two.process.is_alive())
+        assert two.process.exitcode == -signal.SIGXFSZ
+        eventually(lambda: left_in_shm({two.pid}, []) == [])
+        with pytest.raises(PeerLostError, match=r"b\[0\] is gone"):
+            one.call(acts.transfer, "x", "send")
+
 
 class TestTakingOver:
     def test_a_live_agents_place_is_taken(self) -> None:

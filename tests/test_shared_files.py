@@ -1,0 +1,124 @@
+"""What a process that was killed while torch moved a storage into shared memory leaves, and who removes it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from etha_ray.shared_files import SHM_DIR, share_by_name, sweep_unfinished
+from tests.fresh import fresh
+from tests.tensor_bus.cluster import die_sharing
+
+
+def left_by(pid: int | None) -> set[str]:
+    return {name for name in os.listdir(SHM_DIR) if name.startswith(f"torch_{pid}_")}
+
+
+@pytest.fixture
+def unfinished() -> Iterator[Path]:
+    """A file as torch leaves it, with room made."""
+    path = Path(SHM_DIR, f"torch_1_{secrets.randbits(32)}_0")
+    path.touch(0o600)
+    os.truncate(path, 8192)
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def test_what_torch_leaves_is_removed() -> None:
+    process = fresh.Process(target=die_sharing, args=({},))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGXFSZ
+    (left,) = left_by(process.pid)
+    assert left in sweep_unfinished()
+    assert left_by(process.pid) == set()
+
+
+def test_room_made_already(unfinished: Path) -> None:
+    assert unfinished.name in sweep_unfinished()
+    assert not unfinished.exists()
+
+
+def test_what_a_process_has_open_is_left(unfinished: Path) -> None:
+    """In whatever pid namespace, as containers that share /dev/shm are."""
+    hold = f"import os; os.open({str(unfinished)!r}, os.O_RDWR); print(flush=True); input()"
+    alone = ["unshare", "--pid", "--fork", "--kill-child"] if os.geteuid() == 0 and shutil.which("unshare") else []
+    with subprocess.Popen([*alone, sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        assert unfinished.name not in sweep_unfinished()
+        assert unfinished.exists()
+        process.stdin.close()
+    assert unfinished.name in sweep_unfinished()
+
+
+def test_what_is_only_mapped_is_left(unfinished: Path) -> None:
+    with open(unfinished, "r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 8192)
+    assert unfinished.name not in sweep_unfinished()
+    mapped.close()
+    assert unfinished.name in sweep_unfinished()
+
+
+def test_what_torch_keeps_by_name_is_left() -> None:
+    """On its way to another process nobody has it open: only the reference count at its head says that it is wanted."""
+    storage = torch.ones(100).untyped_storage()
+    path = Path(share_by_name(storage).path)
+    storage._shared_incref()
+    del storage
+    assert path.name not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert path.name not in sweep_unfinished()
+    assert path.exists()
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", ["torch_1", "torch_1_2_3_4", "torch_x_1_2", "xtorch_1_2_3", "torch_1_2_3.bak"])
+def test_other_names_are_left(name: str) -> None:
+    path = Path(SHM_DIR, name)
+    path.touch(0o600)
+    try:
+        assert name not in sweep_unfinished()
+        assert path.exists()
+    finally:
+        path.unlink()
+
+
+def test_a_link_is_not_followed(unfinished: Path, tmp_path: Path) -> None:
+    unfinished.unlink()
+    target = tmp_path / "target"
+    target.touch()
+    unfinished.symlink_to(target)
+    assert unfinished.name not in sweep_unfinished()
+    assert target.exists()
+    assert unfinished.is_symlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user, as only root can")
+def test_another_users_is_left(unfinished: Path) -> None:
+    os.chown(unfinished, 12345, 12345)
+    assert unfinished.name not in sweep_unfinished()
+    assert unfinished.exists()
+
+
+def test_of_many_sweeps_at_once_one_removes_it() -> None:
+    with ThreadPoolExecutor(4) as sweepers:
+        for _ in range(20):
+            path = Path(SHM_DIR, f"torch_1_{secrets.randbits(32)}_0")
+            path.touch(0o600)
+            sweeps = [sweepers.submit(sweep_unfinished) for _ in range(4)]
+            removed = [name for sweep in sweeps for name in sweep.result()]
+            removed += sweep_unfinished()  # each may have seen another one's descriptor, where threads wait long for their turn
+            assert not path.exists()
+            assert removed.count(path.name) == 1
