@@ -14,17 +14,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.judge import outcomes, violations
+from tests.chaos.judge import longest, outcomes, violations
 from tests.chaos.monkey import Monkey, Strike
 from tests.chaos.ray_stage import ray_stage
 from tests.chaos.stage import stage
 
+LIMIT = 10.0
+"""Seconds after which a call has hung: it is given 8."""
 
-def play(kills: int, seed: int, folder: Path, progress: bool = False, with_ray: bool = False) -> dict[str, Any]:
+
+def play(kills: int, seed: int, folder: Path, limit: float = LIMIT, progress: bool = False, with_ray: bool = False) -> dict[str, Any]:
     """Strike until so many processes were killed; what happened, as JSON has it."""
     begin = time.monotonic()
     with ray_stage(folder) if with_ray else stage(folder) as made:
-        monkey = Monkey(made, seed)
+        monkey = Monkey(made, seed, limit)
         monkey.settle()
         while (killed := sum(strike.kills for strike in monkey.strikes)) < kills:
             strike = monkey.strike()
@@ -34,7 +37,9 @@ def play(kills: int, seed: int, folder: Path, progress: bool = False, with_ray: 
         still = monkey.settled()
     made.reader.poll()
     entries = made.reader.entries.values()
-    bad = violations(entries) + monkey.hangs + made.odd_ends + made.faults() + [f"left behind: {name}" for name in made.left()]
+    times = longest(entries, monkey.pauses)
+    long = [f"a call took {seconds:.1f} s: {call}" for call, seconds in times.items() if seconds > limit]
+    bad = violations(entries) + long + monkey.hangs + made.odd_ends + made.faults() + [f"left behind: {name}" for name in made.left()]
     return {
         "kills": sum(strike.kills for strike in monkey.strikes),
         "seed": seed,
@@ -43,6 +48,7 @@ def play(kills: int, seed: int, folder: Path, progress: bool = False, with_ray: 
         "during": {call: sum(s.during == call for s in monkey.strikes) for call in sorted({s.during for s in monkey.strikes})},
         "passed_on": sum(bool(entry.through) for entry in entries),
         "outcomes": {call: dict(counts.most_common()) for call, counts in sorted(outcomes(entries).items())},
+        "longest": times,
         "bad": bad if still else [*bad, "when the strikes were over, nothing crossed any more"],
     }
 
@@ -71,9 +77,10 @@ def _show(result: dict[str, Any]) -> None:
         times = [f"{row[key]:.2f}" if key in row else "" for key in ("recovery_p50", "recovery_p99", "recovery_max")]
         table.add_row(kind, str(row["strikes"]), str(row["relays"]), str(row["kills"]), *times)
     console.print(table)
-    table = Table("call", "how it ended", title="calls of the players")
+    table = Table("call", "how it ended", "longest, s", title="calls of the players")
     for call, counts in result["outcomes"].items():
-        table.add_row(call, ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+        ended = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        table.add_row(call, ended, f"{result['longest'].get(call, 0.0):.2f}")
     console.print(table)
     console.print(f"{result['kills']} kills in {result['minutes']:.1f} min, seed {result['seed']}; during {result['during']}")
     console.print(f"{result['passed_on']} receives had something passed on to them by others that received it")

@@ -70,6 +70,25 @@ def _in_a_row(calls: Iterable[Entry]) -> tuple[list[Entry], list[float], list[fl
     return own, begins, ends
 
 
+Pause = tuple[str, float, float]
+"""A player that stood still, from when, to when."""
+
+
+def lasted(entry: Entry, until: float, pauses: Iterable[Pause]) -> float:
+    """Seconds from the call's begin, without those in which its own process stood still."""
+    still = (min(until, end) - max(entry.begin, begin) for who, begin, end in pauses if who == entry.who)
+    return until - entry.begin - sum(seconds for seconds in still if seconds > 0)
+
+
+def longest(entries: Iterable[Entry], pauses: Iterable[Pause]) -> dict[str, float]:
+    """The longest call of each name that its process lived to end, in seconds."""
+    pauses, found = list(pauses), dict[str, float]()
+    for entry in entries:
+        if entry.end is not None:
+            found[entry.call] = max(found.get(entry.call, 0.0), lasted(entry, entry.end, pauses))
+    return found
+
+
 def _name(entry: Entry) -> str:
     return f"{entry.who} life {entry.life} call {entry.number} ({entry.call}, {entry.outcome})"
 

@@ -10,14 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tests.chaos.journal import Entry
+from tests.chaos.judge import Pause, lasted
 from tests.chaos.ray_stage import RayPart, RayStage
 from tests.chaos.stage import SEATS, Part, Stage
 
 PATIENCE = 60.0
 """Seconds within which everybody must have gone on after a strike."""
-
-LIMIT = 20.0
-"""Seconds after which a call counts as hanging: it was given 8, and a busy machine may stand still for some."""
 
 _CALLS = ("connect", "init_pair", "register", "send", "recv", "close")
 
@@ -43,9 +41,11 @@ class Monkey:
 
     stage: Stage | RayStage
     seed: int
+    limit: float
+    """Seconds after which a call counts as hanging."""
     strikes: list[Strike] = field(default_factory=list)
     hangs: list[str] = field(default_factory=list)
-    _paused: list[tuple[float, float, str]] = field(default_factory=list)
+    pauses: list[Pause] = field(default_factory=list)
     _told: set[tuple[str, int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -159,7 +159,7 @@ class Monkey:
             pid = part.pid
             self._watch(self.random.uniform(0.5, 7.0), paused=part.name)
             self.stage.signal(part, signal.SIGCONT)
-            self._paused.append((begin, time.monotonic(), part.name))
+            self.pauses.append((part.name, begin, time.monotonic()))
             assert part.pid == pid, "who stands still was started again"
         return strike
 
@@ -215,7 +215,7 @@ class Monkey:
             self.stage.reader.poll()
             now = time.monotonic()
             for entry in list(self.stage.reader.latest.values()):
-                if entry.end is None and entry.who != paused and now - entry.begin > LIMIT:
+                if entry.end is None and entry.who != paused and now - entry.begin > self.limit:
                     self._hanging(entry, now)
             if now >= deadline:
                 return
@@ -223,12 +223,12 @@ class Monkey:
 
     def _hanging(self, entry: Entry, now: float) -> None:
         part = self.stage.part(entry.who)
-        stood = sum(end - begin for begin, end, name in self._paused if name == entry.who and end > entry.begin)
+        seconds = lasted(entry, now, self.pauses)
         key = entry.who, entry.life, entry.number
-        if part.lives_still(entry.life) and now - entry.begin - stood > LIMIT and key not in self._told:
+        if part.lives_still(entry.life) and seconds > self.limit and key not in self._told:
             self._told.add(key)
             self.stage.dump()
-            self.hangs.append(f"{entry.who} has been in {entry.call} for {now - entry.begin:.1f} s, after {self.strikes[-1:]}")
+            self.hangs.append(f"{entry.who} has been in {entry.call} for {seconds:.1f} s, after {self.strikes[-1:]}")
 
     def _state(self) -> str:
         reader = self.stage.reader

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.chaos.journal import Entry
-from tests.chaos.judge import violations
+from tests.chaos.judge import longest, violations
 
 REGISTER = Entry("b0", 1, 7, 1, "register", 0.0, 0.1, "ok")
 SEND = Entry("a0", 1, 8, 1, "send", 1.0, 2.0, "ok", version=1, nonce=5)
@@ -42,3 +42,9 @@ def test_what_is_still_under_way_may_come_into_tensors_that_were_registered_mean
     if again:
         entries.append(replace(REGISTER, number=3, begin=2.0, end=2.9))
     assert ["old data" in sentence for sentence in violations(entries)] == ([] if again else [True])
+
+
+def test_the_longest_calls_without_what_stood_still() -> None:
+    entries = [SEND, replace(SEND, number=2, begin=2.0, end=9.0), RECV, replace(RECV, number=5, begin=8.0, end=None)]
+    pauses = [("a0", 1.5, 4.0), ("a0", 8.0, 20.0), ("b0", 3.0, 5.0)]
+    assert longest(entries, pauses) == {"send": 4.0, "recv": pytest.approx(0.9)}
