@@ -23,7 +23,6 @@ from functools import partial
 
 from etha_ray.errors import (
     AgentFailedError,
-    BatchUnmatchedError,
     EthaRayError,
     PeerLostError,
     TransferTimeoutError,
@@ -40,25 +39,21 @@ from etha_ray.tensor_bus.commands import (
     DataStands,
     DataTaken,
     DigestPart,
-    MakeDigest,
     RegistrationClosed,
     RelayAnswer,
     Transfer,
-    WaitReady,
-    WaitVersion,
 )
-from etha_ray.tensor_bus.digesting import Digesting
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.losing import Losing
 from etha_ray.tensor_bus.losses import Returns
+from etha_ray.tensor_bus.questions import Questions
 from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.records import Standing
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.registration import Registration
 from etha_ray.tensor_bus.sending import Sending
-from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay, silent_senders
-from etha_ray.tensor_bus.versions import Holding, VersionWaits
-from etha_ray.tensor_bus.waits import ReadyWaits
+from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay
+from etha_ray.tensor_bus.versions import Holding
 
 
 @dataclass
@@ -85,9 +80,7 @@ class Batch:
     closing: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.sending, self.receiving, self.digesting, self.losing = Sending(self), Receiving(self), Digesting(self), Losing(self)
-        self.waits = VersionWaits(self.bus.answer, self.bus.refuse)
-        self.ready_waits = ReadyWaits(self.bus.answer, self.bus.refuse)
+        self.sending, self.receiving, self.questions, self.losing = Sending(self), Receiving(self), Questions(self), Losing(self)
 
     # ------------------------------------------------------------------------------------------- worker's calls
 
@@ -136,30 +129,9 @@ class Batch:
         pending = self.transfer.version if self.transfer is not None and self.transfer.announced else 0
         return Standing(self.holding.last, self.used, pending)
 
-    def wait_version(self, command: WaitVersion) -> None:
-        """Answer once the tensors hold this version or a later one."""
-        self.waits.add(command, time.monotonic())
-        if self.holding.version:
-            self.waits.reach(self.holding.version)
-        self.end_waits()
-
     def want(self) -> None:
         """Its worker wants to go on."""
         self.losing.want()
-
-    def wait_ready(self, command: WaitReady) -> None:
-        """Answer once all members are there, and the batch is ready for transfers."""
-        if self.state is BatchState.READY:
-            self.bus.answer(command, None)
-        else:
-            self.ready_waits.add(command, time.monotonic())
-            self.want()
-
-    def make_digest(self, command: MakeDigest) -> None:
-        """Answer with the tensors' digests; the batch must be ready. Raises as `Digesting.ask`."""
-        if self.state is not BatchState.READY:
-            raise self.closed or self.loss or BatchUnmatchedError(self._not_ready())
-        self.digesting.ask(command)
 
     def signal(self) -> bool:
         """Whether the sender's data is ready, or sent, and not yet received."""
@@ -195,8 +167,7 @@ class Batch:
         self.cancel(error)
         self.state, self.closed, self.closed_as = BatchState.CLOSED, error, (lost, returns)
         self.losing.say_closed(self.registered.others, str(error), lost, returns)
-        for waits in (self.waits, self.ready_waits, self.digesting):
-            waits.fail(error)
+        self.questions.fail(error)
         self._release_if_idle()
 
     def registration_over(self, job: Job[Registered], now: float) -> BaseException | None:
@@ -213,12 +184,10 @@ class Batch:
         if job.value is None:
             error = job.error if isinstance(job.error, EthaRayError) else AgentFailedError(f"the registration failed: {job.error}")
             self.cancel(error)
-            self.waits.fail(error)
+            self.questions.not_registered(error, tries_again=self.is_renewal)
             if self.is_renewal:
                 self.state = BatchState.LOST
                 self.losing.not_renewed(error, now)
-            else:
-                self.ready_waits.fail(error)
             return job.error
         self.state = BatchState.READY
         self.losing.all_there()
@@ -247,7 +216,8 @@ class Batch:
         self.registered = Registered(memberships=self.registered.memberships)  # it may be listed as a replica
         self.state, self.is_renewal = BatchState.REGISTERING, True
         self.completed = 0
-        self.sending, self.receiving, self.digesting = Sending(self), Receiving(self), Digesting(self)
+        self.sending, self.receiving = Sending(self), Receiving(self)
+        self.questions.renewed()
         self.losing.renewing()
 
     def catch_up(self) -> None:
@@ -258,7 +228,7 @@ class Batch:
             self.cancel(refusal)
         self.receiving.announced.pass_over_taken()
         if self.state is BatchState.READY:
-            self.ready_waits.done(None)
+            self.questions.ready()
         if self.is_renewal and self.holding.version and self.holding.taken:  # its agent may be another one now
             self.bus.received(self, self.holding.version)
         self.advance()
@@ -266,12 +236,12 @@ class Batch:
     @property
     def waiting(self) -> bool:
         """Whether anything waits that may have a `deadline`."""
-        return self.transfer is not None or bool(self.waits.waiting or self.ready_waits.waiting or self.digesting.waits.waiting)
+        return self.transfer is not None or self.questions.waiting
 
     @property
     def deadline(self) -> float | None:
         """When `expire` has something to do, by the monotonic clock."""
-        deadlines = self._transfer_deadline, self.waits.deadline, self.ready_waits.deadline, self.digesting.waits.deadline
+        deadlines = self._transfer_deadline, self.questions.deadline
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     @property
@@ -284,11 +254,7 @@ class Batch:
 
     def expire(self, now: float) -> None:
         """End what waits and whose time is up; a transfer that is MOVING or SWAPPING ends by itself."""
-        if self.waits.waiting:
-            self.waits.expire(now, self._version_state())
-        if self.ready_waits.waiting:
-            self.ready_waits.expire(now, self._not_ready())
-        self.digesting.expire(now)
+        self.questions.expire(now)
         transfer, deadline = self.transfer, self._transfer_deadline
         if transfer is None or deadline is None or now < deadline:
             return
@@ -339,36 +305,18 @@ class Batch:
             if transfer.command.transfer_type == "recv":
                 self.bus.received(self, transfer.version)
             self.completed += 1
-            self.waits.reach(transfer.version)
+            self.questions.reached(transfer.version)
             self.bus.answer(transfer.command, report)
         else:
             self.bus.refuse(transfer.command, error)
-        self.end_waits()
+        self.questions.end_versions()
         self.bus.note(transfer.past(report, error))
         self._release_if_idle()
-
-    def end_waits(self) -> None:
-        """End waiting for versions where no receive can bring them."""
-        refusal = None if self.transfer is not None else self.refusal("recv")
-        if refusal is not None:
-            self.waits.fail(refusal)
 
     def hold(self, holding: Holding) -> None:
         """Note what the tensors hold from now on, where their worker can read it."""
         self.holding = holding
         self.bus.hold(self.client_id, self.batch_id, holding)
-
-    def _version_state(self) -> str:
-        held, transfer = self.holding, self.transfer
-        what = f"batch {self.batch_id!r} is torn ({held.why})" if held.torn else f"batch {self.batch_id!r} holds version {held.version}"
-        if self.state is BatchState.REGISTERING:
-            return f"{what}: the other side has not registered it"
-        missing = silent_senders(self.registered, self.receiving.announced)
-        if missing:
-            return f"{what}: {missing} did not send a newer one"
-        if transfer is None or transfer.command.transfer_type == "send":
-            return f"{what}: a newer one was sent, call transfer('recv') for it" if self.registered.sources else what
-        return f"{what}: {transfer.version} is being received"
 
     # ---------------------------------------------------------------------------------------- other side's messages
 
@@ -390,7 +338,7 @@ class Batch:
         elif isinstance(message, RelayAnswer):
             self.receiving.on_relay(message)
         elif isinstance(message, DigestPart):
-            self.digesting.on_part(message)
+            self.questions.on_part(message)
         else:
             self.receiving.on_taker(message)
 
@@ -408,10 +356,6 @@ class Batch:
         """Another member, for messages."""
         peer = self.registered.others.get(registration)
         return peer.name if peer is not None else "a peer"
-
-    def _not_ready(self) -> str:
-        who = self.job.cancellation.waits_for if self.job is not None else ""
-        return f"batch {self.batch_id!r} is not ready: {who or self.loss or 'it is being registered'}"
 
     def _release_if_idle(self) -> None:
         if self.state is not BatchState.CLOSED or self.transfer is not None or self.job is not None:

@@ -11,8 +11,8 @@ from etha_ray.errors import BatchClosedError, EthaRayError, PeerLostError
 from etha_ray.tensor_bus.agreement import Direction
 from etha_ray.tensor_bus.bus import BatchState, Member
 from etha_ray.tensor_bus.commands import RegistrationClosed
-from etha_ray.tensor_bus.digesting import Digesting
 from etha_ray.tensor_bus.losses import Loss, Losses, Returns
+from etha_ray.tensor_bus.questions import Questions
 from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.registered import Peer
 from etha_ray.tensor_bus.registration import Registration
@@ -29,13 +29,10 @@ class Losable(Member, Protocol):
     work: Registration
     completed: int
     receiving: Receiving
-    digesting: Digesting
+    questions: Questions
 
     def cancel(self, error: EthaRayError) -> None:
         """End the transfer under way."""
-
-    def end_waits(self) -> None:
-        """End waiting for versions, where they cannot come."""
 
 
 class Losing:
@@ -96,8 +93,7 @@ class Losing:
         transfer = member.transfer
         if transfer is None or transfer.state is not TransferState.ASKING:
             member.receiving.announced.pop(registration, None)
-        member.end_waits()
-        member.digesting.fail(error)
+        member.questions.lost(error)
         if transfer is not None and (registration in member.registered.sources or registration in member.registered.targets):
             self._lose_needed(transfer, registration, f"{name} went away ({message.reason}) while its data was being read", error)
         member.receiving.lost(registration)

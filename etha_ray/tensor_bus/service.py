@@ -325,9 +325,7 @@ class BusService:
 
     def _on_cancel(self, command: CancelTransfer) -> None:
         batch = self._batch(command, command.batch_id)
-        batch.waits.drop(command.command_id)
-        batch.ready_waits.drop(command.command_id)
-        batch.digesting.give_up(command.command_id)
+        batch.questions.give_up(command.command_id)
         if batch.transfer is not None and batch.transfer.command.command_id == command.command_id:
             batch.cancel(TransferCancelledError(f"batch {batch.batch_id!r}: its worker gave up waiting"))
 
@@ -339,17 +337,17 @@ class BusService:
 
     def _on_wait_version(self, command: WaitVersion) -> None:
         batch = self._batch(command, command.batch_id)
-        batch.wait_version(command)
+        batch.questions.wait_version(command)
         self._timed[id(batch)] = batch
 
     def _on_wait_ready(self, command: WaitReady) -> None:
         batch = self._batch(command, command.batch_id)
-        batch.wait_ready(command)
+        batch.questions.wait_ready(command)
         self._timed[id(batch)] = batch
 
     def _on_digest(self, command: MakeDigest) -> None:
         batch = self._batch(command, command.batch_id)
-        batch.make_digest(command)
+        batch.questions.make_digest(command)
         self._timed[id(batch)] = batch
 
     def _on_cleanup(self, command: CleanupBatch) -> None:

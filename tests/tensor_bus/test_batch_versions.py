@@ -182,10 +182,10 @@ class TestVersions:
 
     def test_waiting_for_one(self) -> None:
         source, target = ends(remote=False)
-        target.batch.wait_version(WaitVersion(batch_id="batch", version=2, command_id=1))
-        target.batch.wait_version(WaitVersion(batch_id="batch", version=2, command_id=2, timeout=0.0))
-        target.batch.wait_version(WaitVersion(batch_id="batch", version=9, command_id=3))
-        target.batch.waits.drop(3)
+        target.batch.questions.wait_version(WaitVersion(batch_id="batch", version=2, command_id=1))
+        target.batch.questions.wait_version(WaitVersion(batch_id="batch", version=2, command_id=2, timeout=0.0))
+        target.batch.questions.wait_version(WaitVersion(batch_id="batch", version=9, command_id=3))
+        target.batch.questions.give_up(3)
         for step in (1, 2):
             source.start("send")
             target.start("recv")
@@ -197,10 +197,10 @@ class TestVersions:
                 assert isinstance(error, VersionTimeoutError)
                 assert "holds version 1: source[0] did not send a newer one; version 2 did not come within 0 s" in str(error)
         assert target.outcome() == 2
-        target.batch.wait_version(WaitVersion(batch_id="batch", version=1, command_id=4))
+        target.batch.questions.wait_version(WaitVersion(batch_id="batch", version=1, command_id=4))
         assert target.outcome() == 2
-        target.batch.wait_version(WaitVersion(batch_id="batch", version=3, command_id=5))
+        target.batch.questions.wait_version(WaitVersion(batch_id="batch", version=3, command_id=5))
         target.batch.lose_agent("agent of source", "the cable was cut")
         assert isinstance(target.outcome(), PeerLostError)
-        target.batch.wait_version(WaitVersion(batch_id="batch", version=3, command_id=6))
+        target.batch.questions.wait_version(WaitVersion(batch_id="batch", version=3, command_id=6))
         assert isinstance(target.outcome(), PeerLostError)
