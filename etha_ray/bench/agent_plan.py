@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from etha_ray.bench.moe import Form, ModelTensor, Moe
 from etha_ray.bench.processes import BenchError
 from etha_ray.layout import Layout, Pieces
@@ -58,8 +60,7 @@ def measure(ranks: int, form: Form, role: Role, position: int) -> AgentPlan:
     try:
         if not receiver.poll(_TIMEOUT):
             raise BenchError(f"the plan of {role} {position} of {ranks} ranks was not made in {_TIMEOUT:g} s")
-        found: AgentPlan = receiver.recv()
-        return found
+        return msgspec.msgpack.decode(receiver.recv_bytes(), type=AgentPlan)
     except EOFError:
         raise BenchError(f"the process that plans for {role} {position} of {ranks} ranks died; its log is above") from None
     finally:
@@ -70,7 +71,7 @@ def measure(ranks: int, form: Form, role: Role, position: int) -> AgentPlan:
 
 def _answer(sender: Connection, ranks: int, form: Form, role: Role, position: int) -> None:
     with contextlib.closing(sender):
-        sender.send(make(Moe(ranks, form), role, position))
+        sender.send_bytes(msgspec.msgpack.encode(make(Moe(ranks, form), role, position)))
 
 
 def make(model: Moe, role: Role, position: int) -> AgentPlan:

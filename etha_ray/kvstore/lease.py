@@ -66,6 +66,8 @@ class Lease:
         asked = time.monotonic()
         self._grant = store._grant(ttl)
         self._good_until = asked + self._grant.ttl
+        self.answered = time.monotonic()
+        """When the store last answered, by the monotonic clock: while the lease renews itself, three times in its time to live."""
         self._keeper: threading.Thread | None = None
         if renew:
             self._keeper = threading.Thread(target=self._keep, name="etha-ray-lease", daemon=True)
@@ -112,8 +114,10 @@ class Lease:
             try:
                 self._grant.renew()
             except LeaseExpiredError:
+                self.answered = time.monotonic()
                 self._lose("the store says so")
                 raise
+            self.answered = time.monotonic()
         self._check_alive()  # an answer that came too late does not bring back what this process has taken for lost
         with self._lock:
             self._good_until = max(self._good_until, asked + self.ttl)

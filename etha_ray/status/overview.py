@@ -116,7 +116,13 @@ def overview(namespace: str, agents: Sequence[SeenAgent], time: float) -> Overvi
     return Overview(
         namespace=namespace,
         time=time,
-        problems=[f"agent {agent.rank} {_PROBLEMS[agent.life].format(age=agent.beat_age)}" for agent in agents if agent.life in _PROBLEMS],
+        problems=[f"agent {agent.rank} {_PROBLEMS[agent.life].format(age=agent.beat_age)}" for agent in agents if agent.life in _PROBLEMS]
+        + [
+            f"agent {agent.rank} has had no answer of its store for {time - status.store_silent_since:.0f} s: transfers go on, and nothing"
+            " can be registered; see that the store runs and can be reached"
+            for agent, status in statuses
+            if status.store_silent_since
+        ],
         agents=[_agent(agent) for agent in agents],
         pairs=_pairs([status for _, status in statuses]),
         batches=_batches(statuses, known),

@@ -170,8 +170,9 @@ class TensorBusAgent:
                 self._service.expire(now)
                 if now >= next_check:
                     next_check = now + HEARTBEAT_INTERVAL
-                    self._service.check_others()
                     self._presence.renew()
+                    self._presence.check_store()
+                    self._service.check_others(self._presence.silent_since)
                     self._service.tell_status()
         finally:
             self._stopping.set()

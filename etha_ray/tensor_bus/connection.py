@@ -15,6 +15,7 @@ from etha_ray.processes import pid_namespace, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, Goodbye, Hello, Message
 from etha_ray.tensor_bus.reply import Reply, ReplyPool
+from etha_ray.tensor_bus.snapshot import silent_store
 from etha_ray.tensor_bus.watch import AgentWatch, find_agent
 
 _GRACE = 0.5
@@ -173,10 +174,9 @@ class Connection:
 
     def _wait(self, reply: Reply, timeout: float | None) -> None:
         if not reply.wait(None if timeout is None else timeout + _GRACE):
-            raise TransferTimeoutError(
-                f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s: it still copies, is overloaded, or waits"
-                " for a store that does not answer"
-            )
+            what = f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s"
+            since = reply.store_silent_since()
+            raise silent_store(what, since) if since else TransferTimeoutError(f"{what}: it still copies, or is overloaded")
 
     def _give_up(self, reply: Reply, cancel: CancelTransfer | None) -> None:
         reply.abandon()

@@ -176,8 +176,8 @@ def inflows(part: Part, open_remote: OpenRemote, open_relay: OpenRelay) -> Inflo
             move = Move(views, into, name=name) if reduction is None else Move(views, into, reduction.op, reduction.divisor, name)
             relayed = None
             if lender is not None and route.relay is not None:
-                name = _name(part, position, [part.match.local[route.relay]])
-                relayed = Move((_cut(lender, box.target_start, box),), into, name=name)
+                via = _name(part, position, [part.match.local[route.relay]])
+                relayed = Move((_cut(lender, box.target_start, box),), into, name=via)
             relay = None if lender is None else route.relay
             found.moves.append(Inflow(part.places[position], target, box.target_start, route.sources, move, position, relay, relayed))
     return found

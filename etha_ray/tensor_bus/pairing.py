@@ -22,6 +22,7 @@ from etha_ray.tensor_bus.members import give_back, slot_of
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.pair import Match, Pair, PairState, layout_of, match
 from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
+from etha_ray.tensor_bus.snapshot import silent_store
 from etha_ray.tensor_bus.state_file import StateFile, pair_state_key
 from etha_ray.tensor_bus.withdrawals import Withdrawals
 from etha_ray.tensor_bus.workers import Worker
@@ -131,16 +132,16 @@ class Pairing:
         if not leaving:
             del self._leaving[pair.name, pair.local_name]
 
-    def expire_waiting(self, pair: Pair) -> None:
-        """Answer those who joined an init_pair that has no time limit, or a longer one, when their own time is up."""
+    def expire_waiting(self, pair: Pair, store_silent_since: float) -> None:
+        """Answer those whose time is up, and the job they wait for has not ended: it has no time limit, or a longer one, or waits for a
+        store that has not answered since then (seconds since the epoch; 0 where it does)."""
         for command in list(pair.waiting):
             sent, timeout = command.timestamp, command.timeout
             if sent is not None and timeout is not None and time.time() - sent > timeout + HEARTBEAT_INTERVAL:
                 pair.waiting.remove(command)
-                self._outcomes.failed(
-                    command,
-                    PairTimeoutError(f"pair {pair.name!r} was not complete within {timeout:g} s; an earlier init_pair still waits"),
-                )
+                silent = silent_store(f"init_pair for {pair.name!r}: no answer within {timeout:g} s", store_silent_since)
+                late = PairTimeoutError(f"pair {pair.name!r} was not complete within {timeout:g} s; an earlier init_pair still waits")
+                self._outcomes.failed(command, silent if store_silent_since else late)
 
     def _over(self, pair: Pair, job: Job[Match]) -> None:
         pair.match, pair.error, pair.job = job.value, job.error, None

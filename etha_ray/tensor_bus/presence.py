@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from etha_ray.config import FAILURE_TIMEOUT
@@ -12,6 +13,9 @@ from etha_ray.tensor_bus.jobs import Job, Jobs
 from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
 
 logger = logging.getLogger(__name__)
+
+_LATE = 0.5
+"""How much of the lease's time may pass without an answer of the store: it is asked after a third."""
 
 
 class Presence:
@@ -26,7 +30,20 @@ class Presence:
         self._jobs = jobs
         self._publishing = False
         self._left = False
+        self.silent_since = 0.0
+        """When the store last answered, in seconds since the epoch; 0 while it does."""
         self.lease = self._publish()
+
+    def check_store(self) -> None:
+        """Notice that the store does not answer, or does again."""
+        silence = time.monotonic() - self.lease.answered
+        silent = silence > _LATE * self.lease.ttl
+        if silent and not self.silent_since:
+            logger.warning("agent %d: the store has not answered for %.1f s", self._record.rank, silence)
+            self.silent_since = time.time() - silence
+        elif not silent and self.silent_since:
+            logger.warning("agent %d: the store answers again, after %.1f s", self._record.rank, time.time() - self.silent_since)
+            self.silent_since = 0.0
 
     def renew(self) -> None:
         """Take a new lease where one was lost, with a store that was away for long or when this process was stopped."""

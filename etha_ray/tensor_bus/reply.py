@@ -29,7 +29,7 @@ from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Failed, Ok, decode_outcome
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.semaphores import acquire, generate_semaphore_name, open_semaphore, unlink_quietly
-from etha_ray.tensor_bus.snapshot import AgentStatus, waited_for
+from etha_ray.tensor_bus.snapshot import ASK_STORE, AgentStatus, waited_for
 from etha_ray.tensor_bus.state_file import STATUS, StateFile, outcome_key
 from etha_ray.tensor_bus.watch import AgentWatch
 from etha_ray.waiting import LongWait
@@ -164,13 +164,21 @@ class Reply:
         self._pool.put_back(semaphore)
         return True
 
+    def store_silent_since(self) -> float:
+        """When the store last answered, in seconds since the epoch; 0 where it does, or this command does not need it."""
+        status = self._status()
+        return status.store_silent_since if status is not None and self._command_type in ASK_STORE else 0.0
+
     def _reason(self) -> str:
         """Who is missing, as the agent's state file says."""
+        status = self._status()
+        return "" if status is None else waited_for(status, self._pool.client_id, self._command_type, self._context_id)
+
+    def _status(self) -> AgentStatus | None:
         with contextlib.suppress(QueueClosedError, msgspec.DecodeError):  # the wait itself finds out that it is over
             data = self._pool.state.get(STATUS)
-            if data is not None:
-                return waited_for(_statuses.decode(data), self._pool.client_id, self._command_type, self._context_id)
-        return ""
+            return None if data is None else _statuses.decode(data)
+        return None
 
     def _closed(self) -> BatchClosedError:
         return BatchClosedError(f"the client was closed before {self.what} was answered: make a new one")

@@ -109,6 +109,7 @@ class BusService:
         self._history = history
         self._began = time.time()
         self._told = b""
+        self._store_silent_since = 0.0
         self._outcomes = Outcomes(state, history)
         self._workers = Workers(record.rank)
         self._links = Links(record, network, self._loop_back, jobs.post, self._on_agent_lost)
@@ -206,8 +207,9 @@ class BusService:
         """When `expire` has something to do next."""
         return min((batch.deadline for batch in self._timed.values() if batch.deadline is not None), default=None)
 
-    def check_others(self) -> None:
-        """Find out which workers and agents have died."""
+    def check_others(self, store_silent_since: float) -> None:
+        """Find out which workers and agents have died. The store's silence is in seconds since the epoch; 0 while it answers."""
+        self._store_silent_since = store_silent_since
         self._links.check()
         dead = self._workers.dead()
         for worker in dead:
@@ -217,7 +219,7 @@ class BusService:
             sweep()
         for worker in self._workers.all():
             for pair in worker.pairs.values():
-                self._pairing.expire_waiting(pair)
+                self._pairing.expire_waiting(pair, store_silent_since)
         self._batches.renew_lost(self._workers.all(), time.monotonic())
         self._withdrawals.again()
         self._outcomes.clean(time.monotonic())
@@ -232,7 +234,7 @@ class BusService:
 
     def tell_status(self) -> None:
         """Write what there is, and what ended since, into the state file."""
-        status = encode(snapshot(self.record, self._began, self._workers.all(), self._history.totals))
+        status = encode(snapshot(self.record, self._began, self._workers.all(), self._history.totals, self._store_silent_since))
         news = {history_key(place): encode(past) for place, past in self._history.unsaved().items()}
         if status != self._told:
             news[STATUS] = self._told = status

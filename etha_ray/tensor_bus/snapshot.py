@@ -6,16 +6,21 @@ that is stuck.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from itertools import islice
 
 import msgspec
 
+from etha_ray.errors import StoreUnavailableError
 from etha_ray.tensor_bus.batch import Batch
 from etha_ray.tensor_bus.history import Totals
 from etha_ray.tensor_bus.pair import Pair, PairState
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.workers import Worker
+
+ASK_STORE = frozenset({"init_pair", "register_tensors", "ready_replicas", "announce", "withdraw", "read_notices", "read_body"})
+"""The commands that an agent asks the store for."""
 
 _LISTED = 128
 """Pairs, and batches, that are listed at most."""
@@ -62,7 +67,10 @@ class BatchStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AgentStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One agent. ``workers`` are pids. Of very many pairs and batches the first are listed; ``counts`` has how many there are."""
+    """One agent. ``workers`` are pids. Of very many pairs and batches the first are listed; ``counts`` has how many there are.
+
+    ``store_silent_since``: when the store last answered, in seconds since the epoch; 0 while it does.
+    """
 
     record: AgentRecord
     began: float
@@ -71,6 +79,7 @@ class AgentStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     workers: tuple[int, ...] = ()
     pairs: tuple[PairStatus, ...] = ()
     batches: tuple[BatchStatus, ...] = ()
+    store_silent_since: float = 0.0
 
 
 def counts(workers: Iterable[Worker]) -> dict[str, int]:
@@ -83,7 +92,7 @@ def counts(workers: Iterable[Worker]) -> dict[str, int]:
     }
 
 
-def snapshot(record: AgentRecord, began: float, workers: Iterable[Worker], totals: Totals) -> AgentStatus:
+def snapshot(record: AgentRecord, began: float, workers: Iterable[Worker], totals: Totals, store_silent_since: float) -> AgentStatus:
     """What these workers have. On the loop only."""
     found = list(workers)
     pairs = (_pair(pair) for worker in found for pair in worker.pairs.values())
@@ -96,6 +105,15 @@ def snapshot(record: AgentRecord, began: float, workers: Iterable[Worker], total
         workers=tuple(worker.pid for worker in found[:_LISTED]),
         pairs=tuple(islice(pairs, _LISTED)),
         batches=tuple(islice(batches, _LISTED)),
+        store_silent_since=store_silent_since,
+    )
+
+
+def silent_store(what: str, since: float) -> StoreUnavailableError:
+    """The error of ``what`` the store was to be asked for, which has not answered since then (seconds since the epoch)."""
+    return StoreUnavailableError(
+        f"{what}: the store of its agent has not answered for {time.time() - since:.1f} s: see that it runs and that the agent's host"
+        " reaches it, then call again; the agent itself goes on once it answers"
     )
 
 
@@ -104,6 +122,8 @@ def waited_for(status: AgentStatus, client_id: str, what: str, name: str) -> str
 
     ``what`` is "init_pair", "register_tensors", "transfer" or "wait_version", and ``name`` the pair's or the batch's.
     """
+    if status.store_silent_since and what in ASK_STORE:
+        return f"the store has not answered for {time.time() - status.store_silent_since:.0f} s"
     if what == "init_pair":
         return next((pair.waits_for for pair in status.pairs if (pair.client_id, pair.name) == (client_id, name)), "")
     for batch in status.batches:

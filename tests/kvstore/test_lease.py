@@ -14,6 +14,7 @@ import pytest
 from etha_ray.errors import LeaseExpiredError, StoreUnavailableError
 from etha_ray.kvstore import MemoryStore
 from etha_ray.kvstore.lease import Grant
+from etha_ray.testing import eventually
 
 
 class Interrupted:
@@ -62,12 +63,17 @@ def test_a_store_that_is_away_for_less_than_the_ttl(store: InterruptedStore) -> 
     store.granted.away.set()
     assert store.granted.failed.wait(60)
     assert lease.alive
+    before = lease.answered
+    with pytest.raises(StoreUnavailableError):
+        lease.renew()
+    assert lease.answered == before, "nobody answered"
     with pytest.raises(StoreUnavailableError):
         lease.set("k", "2")
     store.granted.away.clear()
     store.granted.renewed.clear()
     assert store.granted.renewed.wait(60)
     assert lease.alive
+    eventually(lambda: lease.answered > before)
     assert store.get("k") == b"1"
     lease.close()
     assert store.get("k") is None

@@ -12,11 +12,14 @@ import etha_ray
 
 PACKAGE = Path(etha_ray.__file__).parent
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle", "yaml"}
+PICKLING = {"Queue", "SimpleQueue", "JoinableQueue", "Manager", "Pool", "ProcessPoolExecutor"}
+"""Classes of multiprocessing that send objects."""
 CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "numpy.load", "np.load"}
 
 
 def dangers(source: str, name: str) -> Iterator[str]:
     """Imports and calls in a file that make objects, or code, of bytes."""
+    processes = "multiprocessing" in source or "concurrent" in source
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
@@ -25,6 +28,10 @@ def dangers(source: str, name: str) -> Iterator[str]:
             called = ast.unparse(node.func)
             if called in CALLS:
                 yield f"{name}:{node.lineno} calls {called}"
+            if processes and called.rpartition(".")[2] in PICKLING:
+                yield f"{name}:{node.lineno} makes a {called}, which sends pickled objects"
+            if called.endswith(".recv") and not node.args:
+                yield f"{name}:{node.lineno} unpickles what comes from a pipe of multiprocessing"
             if any(keyword.arg == "shell" for keyword in node.keywords):
                 yield f"{name}:{node.lineno} starts a shell"
 
@@ -42,6 +49,9 @@ def test_the_package_has_none() -> None:
         "from pickle import loads",
         "import torch\ntorch.load('x')",
         "eval('1')",
+        "pipe.recv()",
+        "multiprocessing.Queue()",
+        "from multiprocessing import get_context\nget_context().Manager()",
         "import subprocess\nsubprocess.run('x', shell=True)",
     ],
 )
