@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.judge import longest, outcomes, violations
+from tests.chaos.judge import longest, outcomes, told, violations
 from tests.chaos.monkey import Monkey, Strike
 from tests.chaos.ray_stage import ray_stage
 from tests.chaos.stage import stage
@@ -45,6 +45,11 @@ def play(kills: int, seed: int, folder: Path, limit: float = LIMIT, progress: bo
         "seed": seed,
         "minutes": (time.monotonic() - begin) / 60,
         "strikes": _by_kind(monkey.strikes),
+        "told": {
+            kind: {"calls": len(times), "p50": statistics.median(times), "p99": _at_99(times), "max": times[-1]}
+            for kind, times in told(((strike.kind, strike.begin) for strike in monkey.strikes), entries).items()
+        },
+        "in_its_own_call": sum(strike.struck_caller for strike in monkey.strikes),
         "during": {call: sum(s.during == call for s in monkey.strikes) for call in sorted({s.during for s in monkey.strikes})},
         "passed_on": sum(bool(entry.through) for entry in entries),
         "outcomes": {call: dict(counts.most_common()) for call, counts in sorted(outcomes(entries).items())},
@@ -64,9 +69,12 @@ def _by_kind(strikes: list[Strike]) -> dict[str, dict[str, Any]]:
             "relays": sum(bool(strike.relays) for strike in own),
         }
         if times:
-            at_99 = times[min(len(times) - 1, int(0.99 * len(times)))]
-            table[kind] |= {"recovery_p50": statistics.median(times), "recovery_p99": at_99, "recovery_max": times[-1]}
+            table[kind] |= {"recovery_p50": statistics.median(times), "recovery_p99": _at_99(times), "recovery_max": times[-1]}
     return table
+
+
+def _at_99(ascending: list[float]) -> float:
+    return ascending[min(len(ascending) - 1, int(0.99 * len(ascending)))]
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -77,12 +85,17 @@ def _show(result: dict[str, Any]) -> None:
         times = [f"{row[key]:.2f}" if key in row else "" for key in ("recovery_p50", "recovery_p99", "recovery_max")]
         table.add_row(kind, str(row["strikes"]), str(row["relays"]), str(row["kills"]), *times)
     console.print(table)
+    table = Table("strike", "calls", "p50", "p99", "longest", title="seconds until calls under way were told who is gone")
+    for kind, row in result["told"].items():
+        table.add_row(kind, str(row["calls"]), *(f"{row[key]:.2f}" for key in ("p50", "p99", "max")))
+    console.print(table)
     table = Table("call", "how it ended", "longest, s", title="calls of the players")
     for call, counts in result["outcomes"].items():
         ended = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
         table.add_row(call, ended, f"{result['longest'].get(call, 0.0):.2f}")
     console.print(table)
     console.print(f"{result['kills']} kills in {result['minutes']:.1f} min, seed {result['seed']}; during {result['during']}")
+    console.print(f"{result['in_its_own_call']} of the strikes hit the very caller, or its agent")
     console.print(f"{result['passed_on']} receives had something passed on to them by others that received it")
     for sentence in result["bad"]:
         console.print(sentence, style="red", markup=False)

@@ -9,6 +9,24 @@ from collections.abc import Iterable
 
 from tests.chaos.journal import Entry
 
+_GONE = ("PeerLostError", "AgentDiedError")
+_AWAITED = ("were not back within", "was not started again within")
+_EXPECTED = (
+    None,
+    "ok",
+    *_GONE,
+    "AgentNotFoundError",
+    "BatchClosedError",
+    "BatchTornError",
+    "BatchUnmatchedError",
+    "PairTimeoutError",
+    "StoreUnavailableError",
+    "TransferTimeoutError",
+)
+"""How a call may end where others are killed, stopped or cut off; None where its own process did not live to see it."""
+_LONG = 60.0
+"""Seconds that no call takes."""
+
 
 def violations(entries: Iterable[Entry]) -> list[str]:
     """What must never happen, each in a sentence."""
@@ -17,6 +35,7 @@ def violations(entries: Iterable[Entry]) -> list[str]:
     receives = [entry for entry in entries if entry.call == "recv"]
     registrations = [entry for entry in entries if entry.call == "register" and entry.outcome == "ok"]
     found = [f"{_name(entry)}: {entry.wrong}" for entry in entries if entry.wrong]
+    found += [f"{_name(entry)}: {entry.detail}" for entry in entries if entry.outcome not in _EXPECTED]
     found += _what_was_taken(sends, receives, registrations)
     found += _what_was_sent(sends, receives)
     return found
@@ -87,6 +106,26 @@ def longest(entries: Iterable[Entry], pauses: Iterable[Pause]) -> dict[str, floa
         if entry.end is not None:
             found[entry.call] = max(found.get(entry.call, 0.0), lasted(entry, entry.end, pauses))
     return found
+
+
+def told(strikes: Iterable[tuple[str, float]], entries: Iterable[Entry]) -> dict[str, list[float]]:
+    """By kind of strike, the seconds from its begin until calls under way then ended with an error that says who is gone, ascending.
+
+    Calls that wait for one who is gone to be started again, until their own time is up, knew it before, and are left out.
+    """
+    ended = sorted((entry for entry in entries if entry.end is not None), key=lambda entry: entry.begin)
+    begins = [entry.begin for entry in ended]
+    found: dict[str, list[float]] = defaultdict(list)
+    for kind, moment in strikes:
+        for entry in ended[bisect.bisect(begins, moment - _LONG) : bisect.bisect(begins, moment)]:
+            if (
+                entry.end is not None
+                and entry.end > moment
+                and entry.outcome in _GONE
+                and not any(each in entry.detail for each in _AWAITED)
+            ):
+                found[kind].append(entry.end - moment)
+    return {kind: sorted(seconds) for kind, seconds in found.items()}
 
 
 def _name(entry: Entry) -> str:

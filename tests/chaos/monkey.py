@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tests.chaos.journal import Entry
 from tests.chaos.judge import Pause, lasted
 from tests.chaos.ray_stage import RayPart, RayStage
 from tests.chaos.stage import SEATS, Part, Stage
+
+P = TypeVar("P", Part, RayPart, "Part | RayPart")
 
 PATIENCE = 60.0
 """Seconds within which everybody must have gone on after a strike."""
@@ -32,6 +35,10 @@ class Strike:
     kills: int = 0
     relays: list[str] = field(default_factory=list)
     """Which of the victims passed on to others what it received."""
+    caller: str = ""
+    """Who was in that call."""
+    struck_caller: bool = False
+    """Whether it, or its agent, is a victim."""
     recovery: float | None = None
 
 
@@ -91,12 +98,12 @@ class Monkey:
 
     def _kill_player(self) -> Strike:
         with self._moment("SIGKILL of a worker") as strike:
-            self._kill(strike, self.random.choice(self.stage.players))
+            self._kill(strike, self._victim(strike, self.stage.players))
         return strike
 
     def _kill_agent(self) -> Strike:
         with self._moment("SIGKILL of an agent") as strike:
-            self._kill(strike, self.random.choice(self.stage.agents))
+            self._kill(strike, self._victim(strike, self.stage.agents))
         return strike
 
     def _kill_two(self) -> Strike:
@@ -151,8 +158,8 @@ class Monkey:
         self.stage.kill(part)
 
     def _stop(self, kind: str, parts: Sequence[Part | RayPart]) -> Strike:
-        part = self.random.choice(parts)
         with self._moment(kind) as strike:
+            part = self._victim(strike, parts)
             strike.victims = [part.name]
             begin = time.monotonic()
             self.stage.signal(part, signal.SIGSTOP)
@@ -163,22 +170,32 @@ class Monkey:
             assert part.pid == pid, "who stands still was started again"
         return strike
 
+    def _victim(self, strike: Strike, parts: Sequence[P]) -> P:
+        """One of the players, or of their agents: in half of the strikes the one whose call it is."""
+        names = [player.name for player in self.stage.players]
+        if strike.caller and self.random.random() < 0.5:
+            return parts[names.index(strike.caller)]
+        return self.random.choice(parts)
+
     @contextmanager
     def _moment(self, kind: str) -> Iterator[Strike]:
         """The midst of a call that is picked at random, if one is made in the next moments."""
         wanted, deadline = self.random.choice(_CALLS), time.monotonic() + 1.0
-        during = "whatever"
+        during, caller = "whatever", ""
         while time.monotonic() < deadline:
             self.stage.reader.poll()
-            if any(entry.call == wanted and entry.end is None for entry in self.stage.reader.latest.values()):
-                during = wanted
+            callers = [entry.who for entry in self.stage.reader.latest.values() if entry.call == wanted and entry.end is None]
+            if callers:
+                during, caller = wanted, self.random.choice(callers)
                 break
             time.sleep(0.001)
         time.sleep(self.random.choice([0.0, self.random.uniform(0.0, 0.01), self.random.uniform(0.0, 0.1)]))
-        strike, pass_on = Strike(kind, [], during, time.monotonic(), 0.0), self._pass_on()
+        strike, pass_on = Strike(kind, [], during, time.monotonic(), 0.0, caller=caller), self._pass_on()
         yield strike
         strike.end = time.monotonic()
         strike.relays = [victim for victim in strike.victims if victim in pass_on]
+        names = [player.name for player in self.stage.players]
+        strike.struck_caller = caller in names and not {caller, self.stage.agents[names.index(caller)].name}.isdisjoint(strike.victims)
 
     def _pass_on(self) -> set[str]:
         """The parts and the cables by which receivers get what others received, as of their last good receives."""

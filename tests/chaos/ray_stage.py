@@ -22,7 +22,8 @@ from etha_ray.testing import eventually
 from etha_ray.testing.rays import start_ray
 from tests.chaos.journal import Reader
 from tests.chaos.player import Player, Seat
-from tests.tensor_bus.cluster import LONG, left_in_shm
+from tests.chaos.traces import traces
+from tests.tensor_bus.cluster import LONG
 
 _PLAYERS = [(side, index) for side in "ab" for index in range(2)]
 
@@ -67,11 +68,11 @@ class RayStage:
     def __init__(self, folder: Path) -> None:
         self.folder, self.reader = folder, Reader(folder)
         self.namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+        self._before = traces()
         self.paths = [agent_paths(rank, self.namespace) for rank in range(4)]
         self.pool = etha_ray.launch_agents(["cpu"] * 4, namespace=self.namespace)
         self.agents = [RayPart(f"agent {rank}", lambda rank=rank: self._agent(rank)) for rank in range(4)]
         self.players = [RayPart(f"{side}{index}", lambda who=f"{side}{index}": self._player(who)) for side, index in _PLAYERS]
-        self.every_pid: set[int] = set()
         self.odd_ends: list[str] = []
         self._workers = [
             _Worker.remote(Seat(side, index, 2, 2, rank, self.paths[rank], None, folder)) for rank, (side, index) in enumerate(_PLAYERS)
@@ -103,7 +104,6 @@ class RayStage:
         """Send it to the present life, once there is one; returns which process that is."""
         eventually(lambda: self.reader.poll() is None and part.pid > 0, 2 * LONG)
         pid = part.pid
-        self.every_pid.add(pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
         return pid
@@ -142,7 +142,7 @@ class RayStage:
 
     def left(self) -> list[str]:
         """What is still there after `end`: files, shared memory, semaphores."""
-        return left_in_shm(self.every_pid, self.paths) + [str(path) for path in Path(self.paths[0].state).parent.glob("*")]
+        return sorted(traces() - self._before)
 
 
 @contextlib.contextmanager

@@ -20,10 +20,11 @@ from etha_ray.testing import eventually
 from etha_ray.testing.etcd_server import EtcdServer, free_ports
 from tests.chaos.journal import Reader
 from tests.chaos.player import Seat, run
+from tests.chaos.traces import traces
 from tests.cluster.hosts import enter
 from tests.fresh import fresh
 from tests.net.namespaces import Cable, End, cable, join
-from tests.tensor_bus.cluster import LONG, left_in_shm
+from tests.tensor_bus.cluster import LONG
 
 _OWN_SHM = "mount --make-rprivate / && mount -t tmpfs tmpfs /dev/shm && exec sleep infinity"
 
@@ -73,12 +74,12 @@ class Stage:
         self.cables: dict[tuple[int, int], tuple[End, End]] = {(0, host): (wire.near, wire.far) for host, wire in enumerate(wires, 1)}
         self.cables |= {(one + 1, other + 1): ends for (one, other), ends in join(wires).items()}
         self.namespace = f"test-{os.getpid()}-{secrets.token_hex(4)}"
+        self._before = traces()
         self.etcd = self._etcd(wires[0].here)
         self.far = [subprocess.Popen([*wire.over_there, "unshare", "--mount", "sh", "-c", _OWN_SHM]) for wire in wires]
         self.paths = [agent_paths(rank, self.namespace) for rank in range(len(SEATS))]
         self.agents = [Part(f"agent {rank}", self._agent(rank)) for rank in range(len(SEATS))]
         self.players = [Part(f"{side}{index}", self._player(rank)) for rank, (side, index, _) in enumerate(SEATS)]
-        self.every_pid: set[int] = set()
         self.odd_ends: list[str] = []
         self._lock = threading.RLock()
         self._over = threading.Event()
@@ -124,7 +125,6 @@ class Stage:
         part.lives += 1
         part.process = part.start(part.lives)
         part.process.start()
-        self.every_pid.add(part.pid)
 
     def _supervise(self) -> None:
         while not self._over.wait(0.05):
@@ -181,9 +181,7 @@ class Stage:
 
     def left(self) -> list[str]:
         """What is still there after `end`: files, shared memory, semaphores."""
-        left = left_in_shm(self.every_pid, self.paths)
-        pool = Path(self.paths[0].state).parent
-        return left + self._left_over_there + [str(path) for path in pool.glob("*")]
+        return sorted(traces() - self._before) + self._left_over_there
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.chaos.journal import Entry
-from tests.chaos.judge import longest, violations
+from tests.chaos.judge import longest, told, violations
 
 REGISTER = Entry("b0", 1, 7, 1, "register", 0.0, 0.1, "ok")
 SEND = Entry("a0", 1, 8, 1, "send", 1.0, 2.0, "ok", version=1, nonce=5)
@@ -26,9 +26,23 @@ NEXT = [replace(SEND, number=2, begin=3.0, end=4.0, version=2, nonce=6), replace
         ([SEND, RECV, NEXT[0], replace(RECV, number=3, begin=3.0, end=3.9)], "old data of a0: 5 after 5"),
         ([NEXT[0], NEXT[1], SEND, replace(RECV, number=4)], "old data of a0: 5 after 6"),
         ([SEND], ""),
+        ([replace(SEND, outcome="PeerLostError")], ""),
+        ([replace(SEND, outcome="AgentFailedError", detail="KeyError: 'x'")], "KeyError: 'x'"),
         ([SEND, RECV, NEXT[0], replace(RECV, number=3, begin=3.0, end=3.9)], "received something else meanwhile"),
     ],
-    ids=["all is well", "wrong", "never sent", "version", "too late", "twice", "older", "nobody there", "something else"],
+    ids=[
+        "all is well",
+        "wrong",
+        "never sent",
+        "version",
+        "too late",
+        "twice",
+        "older",
+        "nobody there",
+        "peer lost",
+        "agent failed",
+        "something else",
+    ],
 )
 def test_what_must_never_happen(entries: list[Entry], words: str) -> None:
     found = violations(entries)
@@ -48,3 +62,16 @@ def test_the_longest_calls_without_what_stood_still() -> None:
     entries = [SEND, replace(SEND, number=2, begin=2.0, end=9.0), RECV, replace(RECV, number=5, begin=8.0, end=None)]
     pauses = [("a0", 1.5, 4.0), ("a0", 8.0, 20.0), ("b0", 3.0, 5.0)]
     assert longest(entries, pauses) == {"send": 4.0, "recv": pytest.approx(0.9)}
+
+
+def test_who_was_told_after_how_long() -> None:
+    lost = replace(SEND, begin=1.0, end=2.5, outcome="PeerLostError")
+    entries = [
+        lost,
+        replace(RECV, begin=1.5, end=2.25, outcome="AgentDiedError"),
+        replace(lost, who="a1", end=9.0, detail="they were not back within 8 s"),  # it knew, and waited
+        replace(lost, who="a2", outcome="ok"),
+        replace(lost, who="a3", begin=2.1),  # after the strike
+        replace(lost, who="a4", end=1.9),  # before it
+    ]
+    assert told([("SIGKILL", 2.0), ("SIGSTOP", 50.0)], entries) == {"SIGKILL": [0.25, 0.5]}
