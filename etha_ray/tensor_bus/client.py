@@ -35,7 +35,7 @@ from etha_ray.tensor_bus.commands import (
     Transfer,
 )
 from etha_ray.tensor_bus.connection import Connection
-from etha_ray.tensor_bus.own_batches import AT_ONCE, OwnBatch, OwnBatches
+from etha_ray.tensor_bus.own_batches import AT_ONCE, OwnBatches
 from etha_ray.tensor_bus.reply import OutcomeSemaphore
 from etha_ray.tensor_bus.semaphores import generate_semaphore_name
 from etha_ray.tensor_bus.tensors import Piece, Registrable, check_label, describe, described
@@ -217,7 +217,7 @@ class TensorBusClient:
             ]
             command = RegisterTensors(batch_id=batch_id, tensors=entries, bucket_size=bucket_size)
             reply = self._connection.start(command, "register_tensors", batch_id, timeout if blocking else None, timeout)
-            self._batches.add(batch_id, OwnBatch(exported, reply, timed=blocking))
+            self._batches.add(batch_id, exported, reply, timed=blocking)
         if blocking:
             self._batches.wait_registered(batch_id, timeout)
         pair_names = list(dict.fromkeys(pair_name for _, pair_name in tensors))

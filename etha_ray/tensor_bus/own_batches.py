@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import defaultdict
 
 from etha_ray.config import check_timeout
 from etha_ray.cuda.marks import Mark, settle
@@ -23,15 +24,14 @@ AT_ONCE = 0.1
 
 
 class OwnBatch:
-    """What is kept of one: the memory it exported, its mark on the GPU, and the registration's reply until it is
-    read.
+    """What is kept of one: the memory it exported, its mark on the GPU, and the registration's reply until it is read.
 
     ``timed``: the agent ends the registration when its time is up; otherwise it goes on until the batch is closed.
     """
 
-    def __init__(self, exported: ExportedTensors, registration: Reply, *, timed: bool) -> None:
+    def __init__(self, exported: ExportedTensors, mark: Mark | None, registration: Reply, *, timed: bool) -> None:
         self.exported = exported
-        self.mark = None if exported.gpu is None else Mark(exported.gpu)
+        self.mark = mark
         self.registration: Reply | None = registration
         self.timed = timed
 
@@ -42,6 +42,7 @@ class OwnBatches:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._batches: dict[str, OwnBatch] = {}
+        self._marks: dict[int, list[Mark]] = defaultdict(list)  # of batches that are closed, by GPU
         self.lock = threading.RLock()
 
     @property
@@ -54,9 +55,17 @@ class OwnBatches:
         if batch_id in self._batches:
             raise BatchExistsError(f"batch {batch_id!r} is registered already: close its handler first, or use another id")
 
-    def add(self, batch_id: str, batch: OwnBatch) -> None:
-        """One that the agent has been asked to register."""
-        self._batches[batch_id] = batch
+    def add(self, batch_id: str, exported: ExportedTensors, registration: Reply, *, timed: bool) -> None:
+        """One that the agent has been asked to register; ``timed``: see `OwnBatch`.
+
+        Marks live as long as this client, and are used again: the agent may still look at that of a batch which has just been closed,
+        and CUDA leaves open what it sees once the event is destroyed here.
+        """
+        mark = None
+        if exported.gpu is not None:
+            free = self._marks[exported.gpu]
+            mark = free.pop() if free else Mark(exported.gpu)
+        self._batches[batch_id] = OwnBatch(exported, mark, registration, timed=timed)
 
     def take_all(self) -> list[OwnBatch]:
         """All that there are, which are not known any more."""
@@ -132,7 +141,12 @@ class OwnBatches:
                 batch.registration.abandon()
             with contextlib.suppress(EthaRayError):  # the caller gets the error that led here
                 self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, AT_ONCE).abandon()
+        self._let_go(batch)
+
+    def _let_go(self, batch: OwnBatch) -> None:
         batch.exported.close()
+        if batch.mark is not None and batch.exported.gpu is not None:
+            self._marks[batch.exported.gpu].append(batch.mark)
 
     def close(self, batch_id: str, *, blocking: bool, timeout: float) -> None:
         """See `BatchHandler.close`."""
@@ -155,7 +169,7 @@ class OwnBatches:
             with contextlib.suppress(EthaRayError):
                 self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, AT_ONCE).abandon()
         finally:
-            batch.exported.close()
+            self._let_go(batch)
 
     def known(self, batch_id: str) -> OwnBatch:
         """Raises `UnknownBatchError`, or `BatchClosedError` of a client that is closed."""

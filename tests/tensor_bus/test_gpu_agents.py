@@ -20,7 +20,7 @@ from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.testing import eventually, succeed
 from etha_ray.transport.mapped import MappedTransport
 from tests.cuda.fake import FakeGpus, install, library, uuid
-from tests.tensor_bus.cluster import LONG, LocalCluster, Worker
+from tests.tensor_bus.cluster import LONG, LocalCluster, Worker, registered
 from tests.tensor_bus.gpu_cluster import GpuCluster
 from tests.tensor_bus.test_gpu_processes import begin, cross, register, transfer
 
@@ -214,6 +214,19 @@ class TestPendingWork:
         eventually(lambda: calls.count("forget") == 2)
         assert calls[-1] == "forget"
         second.close()
+
+    def test_it_lives_as_long_as_the_client_and_is_used_again(self, gpus: FakeGpus, cluster: GpuCluster) -> None:
+        """The agent may still look at it when the worker is told that its batch is closed."""
+        one, two = cluster.pair("pair")
+        for turn in range(3):
+            source, target = gpus.empty(9).fill_(turn), gpus.empty(9, ordinal=1).zero_()
+            first, second = registered(one, two, "pair", source, target)
+            transferred(first, second)
+            assert torch.equal(source, target)
+            first.close(blocking=turn == 1)
+            second.close()
+            eventually(lambda: not any(agent._service.counts()["batches"] for agent in cluster.agents.values()))
+        assert mark_on(0).set_times == 3
 
 
 @pytest.mark.parametrize("growing", [False, True], ids=["cudaMalloc", "expandable"])
