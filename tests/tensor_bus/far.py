@@ -13,6 +13,7 @@ from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.records import SECRET_KEY
 from etha_ray.transport import OneSidedTransport
+from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 from tests.net.pair import Relay
 from tests.tensor_bus.cluster import LocalCluster
 
@@ -20,13 +21,17 @@ from tests.tensor_bus.cluster import LocalCluster
 class Agents(LocalCluster):
     """Two agents with these settings, which reach one another over TCP if they share no memory."""
 
-    def __init__(self, integrity: str, mapped: OneSidedTransport | None = None, transport: str = "auto") -> None:
+    def __init__(
+        self, integrity: str, mapped: OneSidedTransport | None = None, transport: str = "auto", budgets: tuple[int, int] | None = None
+    ) -> None:
         self.integrity, self.transport = integrity, transport
+        self.budgets = budgets or (DEFAULT_MEMORY_BUDGET,) * 2
         super().__init__(2, mapped=mapped)
 
     def start_agent(self, rank: int, mapped: OneSidedTransport | None = None, threads: int = 1) -> TensorBusAgent:
         settings = {"host": "127.0.0.1", "integrity": self.integrity, "transport": self.transport}
-        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], threads=threads, mapped=mapped, **settings)
+        settings |= {"memory_budget": self.budgets[rank], "threads": threads, "mapped": mapped}
+        agent = TensorBusAgent(rank, self.store, paths=self.paths[rank], **settings)
         agent.start()
         return agent
 

@@ -215,14 +215,18 @@ def test_an_agent_whose_lease_was_lost_takes_another_and_gives_it_back(cluster: 
 
 def test_the_memory_budget_is_the_users(tmp_path: Path) -> None:
     paths = AgentPaths(f"{tmp_path}/c.lmdb", f"{tmp_path}/s.lmdb")
-    with contextlib.closing(MemoryStore()) as store:
-        with pytest.raises(ConfigError, match="memory budget 100"):
-            TensorBusAgent(0, store, paths=paths, host="127.0.0.1", memory_budget=100)
-        agent = TensorBusAgent(0, store, paths=paths, host="127.0.0.1", memory_budget=3 << 20)
-        agent.start()
-        assert agent._network is not None
-        assert agent._network.transport.memory_budget == 3 << 20
-        agent.stop()
+    with contextlib.closing(MemoryStore()) as store, pytest.raises(ConfigError, match="memory budget 100"):
+        TensorBusAgent(0, store, paths=paths, host="127.0.0.1", memory_budget=100)
+
+
+@pytest.mark.parametrize("budgets", [(8192, 3 << 20), (3 << 20, 8192)], ids=["the sender's", "the receiver's"])
+def test_a_budget_that_is_smaller_than_a_tensor_is_kept_to(far: None, budgets: tuple[int, int]) -> None:
+    with contextlib.closing(Agents("auto", budgets=budgets)) as cluster:
+        source = torch.arange(600.0).repeat(50, 1).t()  # its columns are contiguous and the target's rows, so all is staged
+        _send(cluster.batch(source, torch.zeros(600, 50)))
+        for agent, budget in zip(cluster.agents.values(), budgets, strict=True):
+            assert agent._network is not None
+            assert agent._network.transport.staging_peak <= budget // 2
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

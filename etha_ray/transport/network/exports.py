@@ -32,7 +32,7 @@ from etha_ray.transport.network.given import Given, given
 from etha_ray.transport.network.giving import CLOSED, Giver
 from etha_ray.transport.network.rounds import Rounds
 from etha_ray.transport.network.runs import send_runs
-from etha_ray.transport.network.staging import Staging, check_bucket_size
+from etha_ray.transport.network.staging import Staging, fitting
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class Exports:
 
     def _prepare(self, session: _Session, request: wire.Prepare) -> wire.Prepared | wire.Rejected:
         try:
-            check_bucket_size(request.bucket_size, self._staging.limit, "the owner's")
+            bucket_size = fitting(request.bucket_size, self._staging.limit)
             exports: dict[str, Export] = {}
             tensors: dict[str, tuple[torch.Tensor, ...]] = {}
             with self._changed:
@@ -205,7 +205,7 @@ class Exports:
                         raise HandleExpiredError(f"export {region.export!r} is not there (any more): register it again on its side")
                     exports[region.export] = self._exports[region.export]
                     tensors[region.export] = exports[region.export].tensors
-            program = _Program(tuple(exports.values()), given(request, tensors, self._device))
+            program = _Program(tuple(exports.values()), given(request, bucket_size, tensors, self._device))
             if program.given.rounds is not None:
                 self._introduce(session)
             with self._changed:

@@ -26,8 +26,8 @@ class Given:
     answer: wire.Prepared
 
 
-def given(request: wire.Prepare, tensors: Mapping[str, Sequence[torch.Tensor]], device: Device | None) -> Given:
-    """What ``request`` asks for, of the exports that ``tensors`` are. Everything a reader says is checked.
+def given(request: wire.Prepare, bucket_size: int, tensors: Mapping[str, Sequence[torch.Tensor]], device: Device | None) -> Given:
+    """What ``request`` asks for, of the exports that ``tensors`` are, in buckets of this size. Everything a reader says is checked.
 
     Raises:
         TensorMismatchError: a region is not what the reader takes it for.
@@ -41,24 +41,24 @@ def given(request: wire.Prepare, tensors: Mapping[str, Sequence[torch.Tensor]], 
     rounds = None
     if device is not None and any(paired):
         round_size = min(request.round_size, device.sending.round_size)
-        cut, dtypes = cut_for_communicator(request, paired, round_size)
+        cut, dtypes = cut_for_communicator(request, paired, min(bucket_size, round_size))
         own = [view for view, by in zip(views, paired, strict=True) if by]
         rounds = Rounds(device.copier, cut, own, dtypes, round_size, device.sending.all[0], sends=True, checked=request.checked)
-    cut, dtypes = cut_for_streams(request, paired)
+    cut, dtypes = cut_for_streams(request, paired, bucket_size)
     own = [view for view, by in zip(views, paired, strict=True) if not by]
     buckets = [lay_out(bucket, own, dtypes, device, checked=request.checked) for bucket in cut]
     lacks = device.lacks if device is not None and any(held) else ""
-    return Given(buckets, rounds, wire.Prepared(request.program, paired, round_size, lacks))
+    return Given(buckets, rounds, wire.Prepared(request.program, paired, bucket_size, round_size, lacks))
 
 
-def cut_for_streams(request: wire.Prepare, paired: Sequence[bool]) -> tuple[tuple[Bucket, ...], list[torch.dtype]]:
+def cut_for_streams(request: wire.Prepare, paired: Sequence[bool], bucket_size: int) -> tuple[tuple[Bucket, ...], list[torch.dtype]]:
     """The buckets of the regions that are not ``paired``, which they count from 0, and these regions' dtypes: the same at both ends."""
-    return _cut([region for region, by in zip(request.regions, paired, strict=True) if not by], request.bucket_size)
+    return _cut([region for region, by in zip(request.regions, paired, strict=True) if not by], bucket_size)
 
 
-def cut_for_communicator(request: wire.Prepare, paired: Sequence[bool], round_size: int) -> tuple[tuple[Bucket, ...], list[torch.dtype]]:
-    """As `cut_for_streams`, of those that are: none is larger than a round, however small a budget makes that."""
-    return _cut([region for region, by in zip(request.regions, paired, strict=True) if by], min(request.bucket_size, round_size))
+def cut_for_communicator(request: wire.Prepare, paired: Sequence[bool], bucket_size: int) -> tuple[tuple[Bucket, ...], list[torch.dtype]]:
+    """As `cut_for_streams`, of those that are; no bucket may be larger than a round, however small a budget makes that."""
+    return _cut([region for region, by in zip(request.regions, paired, strict=True) if by], bucket_size)
 
 
 def _cut(regions: Sequence[wire.WireRegion], bucket_size: int) -> tuple[tuple[Bucket, ...], list[torch.dtype]]:

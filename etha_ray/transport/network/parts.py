@@ -19,6 +19,7 @@ from etha_ray.transport.network.device import Device, check_device
 from etha_ray.transport.network.given import cut_for_communicator, cut_for_streams
 from etha_ray.transport.network.rounds import Rounds
 from etha_ray.transport.network.runs import BucketMemory, lay_out
+from etha_ray.transport.network.staging import MIN_BUCKET_SIZE
 
 _numbers = itertools.count(1)
 _SHOWN = 3
@@ -120,17 +121,19 @@ class Part:
         asked = [region.on_device for region in regions]
         if len(answer.paired) != len(asked) or any(by and not could for by, could in zip(answer.paired, asked, strict=True)):
             raise PeerLostError(f"the agent at {self.address} answered what was not asked; run the same etha_ray on both sides")
+        if not MIN_BUCKET_SIZE <= answer.bucket_size <= self.request.bucket_size:
+            raise PeerLostError(f"the agent at {self.address} has buckets of another size; run the same etha_ray on both sides")
         by_stream, by_rounds = ([index for index, by in enumerate(answer.paired) if by == kind] for kind in (False, True))
         rounds = None
         messages: tuple[Bucket, ...] = ()
         if by_rounds:
             if device is None or not 0 < answer.round_size <= self.request.round_size:
                 raise PeerLostError(f"the agent at {self.address} has rounds that are too large; run the same etha_ray on both sides")
-            messages, dtypes = cut_for_communicator(self.request, answer.paired, answer.round_size)
+            messages, dtypes = cut_for_communicator(self.request, answer.paired, min(answer.bucket_size, answer.round_size))
             views = [self._views[index] for index in by_rounds]
             slot, checked = device.receiving.all[0], self.request.checked
             rounds = Rounds(device.copier, messages, views, dtypes, answer.round_size, slot, sends=False, checked=checked)
-        cut, dtypes = cut_for_streams(self.request, answer.paired)
+        cut, dtypes = cut_for_streams(self.request, answer.paired, answer.bucket_size)
         views = [self._views[index] for index in by_stream]
         buckets = [lay_out(bucket, views, dtypes, device, checked=self.request.checked) for bucket in cut]
         return Layout(

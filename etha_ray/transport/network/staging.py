@@ -14,10 +14,11 @@ MIN_BUCKET_SIZE = 4096
 """Bytes. Smaller ones would be headers more than data."""
 
 
-def check_bucket_size(bucket_size: int, limit: int, whose: str) -> None:
-    """Raise `ConfigError` unless buckets of this size can be staged within ``limit`` bytes, half of ``whose`` memory budget."""
-    if not MIN_BUCKET_SIZE <= bucket_size <= limit:
-        raise ConfigError(f"bucket_size of {bucket_size} bytes is out of range: {whose} memory budget allows {MIN_BUCKET_SIZE} to {limit}")
+def fitting(bucket_size: int, limit: int) -> int:
+    """The size of buckets that are staged within ``limit`` bytes, half of a memory budget. Raises `ConfigError` below `MIN_BUCKET_SIZE`."""
+    if bucket_size < MIN_BUCKET_SIZE:
+        raise ConfigError(f"bucket_size of {bucket_size} bytes is too small: give {MIN_BUCKET_SIZE} at least")
+    return min(bucket_size, limit)
 
 
 def _allocate(nbytes: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from etha_ray.transport.network.exports import Export, Exports
 from etha_ray.transport.network.parts import Read
 from etha_ray.transport.network.program import NetworkProgram
 from etha_ray.transport.network.session import Session
-from etha_ray.transport.network.staging import MIN_BUCKET_SIZE, Staging, check_bucket_size
+from etha_ray.transport.network.staging import MIN_BUCKET_SIZE, Staging, fitting
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +133,11 @@ class NetworkTransport:
         Raises:
             TensorMismatchError: a target does not fit its region, or a region its tensor; or the dtypes cannot be cast.
             WrongDeviceError: a target is neither on the CPU nor on the agent's device.
-            ConfigError: the bucket size is out of range on either side.
+            ConfigError: the bucket size is too small. One that either side's budget is too small for becomes as large as that allows.
             NoTransportError: it cannot go by the path that was asked for; or as `NetworkProgram.run`.
             HandleExpiredError, PeerLostError, CommunicatorError, TransferError: as `NetworkProgram.run`.
         """
-        check_bucket_size(bucket_size, self._receiving.limit, "this side's")
+        bucket_size = fitting(bucket_size, self._receiving.limit)
         self._forget_dropped()
         # A program may be collected anywhere, under any lock: that it is gone is only noted then.
         program = NetworkProgram(

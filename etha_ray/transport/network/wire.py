@@ -80,6 +80,8 @@ class Prepared(msgspec.Struct, frozen=True, tag=True):
     program: int
     paired: list[bool]
     """Which of its regions go by the communicator: both ends cut these, and the others, into buckets."""
+    bucket_size: int
+    """What both ends can stage: what was asked for, or less."""
     round_size: int
     """Of what goes by the communicator: what both ends can have under way at a time. It bounds the buckets too."""
     lacks: str
