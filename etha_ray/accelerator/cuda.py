@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from etha_ray.accelerator.base import Accelerator, Kernel, KernelSource, Lane
+from etha_ray.cuda.extra import install_cupy
 from etha_ray.errors import TransferError, WrongDeviceError
 
 logger = logging.getLogger(__name__)
@@ -95,17 +96,13 @@ class CudaAccelerator(Accelerator):
         try:
             self.load(_NOTHING)
         except Exception as error:  # cupy raises whatever its libraries do
-            release = (torch.version.cuda or "13").partition(".")[0]
             logger.warning(
-                "%s: tensors are copied by torch, one at a time, as cupy compiles no kernels (%s): pip install 'etha-ray[gpu-cuda%s]'",
-                self._device,
-                error,
-                release,
+                "%s: tensors are copied by torch, one at a time, as cupy compiles no kernels (%s): %s", self._device, error, install_cupy()
             )
             return False
         return True
 
-    @property
+    @cached_property
     def width(self) -> int:
         return int(torch.cuda.get_device_properties(self._device).multi_processor_count) * _BLOCKS_A_MULTIPROCESSOR
 

@@ -21,6 +21,7 @@ from etha_ray.bench.gpu_nccl import nccl_figures
 from etha_ray.bench.processes import BenchError
 from etha_ray.bench.reshard import Reshard
 from etha_ray.bench.workload import Workload, model, uniform
+from etha_ray.cuda.extra import install_cupy
 from etha_ray.errors import ConfigError, OptionalDependencyError
 from etha_ray.transport import MappedTransport
 from etha_ray.transport.kernels import KernelTransport
@@ -62,7 +63,7 @@ def run_gpu(
     small = uniform(tensors, _SMALL_BYTES)
     gpu = accelerator or CudaAccelerator(0)
     if not gpu.launches:
-        raise OptionalDependencyError("bench gpu measures kernels, which need cupy: pip install 'etha-ray[gpu-cuda13]'")
+        raise OptionalDependencyError(f"bench gpu measures kernels, which need cupy: {install_cupy()}")
     with contextlib.closing(KernelTransport(gpu, MappedTransport(1))) as transport:
         sections: list[Callable[[], _Found]] = [partial(_copy_rate, gpu, steps)]
         for shape, workload in workloads.items():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from etha_ray.cuda.extra import install_cupy
 from etha_ray.doctor.check import Check, fail, ok, warn
 
 _NEEDED = ("torch", "lmdb", "posix_ipc", "msgspec", "numpy")
@@ -78,7 +79,7 @@ def topology(table: str) -> Check:
 
 def _cupy(load: Callable[[str], object] = importlib.import_module) -> Check:
     name = "cupy and NCCL"
-    remedy = "pip install 'etha-ray[gpu-cuda12]' (or gpu-cuda13, as the driver's CUDA)"
+    remedy = f"install those that go with torch's CUDA: {install_cupy()}"
     try:
         cupy = load("cupy")
         nccl = load("cupy.cuda.nccl")

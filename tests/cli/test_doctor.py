@@ -165,7 +165,7 @@ class TestSoftware:
             "cupy.cuda.nccl": SimpleNamespace(get_version=lambda: 22803),
         }
         assert software._cupy(modules.__getitem__).found == "cupy 14.0.1, NCCL 2.28.3"
-        assert "gpu-cuda12" in software._cupy({}.__getitem__).remedy
+        assert software._cupy({}.__getitem__).remedy.endswith("pip install 'etha-ray[gpu-cuda13]'")
 
     def test_the_etcd_client_is_missed_only_where_it_is_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert software.etcd_client(needed=True).state == "ok"

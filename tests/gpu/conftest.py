@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from etha_ray.accelerator import CudaAccelerator
+from etha_ray.cuda.extra import install_cupy
 
 
 def lack() -> str | None:
@@ -17,7 +18,7 @@ def lack() -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU"
     if importlib.util.find_spec("cupy") is None:
-        return "cupy is not installed: pip install 'etha-ray[gpu-cuda13]'"
+        return f"cupy is not installed: {install_cupy()}"
     return None
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from etha_ray.accelerator import Accelerator, Lane
+from etha_ray.cuda.extra import install_cupy
 from etha_ray.errors import CommunicatorError, OptionalDependencyError
 from etha_ray.transport.nccl.communicator import Communicator, Communicators, Message
 
@@ -145,11 +146,9 @@ def configuration(nccl: Any) -> Any:
             fields.blocking, fields.max_ctas = 0, MAX_CTAS
             return config
     raise OptionalDependencyError(
-        f"this cupy's NcclConfig, made for NCCL {nccl.get_build_version()}, cannot be set to not blocking: {_INSTALL}"
+        f"this cupy's NcclConfig, made for NCCL {nccl.get_build_version()}, cannot be set to not blocking; with cupy 14 it can:"
+        f" {install_cupy()}"
     )
-
-
-_INSTALL = "pip install 'etha-ray[gpu-cuda13]' (or gpu-cuda12), which is cupy 14 with NCCL"
 
 
 def load_nccl() -> Any:
@@ -159,5 +158,5 @@ def load_nccl() -> Any:
 
         nccl.get_version()
     except Exception as error:  # cupy raises whatever its libraries do
-        raise OptionalDependencyError(f"there is no NCCL, as cupy with it cannot be imported ({error}): {_INSTALL}") from error
+        raise OptionalDependencyError(f"there is no NCCL, as cupy with it cannot be imported ({error}): {install_cupy()}") from error
     return nccl
