@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -272,3 +274,39 @@ def test_the_senders_agent_is_killed_while_its_data_is_read(processes: ProcessCl
         client.close()
     receiver.stop()
     processes.start_agent(0)
+
+
+@pytest.mark.parametrize(
+    ("atomic", "stop", "version"), [(False, 1, 0), (True, 1, 1), (True, 2, 0)], ids=["in place", "atomic", "atomic, swapping in"]
+)
+def test_ctrl_c_in_the_midst_of_a_copy(cluster: LocalCluster, transport: Stopping, atomic: bool, stop: int, version: int) -> None:
+    """A copy is not cut short: until it is over, ``version`` says that the tensors are being written, and then what they hold."""
+    transport.again()
+    first, second, mine, theirs = batch(cluster.client(0), cluster.client(1), f"interrupted {atomic} {stop}")
+    first_version(first, second)
+    for tensor in mine:
+        tensor.fill_(2.0)
+    transport.again(stop)
+    sent = first.transfer("send")
+    interrupting = threading.Thread(target=lambda: transport.inside.wait(LONG) and os.kill(os.getpid(), signal.SIGINT))
+    interrupting.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            second.transfer("recv", blocking=True, timeout=LONG, atomic=atomic)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    interrupting.join()
+    assert second.version == version
+    assert hold(theirs, 1.0) or not version
+    transport.open.set()
+    sent.result(LONG)
+    assert second.wait_version(2, LONG) == 2
+    assert hold(theirs, 2.0)
+    assert second.torn == ()
+    for tensor in mine:
+        tensor.fill_(3.0)
+    sent = first.transfer("send")
+    assert second.transfer("recv", blocking=True, timeout=LONG, atomic=atomic).result(LONG).version == 3
+    sent.result(LONG)
+    assert hold(theirs, 3.0)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from etha_ray.config import SUCCESSION_TIMEOUT
 from etha_ray.errors import (
     BatchClosedError,
     BatchTornError,
@@ -26,6 +27,7 @@ from etha_ray.tensor_bus.commands import (
 )
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.registered import Registered
+from etha_ray.tensor_bus.transfer_state import TransferState
 from tests.tensor_bus.ends import End, ends, peer
 
 
@@ -240,3 +242,28 @@ def test_who_goes_away_says_what_it_saw_all_agree_to() -> None:
     assert isinstance(told, RegistrationClosed)
     assert told.agreed == ()
     assert told.lost
+
+
+@pytest.mark.parametrize("direction", ["send", "recv"])
+@pytest.mark.parametrize("under_way", [True, False], ids=["under way", "begun after"])
+def test_one_that_is_to_be_started_again_is_waited_for_only_so_long(direction: str, under_way: bool) -> None:
+    """Its node may be gone for good, and nobody tells."""
+    end, other = ends() if direction == "send" else ends()[::-1]
+    gone = RegistrationClosed("batch", other.batch.registration, end.batch.registration, "its agent died", lost=True, returns="soon")
+    if under_way:
+        end.start(direction)
+        end.hears(gone)
+    else:
+        end.hears(gone)
+        end.start(direction)
+    assert end.state is TransferState.BLOCKED
+    deadline = end.batch.deadline
+    assert deadline is not None
+    assert deadline <= time.monotonic() + SUCCESSION_TIMEOUT
+    end.batch.expire(deadline - 0.01)
+    assert end.outcome() is None
+    end.batch.expire(deadline)
+    error = end.outcome()
+    assert isinstance(error, PeerLostError)
+    assert f"{other.batch.registration}[0] is gone (its agent died)" in str(error)
+    assert "they were not back within" in str(error)

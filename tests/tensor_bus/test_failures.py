@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from etha_ray.config import AgentPaths
 from etha_ray.errors import AgentBusyError, AgentDiedError, PeerLostError, StoreUnavailableError
 from etha_ray.kvstore import MemoryStore
 from etha_ray.kvstore.lease import Grant
+from etha_ray.tensor_bus import reply
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.commands import Ping
 from etha_ray.tensor_bus.inspection import inspect_agent
@@ -147,6 +149,20 @@ class TestAgents:
         os.kill(cluster.pids[1], signal.SIGTERM)
         with pytest.raises(Exception, match=r"agent 1.*shut down"):
             two.result(LONG / 2)
+
+    def test_not_started_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who has not been heard yet waits for the next agent, and says so when none comes."""
+        monkeypatch.setattr(reply, "SUCCESSION_TIMEOUT", 0.2)
+        with process_cluster(1, restarts=True) as cluster:
+            client = cluster.client(0)
+            cluster.pause(cluster.pids[0])
+            with ThreadPoolExecutor(1) as pool:
+                waits = pool.submit(client.ping, LONG)
+                eventually(lambda: client._connection.queue.size() > 0)
+                cluster.kill(cluster.pids[0])
+                with pytest.raises(AgentDiedError, match=r"agent 0 \(pid \d+\) died, and was not started again within 0 s: see what keeps"):
+                    waits.result(LONG)
+            client.close()
 
     def test_all_killed(self, cluster: ProcessCluster) -> None:
         """The fixture's end finds nothing left of anyone, once agents of the same paths have come and gone."""

@@ -65,6 +65,27 @@ def test_within_a_host_it_is_noticed_if_asked_for(atomic: bool) -> None:
         _torn_then_whole(cluster, turn, atomic)
 
 
+def _unnoticed(cluster: LocalCluster, turn: Callable[[], None]) -> None:
+    one, two, source, target = cluster.batch(torch.randn(40_000), torch.zeros(40_000))
+    turn()
+    for result in together(lambda: one.transfer("send", blocking=True, timeout=LONG), lambda: two.transfer("recv", True, LONG)):
+        assert not isinstance(result, BaseException), result
+    assert two.version == 1
+    assert (source.view(torch.int32) != target.view(torch.int32)).sum() == 1
+
+
+def test_between_hosts_nothing_is_compared_where_that_is_off() -> None:
+    with far_agents("off") as (cluster, relays):
+        _unnoticed(cluster, lambda: [relay.flip.set() for relay in relays.values()] and None)
+
+
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_within_a_host_nothing_is_compared_by_itself(setting: str) -> None:
+    transport = Flipping(1)
+    with contextlib.closing(Agents(setting, transport)) as cluster:
+        _unnoticed(cluster, lambda: setattr(transport, "on", True))
+
+
 def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
     with contextlib.closing(MemoryStore("integrity")) as store, pytest.raises(ConfigError, match="'always' is unknown: give one of 'auto'"):
         TensorBusAgent(0, store, paths=AgentPaths(f"{tmp_path}/c", f"{tmp_path}/s"), integrity="always")

@@ -139,7 +139,7 @@ def test_a_cupy_that_is_laid_out_in_another_way_is_refused() -> None:
         def get_build_version() -> int:
             return 99999
 
-    with pytest.raises(OptionalDependencyError, match="made for NCCL 99999, cannot be set to not blocking.*pip install"):
+    with pytest.raises(OptionalDependencyError, match=r"made for NCCL 99999, cannot be set to not blocking.*pip install"):
         configuration(Other)
 
 
