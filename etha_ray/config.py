@@ -135,6 +135,11 @@ def worker_variables(namespace: str, agent_rank: int | None) -> dict[str, str | 
     return variables
 
 
+def store_url() -> str | None:
+    """The URL of the store where agents meet (ETHA_RAY_STORE). Other users of the host see a command line, but not the environment."""
+    return os.environ.get("ETHA_RAY_STORE") or None
+
+
 def nccl_interface() -> str:
     """The network interfaces that NCCL is told to use (NCCL_SOCKET_IFNAME); nothing where it chooses."""
     return os.environ.get("NCCL_SOCKET_IFNAME", "")

@@ -13,13 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from etha_ray.cli.status import Namespace, pool_name
+from etha_ray.config import store_url
 from etha_ray.doctor import Check, examine
 
 _MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red")}
 
 
 def doctor_command(
-    store: Annotated[str | None, typer.Option(help="URL of the store where agents are to meet: is it reachable?")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="URL of the store where agents are to meet: is it reachable? Default: ETHA_RAY_STORE.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="The Ray cluster that must answer. Without it, one is looked for, and none is well, too.")
     ] = None,
@@ -35,7 +38,7 @@ def doctor_command(
     Example: [bold]etha-ray doctor --store etcd://10.0.0.7:2379[/]
     """
     checks, console = [], Console(highlight=False)
-    for check in examine(pool_name(namespace), store, address):
+    for check in examine(pool_name(namespace), store or store_url(), address):
         checks.append(check)
         if not as_json:
             console.print(_line(check))

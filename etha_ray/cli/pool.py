@@ -16,6 +16,7 @@ from rich.text import Text
 
 from etha_ray.cli.failures import failed
 from etha_ray.cli.status import Namespace, pool_name
+from etha_ray.config import store_url
 from etha_ray.errors import ConfigError, EthaRayError
 
 _T = TypeVar("_T")
@@ -29,7 +30,10 @@ def up_command(
         str, typer.Option(help='"auto": an agent per GPU of every node; or a list for this node: cpu,cpu or cuda:0,cuda:1.')
     ] = "auto",
     namespace: Namespace = None,
-    store: Annotated[str, typer.Option(help='Where agents meet: "gcs", which is Ray\'s own, or the URL of a store.')] = "gcs",
+    store: Annotated[
+        str | None,
+        typer.Option(help='Where agents meet: "gcs", which is Ray\'s own, or the URL of a store. Default: ETHA_RAY_STORE, or gcs.'),
+    ] = None,
     address: _Address = "auto",
     as_json: _Json = False,
 ) -> None:
@@ -46,7 +50,7 @@ def up_command(
         from etha_ray.runtime import connect, launch_agents  # these need Ray, which takes a second to load
 
         connect(address)
-        return launch_agents(chosen, namespace=name, store=store, detached=True).describe()
+        return launch_agents(chosen, namespace=name, store=store or store_url() or "gcs", detached=True).describe()
 
     try:
         agents = _through_ray(start)

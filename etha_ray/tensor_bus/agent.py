@@ -29,6 +29,7 @@ from etha_ray.config import (
     agent_paths,
     check_integrity,
     check_transport,
+    store_url,
     worker_environment,
 )
 from etha_ray.cuda.gpus import see_only
@@ -299,7 +300,7 @@ def _record(
 def main(arguments: list[str] | None = None) -> None:
     """Run one agent in this process, for torchrun or any other launcher: ``python -m etha_ray.tensor_bus.agent --store URL``."""
     parser = argparse.ArgumentParser(prog="python -m etha_ray.tensor_bus.agent", description=main.__doc__)
-    parser.add_argument("--store", required=True, help="store URL, such as tcp://127.0.0.1:29600; rank 0 serves it")
+    parser.add_argument("--store", help="store URL, such as tcp://127.0.0.1:29600, which rank 0 serves; default: ETHA_RAY_STORE")
     parser.add_argument("--rank", type=int, help="this agent's rank; default: RANK, as torchrun sets it")
     parser.add_argument("--namespace", default=DEFAULT_NAMESPACE, help="name of the pool (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="what this agent is pinned to (default: %(default)s)")
@@ -318,7 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
     rank = options.rank if options.rank is not None else worker_environment().global_rank
     if rank is None:
         raise ConfigError("which agent is this? give --rank, or RANK in the environment (torchrun sets it)")
-    url = options.store
+    url = options.store or store_url()
+    if url is None:
+        raise ConfigError("where do the agents meet? give --store, or ETHA_RAY_STORE in the environment, which hides a password in it")
     if url.startswith("tcp://") and rank == 0 and "master=" not in url:
         url += ("&" if "?" in url else "?") + "master=1&wait_for_workers=0"
     for number in (signal.SIGTERM, signal.SIGINT):

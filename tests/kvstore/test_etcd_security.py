@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,14 +17,17 @@ from urllib.parse import quote
 
 import pyetcd
 import pytest
+import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from pyetcd import etcdrpc
 from pyetcd.etcdrpc.auth_pb2 import Permission
 
+from etha_ray.config import agent_paths
 from etha_ray.errors import ConfigError, StoreError, StoreUnavailableError
 from etha_ray.kvstore import EtcdStore, create_store
-from etha_ray.testing.calls import eventually
+from etha_ray.tensor_bus.client import TensorBusClient
+from etha_ray.testing.calls import PATIENCE, eventually, succeed
 from etha_ray.testing.etcd_server import HOST, EtcdServer
 from tests.kvstore.certificates import Authority, Certificate
 from tests.kvstore.etcd_server import watching
@@ -146,9 +152,9 @@ def test_files_that_cannot_be_used(servers: Servers, tmp_path: Path) -> None:
 # --- users -------------------------------------------------------------------------------------------------------------------------------
 
 
-def with_users(server: EtcdServer) -> None:
+def with_users(server: EtcdServer, **how: Any) -> None:
     """Gives the server users "root" and "worker"; the latter owns the prefix ``ours/`` and may read two keys of ``theirs/``."""
-    client = pyetcd.client(server.host, server.port)
+    client = pyetcd.client(server.host, server.port, **how)
     stub = client.authstub
     for name in ("root", "worker"):
         stub.RoleAdd(etcdrpc.AuthRoleAddRequest(name=name))
@@ -272,3 +278,37 @@ def test_tokens_that_run_out(tmp_path: Path, background: ThreadPoolExecutor) -> 
     assert [wait.result(60) for wait in waits] == [b"v"] * 3
     store.close()
     server.stop()
+
+
+# --- agents ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_agents_meet_where_connections_are_encrypted_and_users_have_passwords(servers: Servers, tmp_path: Path) -> None:
+    """The password is in their environment, and not in a command line, which anybody may read."""
+    files = servers.authority.sign("agents")
+    server = EtcdServer(tmp_path, ("--cert-file", str(files.cert), "--key-file", str(files.key)), scheme="https")
+    server.start()
+    server.wait_ready()
+    with_users(server, ca_cert=servers.ca)
+    url = f"etcd://worker:{quote(PASSWORD, safe='')}@{server.host}:{server.port}?ca={servers.ca}"
+    paths = [agent_paths(rank, "ours") for rank in range(2)]
+    command = [sys.executable, "-m", "etha_ray.tensor_bus.agent", "--namespace", "ours", "--threads", "1", "--rank"]
+    agents = [subprocess.Popen([*command, str(rank)], env={**os.environ, "ETHA_RAY_STORE": url}) for rank in range(2)]
+    try:
+        one, two = (TensorBusClient(rank, paths[rank].command_queue, paths[rank].state, PATIENCE) for rank in range(2))
+        for agent in agents:
+            assert b"worker:" not in Path(f"/proc/{agent.pid}/cmdline").read_bytes()
+        succeed(lambda: one.init_pair("pair", "a", "b", 1), lambda: two.init_pair("pair", "b", "a", 1))
+        source, target = torch.arange(3.0), torch.zeros(3)
+        first, second = succeed(
+            lambda: one.register_tensors("batch", [(source, "pair")]), lambda: two.register_tensors("batch", [(target, "pair")])
+        )
+        succeed(lambda: first.transfer("send", blocking=True), lambda: second.transfer("recv", blocking=True))
+        assert torch.equal(source, target)
+        succeed(one.close, two.close)
+    finally:
+        for agent in agents:
+            agent.terminate()
+        for agent in agents:
+            agent.wait(PATIENCE)
+        server.stop()
