@@ -13,7 +13,7 @@ import posix_ipc
 from etha_ray.errors import EthaRayError, UnsafePathError
 from etha_ray.tensor_bus.commands import BaseCommand, Failed, Ok, Outcome, encode_outcome
 from etha_ray.tensor_bus.history import History
-from etha_ray.tensor_bus.semaphores import SHM_DIRECTORY, open_semaphore
+from etha_ray.tensor_bus.semaphores import SHM_DIRECTORY, is_semaphore_name, open_semaphore
 from etha_ray.tensor_bus.state_file import OUTCOME, StateFile, outcome_key
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,7 @@ class Outcomes:
 
     def answer_unread(self, semaphore_name: str, outcome: Outcome) -> None:
         """Answer a command of which only the semaphore's name could be read."""
-        self._write(semaphore_name, outcome)
-        self._post("", semaphore_name)
+        self._tell("", semaphore_name, outcome)
 
     def forget(self, client_id: str) -> list[str]:
         """Close the semaphores of a client that left, and return their names."""
@@ -86,11 +85,14 @@ class Outcomes:
 
     def _answer(self, command: BaseCommand, outcome: Outcome) -> None:
         if command.semaphore_name is not None:
-            self._write(command.semaphore_name, outcome)
-            self._post(command.client_id, command.semaphore_name)
+            self._tell(command.client_id, command.semaphore_name, outcome)
 
-    def _write(self, name: str, outcome: Outcome) -> None:
+    def _tell(self, client_id: str, name: str, outcome: Outcome) -> None:
+        if not is_semaphore_name(name):
+            logger.error("a command cannot be answered: %r is no name of a semaphore", name[:80])
+            return
         self._state.put(outcome_key(name), encode_outcome(outcome))
+        self._post(client_id, name)
 
     def _post(self, client_id: str, name: str) -> None:
         kept = self._semaphores.setdefault(client_id, {})
@@ -98,7 +100,7 @@ class Outcomes:
         if semaphore is None:
             try:
                 semaphore = open_semaphore(name, create=False)
-            except (posix_ipc.Error, UnsafePathError, ValueError, OSError) as error:
+            except (posix_ipc.Error, UnsafePathError, OSError) as error:
                 logger.debug("nobody waits for %s any more: %s", name, error)
                 self._state.delete([outcome_key(name)])
                 return

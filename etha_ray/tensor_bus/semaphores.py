@@ -23,6 +23,7 @@ SHM_DIRECTORY = Path("/dev/shm")
 _MAX_NAME_BYTES = 251
 _MAX_TYPE_BYTES = 64
 _SPIN_SECONDS = 50e-6
+_NAME = re.compile(r"/[^/\0]+")
 _UNSAFE = re.compile(r"[^!-.0-9;-~]")  # all but printable ASCII without space, '/' and ':'
 _COMMAND_SEMAPHORE = re.compile(r"sem\.command_.*_(?P<pid>\d+)_(?P<namespace>[0-9a-f]{8})[0-9a-f]{24}")
 _PROCESS_FILE = re.compile(r"etha_ray\.(?P<namespace>[0-9a-f]{8})\.(?P<pid>\d+)\..*")
@@ -46,12 +47,19 @@ def queue_semaphore_name(path: str | os.PathLike[str], role: str) -> str:
     return f"/cq_{role}_{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}"
 
 
+def is_semaphore_name(name: str) -> bool:
+    """Whether a semaphore can have this name."""
+    return _NAME.fullmatch(name) is not None and len(name.encode()) <= _MAX_NAME_BYTES and name not in ("/.", "/..")
+
+
 def open_semaphore(name: str, create: bool) -> posix_ipc.Semaphore:
     """Open the semaphore, or with ``create`` make it (count 0, for this user only) unless it is there already.
 
-    Raises posix_ipc.ExistentialError if it is not there and ``create`` is False, and `UnsafePathError` if it belongs to
-    another user.
+    Raises posix_ipc.ExistentialError if it is not there and ``create`` is False, `UnsafePathError` if it belongs to another user, and
+    ValueError if `is_semaphore_name` says no.
     """
+    if not is_semaphore_name(name):  # posix_ipc 1.3 crashes where there is a zero byte in it
+        raise ValueError(f"{name!r} is no name of a semaphore")
     try:
         semaphore = posix_ipc.Semaphore(name, posix_ipc.O_CREAT if create else 0, mode=0o600, initial_value=0)
     except posix_ipc.PermissionsError:

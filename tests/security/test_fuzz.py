@@ -6,12 +6,14 @@ The agent lives, loses no room, and serves others as before.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import random
 import zlib
 from collections.abc import Callable
 
+import posix_ipc
 import pytest
 import torch
 
@@ -20,8 +22,19 @@ from etha_ray.tensor_bus import connection, outcomes
 from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import BaseCommand, Message, encode_command, encode_outcome
-from etha_ray.tensor_bus.queue_entry import _AFTER_CHECKSUM, _CHECKSUM
+from etha_ray.tensor_bus.commands import (
+    BaseCommand,
+    CancelTransfer,
+    DataMessage,
+    Message,
+    RegistrationClosed,
+    decode_outcome,
+    encode_command,
+    encode_outcome,
+)
+from etha_ray.tensor_bus.queue_entry import _AFTER_CHECKSUM, _CHECKSUM, CorruptEntry, unpack_entry
+from etha_ray.tensor_bus.semaphores import generate_semaphore_name, open_semaphore
+from etha_ray.tensor_bus.state_file import StateFile, outcome_key
 from etha_ray.testing import eventually, succeed, together
 from tests.security.mutations import mutated, other_bytes
 from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
@@ -31,13 +44,15 @@ from tests.tensor_bus.test_commands import COMMANDS
 COUNT = int(os.environ.get("ETHA_RAY_FUZZ", "1500"))
 """Messages of each kind of test; `make fuzz` sends more."""
 
+NOT_ANSWERED = (CancelTransfer, DataMessage, RegistrationClosed)
+
 _ROUND = 150
 """Messages to one client's name, after which it leaves and another comes: what waits for ever then ends."""
 
 
-def entry_of(body: bytes) -> bytes:
+def entry_of(body: bytes, name: str = "", command_id: int = 0) -> bytes:
     """As it would stand in the queue, its checksums right."""
-    prefix = _AFTER_CHECKSUM.pack(zlib.crc32(body), 0, 0)
+    prefix = _AFTER_CHECKSUM.pack(zlib.crc32(body), command_id, len(name)) + name.encode()
     return _CHECKSUM.pack(zlib.crc32(prefix)) + prefix + body
 
 
@@ -53,37 +68,84 @@ def works(cluster: LocalCluster, name: str) -> None:
             cluster.clients.remove(handler.client)
 
 
-def of_client(message: Message, client: TensorBusClient, batch_id: str) -> BaseCommand:
+def of_client(message: Message, client: TensorBusClient, batch_id: str, semaphore: str | None, command_id: int) -> BaseCommand:
     """The message as that client would send it, about its own batch."""
     fields = {name: getattr(message, name) for name in message.__struct_fields__}
-    fields |= {"client_id": client.client_id, "semaphore_name": None, "timeout": 0.2}
+    fields |= {"client_id": client.client_id, "semaphore_name": semaphore, "command_id": command_id, "timeout": 0.2}
     if "batch_id" in fields:
         fields["batch_id"] = batch_id
     return type(message)(**fields)
+
+
+class Sent:
+    """Damaged commands to one queue: how many of them are none, and the semaphores of those that must be answered."""
+
+    def __init__(self, queue: CommandQueue, rng: random.Random) -> None:
+        self._queue, self._rng = queue, rng
+        self._semaphores: dict[str, tuple[posix_ipc.Semaphore, int]] = {}
+        self._ids = itertools.count(1)
+        self.corrupt = self.answered = 0
+
+    def send(self, client: TensorBusClient, batch_id: str) -> None:
+        """One of any kind; somebody waits for every fifth of those that have an answer."""
+        rng, command, number = self._rng, self._rng.choice(COMMANDS), next(self._ids)
+        semaphore = None
+        if not isinstance(command, NOT_ANSWERED) and rng.random() < 0.2:
+            semaphore = open_semaphore(generate_semaphore_name("fuzz", batch_id), create=True)
+        name = "" if semaphore is None else semaphore.name
+        body = mutated(encode_command(of_client(command, client, batch_id, name or None, number)), rng)
+        entry = entry_of(body, name, number)
+        entry = entry if rng.random() < 0.95 else other_bytes(entry, rng)
+        found = unpack_entry(0, entry)
+        self.corrupt += isinstance(found, CorruptEntry)
+        if semaphore is not None:
+            if found.semaphore_name == name and found.command_id == number and not isinstance(found, NOT_ANSWERED):
+                self._semaphores[name] = semaphore, number
+            else:
+                semaphore.unlink()
+                semaphore.close()
+        self._queue._append(entry, block=False, waited=False)
+
+    def hear(self, state: StateFile) -> None:
+        """Each of them is answered: that it was no command, with an error, or as if it had been right."""
+        for name, (semaphore, number) in self._semaphores.items():
+            semaphore.acquire(LONG)
+            data = state.get(outcome_key(name))
+            assert data is not None
+            assert decode_outcome(data).command_id == number
+            semaphore.unlink()
+            semaphore.close()
+        self.answered += len(self._semaphores)
+        self._semaphores.clear()
 
 
 def test_commands(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     rng = random.Random(20261126)
     with local_cluster(2) as cluster:
-        queue = CommandQueue(cluster.paths[0].command_queue)
-        capacity = queue.capacity
+        queue, state = CommandQueue(cluster.paths[0].command_queue), StateFile(cluster.paths[0].state)
+        capacity, sent = queue.capacity, Sent(queue, rng)
         for start in range(0, COUNT, _ROUND):
             name = f"round {start}"
             first, second, _, _ = cluster.batch(batch_id=name)
             for _ in range(min(_ROUND, COUNT - start)):
-                body = mutated(encode_command(of_client(rng.choice(COMMANDS), first.client, name)), rng)
-                entry = entry_of(body) if rng.random() < 0.95 else other_bytes(entry_of(body), rng)
-                queue._append(entry, block=False, waited=False)
+                sent.send(first.client, name)
             for handler in (first, second):
                 with contextlib.suppress(EthaRayError):  # it was closed by one of the messages
                     handler.client.close()
                 cluster.clients.remove(handler.client)
+            sent.hear(state)
         works(cluster, "at last")
         eventually(lambda: queue.size() == 0)
-        assert queue.capacity == capacity
+        with queue._lock, queue._transaction() as txn:
+            *_, now, used = queue._read_state(txn)
+        assert (now, used) == (capacity, 0)
         queue.close(destroy=False)
-    assert [record.getMessage() for record in caplog.records if "agent failed on" in record.getMessage()] == []
+        state.close()
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("dropped the corrupt entry" in line for line in said) == sent.corrupt > COUNT // 10
+    assert sent.answered > COUNT // 20
+    assert [line for line in said if "agent failed on" in line] == []
 
 
 def asked(first: BatchHandler, second: BatchHandler) -> list[Callable[[], object]]:

@@ -18,6 +18,7 @@ from etha_ray.processes import pid_namespace
 from etha_ray.tensor_bus.semaphores import (
     SHM_DIRECTORY,
     generate_semaphore_name,
+    is_semaphore_name,
     open_semaphore,
     queue_semaphore_name,
     sweep_dead,
@@ -123,6 +124,22 @@ def test_unlinking_twice_is_silent(name: str) -> None:
     open_semaphore(name, create=True).close()
     unlink_quietly(name)
     assert not file_of(name).exists()
+    unlink_quietly(name)
+
+
+@pytest.mark.parametrize("name", ["", "/", "x", "/a/b", "/a\0b", "a\0b", "/.", "/..", "/" + "x" * 251, "/" + "é" * 126])
+def test_what_is_no_name_of_a_semaphore(name: str) -> None:
+    """posix_ipc crashes on some of them."""
+    assert not is_semaphore_name(name)
+    for create in (True, False):
+        with pytest.raises(ValueError, match="is no name of a semaphore"):
+            open_semaphore(name, create)
+
+
+def test_the_longest_name() -> None:
+    name = "/" + "x" * 250
+    assert is_semaphore_name(name)
+    open_semaphore(name, create=True).close()
     unlink_quietly(name)
 
 
