@@ -27,6 +27,7 @@ class BootstrapInfo:
         method: "direct" (AGENT_RANK), "offset" (LOCAL_RANK + AGENT_RANK_OFFSET) or "ray" (the agent of this node and device).
         device: the agent's device, such as "cpu" or "cuda:0".
         gpu: UUID of the agent's GPU; empty if it has none, or cannot use it.
+        tracers: who may take copies of this process's descriptors, in words, as `setup_ptrace` says.
     """
 
     agent_rank: int
@@ -37,6 +38,7 @@ class BootstrapInfo:
     method: Literal["direct", "offset", "ray"]
     device: str = "cpu"
     gpu: str = ""
+    tracers: str = ""
 
 
 def setup_ptrace(agent_pid: int | None = None) -> str:
@@ -84,7 +86,7 @@ def bootstrap_client(
         agent_state_lmdb_path=paths.state,
         connection_timeout=connection_timeout,
     )
-    setup_ptrace(client.agent_pid)
+    tracers = setup_ptrace(client.agent_pid)
     info = BootstrapInfo(
         agent_rank=rank,
         global_rank=environment.global_rank or 0,
@@ -94,6 +96,7 @@ def bootstrap_client(
         method=method,
         device=client.device,
         gpu=client.gpu,
+        tracers=tracers,
     )
     return client, info
 

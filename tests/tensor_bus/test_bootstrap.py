@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from etha_ray import processes
 from etha_ray.config import agent_paths
 from etha_ray.tensor_bus import bootstrap_client
 from etha_ray.tensor_bus.bootstrap import BootstrapInfo, setup_ptrace
@@ -48,7 +49,8 @@ def test_direct(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RANK", "5")
     with local_cluster() as cluster:
         paths = cluster.paths[1]
-        assert find(cluster) == BootstrapInfo(1, 5, None, paths.command_queue, paths.state, "direct", "cpu")
+        info = find(cluster)
+        assert info == BootstrapInfo(1, 5, None, paths.command_queue, paths.state, "direct", "cpu", tracers=info.tracers)
 
 
 def test_offset(environment: pytest.MonkeyPatch) -> None:
@@ -92,6 +94,13 @@ def test_paths_in_the_environment(environment: pytest.MonkeyPatch) -> None:
         client, info = bootstrap_client()
         assert (info.command_queue_path, info.state_path) == (cluster.paths[1].command_queue, cluster.paths[1].state)
         client.close()
+
+
+def test_its_agent_alone_may_trace_a_worker(environment: pytest.MonkeyPatch) -> None:
+    environment.setattr(processes, "_tracers", [])
+    environment.setenv("AGENT_RANK", "0")
+    with local_cluster(1) as cluster:
+        assert find(cluster).tracers in (f"process {os.getpid()}", "nobody else")
 
 
 def test_ptrace() -> None:
