@@ -9,15 +9,22 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from etha_ray.accelerator import Accelerator, Lane
+from etha_ray.dtypes import CombineOp
 from etha_ray.errors import TransferError, WrongDeviceError
 from etha_ray.transport.base import Capabilities, Copy, CopyProgram, OneSidedTransport, check_copy
 from etha_ray.transport.computing import combine, valued
 from etha_ray.transport.cutting import Views, as_bits, slabs
 from etha_ray.transport.kernels.source import COPY_REGIONS
 from etha_ray.transport.kernels.table import Region, regions_of, table_of
+
+_EXAMPLE = 16
+"""Rows and columns of what calls are rehearsed with."""
 
 _SCRATCH_ELEMENTS = 16 << 20
 """As many elements of scratch does a combination take, and what torch copies from one device to another by way of a buffer."""
@@ -35,6 +42,8 @@ class KernelTransport(OneSidedTransport):
         self._host = host
         self._kernels = accelerator.launches if kernels is None else kernels
         self._closed = False
+        self._rehearsed: set[_TorchCall] = set()
+        self._rehearsing = threading.Lock()
 
     @property
     def capabilities(self) -> Capabilities:
@@ -73,6 +82,21 @@ class KernelTransport(OneSidedTransport):
         if self._closed:
             raise TransferError("the transport was closed; make a new one and prepare the copies again")
 
+    def rehearse(self, program: KernelProgram) -> None:
+        """Have torch make each kind of the program's calls once, on memory of no importance; each only for the first time.
+
+        A device loads a kernel when it is first launched, and may wait then for all that it has under way: for messages, too, that wait
+        for another device, which may be waiting for this one.
+        """
+        with self._rehearsing:
+            lane = self.accelerator.lane()
+            examples = [call.example(self.accelerator) for call in program.by_torch - self._rehearsed]
+            with lane.current():
+                for step in (step for example in examples for step in _torch_steps(example)):
+                    step()
+            lane.wait()
+            self._rehearsed |= program.by_torch
+
     def __repr__(self) -> str:
         how = "by kernels" if self._kernels else "by torch"
         return f"KernelTransport({self.accelerator!r} {how}, {self._host!r}{', closed' if self._closed else ''})"
@@ -104,6 +128,8 @@ class KernelProgram(CopyProgram):
         self._nbytes = sum(source.nbytes for copy in copies for source in copy.sources)
         self._steps: list[Callable[[], object]] = []
         self._host_places: list[int] = []
+        self.by_torch: set[_TorchCall] = set()
+        """What it has torch do, by kind."""
         regions: list[Region] = []
         for place, copy in enumerate(copies):
             if not copy.target.numel():
@@ -114,6 +140,7 @@ class KernelProgram(CopyProgram):
                 regions += found
             else:
                 self._steps += _torch_steps(copy)
+                self.by_torch.add(_TorchCall.of(copy))
         self._regions = len(regions)
         if regions:
             table, first = table_of(regions)
@@ -191,6 +218,32 @@ def _waited_for(lane: Lane) -> Iterator[None]:
             lane.wait()
         raise
     lane.wait()
+
+
+@dataclass(frozen=True)
+class _TorchCall:
+    """What tells apart the kernels that torch has for a copy."""
+
+    sources: tuple[torch.dtype, ...]
+    target: torch.dtype
+    op: CombineOp | None
+    divisor: int
+    contiguous: bool
+
+    @classmethod
+    def of(cls, copy: Copy) -> _TorchCall:
+        contiguous = all(tensor.is_contiguous() for tensor in (*copy.sources, copy.target))
+        return cls(tuple(source.dtype for source in copy.sources), copy.target.dtype, copy.op, copy.divisor, contiguous)
+
+    def example(self, accelerator: Accelerator) -> Copy:
+        """One such, of the device's memory alone."""
+        source, *others = (_square(dtype, accelerator) for dtype in self.sources)
+        given = source if self.contiguous else source.t()
+        return Copy((given, *others), _square(self.target, accelerator), self.op, self.divisor)
+
+
+def _square(dtype: torch.dtype, accelerator: Accelerator) -> torch.Tensor:
+    return accelerator.empty(_EXAMPLE * _EXAMPLE * dtype.itemsize).view(dtype).view(_EXAMPLE, _EXAMPLE)
 
 
 def _torch_steps(copy: Copy) -> list[Callable[[], object]]:

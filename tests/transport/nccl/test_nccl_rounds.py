@@ -10,8 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from etha_ray.accelerator import Accelerator
 from etha_ray.errors import NoTransportError
 from etha_ray.net import Server
+from etha_ray.transport import Copy
+from etha_ray.transport.kernels.transport import _TorchCall
 from etha_ray.transport.network import NetworkTransport, Read, RemoteRegion
 from etha_ray.transport.network.rounds import aligned, cut_into_rounds
 from etha_ray.transport.network.slots import DEPTH, SLOTS
@@ -93,6 +96,28 @@ def test_the_communicator_is_warm_before_the_first_run_and_used_by_every_program
         program.run()
     assert pair.groups == [[256], *[[70]] * 3]
     assert len(pair.sent.made) == len(pair.received.made) == 1
+
+
+def test_what_torch_does_is_rehearsed_before_the_first_run(pair: DevicePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers to wider ones are no kernel of ours, and amid messages torch's may be waited for in vain."""
+    made: list[list[torch.dtype]] = []
+    example = _TorchCall.example
+
+    def watched(call: _TorchCall, accelerator: Accelerator) -> Copy:
+        found = example(call, accelerator)
+        made.append([tensor.dtype for tensor in (*found.sources, found.target)])
+        return found
+
+    monkeypatch.setattr(_TorchCall, "example", watched)
+    source = numbers((30, 40), torch.int32)
+    targets = [torch.zeros(30, 40, dtype=torch.int64) for _ in range(2)]
+    pair.owner.export("x", [source])
+    programs = [pair.reader.prepare(pair.reads([source], [target])) for target in targets]
+    assert made == [[torch.int32, torch.int64]], "once, when the first was prepared"
+    for program, target in zip(programs, targets, strict=True):
+        program.run()
+        assert torch.equal(target, source.long())
+    assert len(made) == 1
 
 
 def test_what_is_contiguous_is_not_staged(pair: DevicePair) -> None:
