@@ -25,7 +25,7 @@ from etha_ray.tensor_bus.records import AgentRecord, agent_key
 from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.watch import AgentWatch
 from etha_ray.testing import eventually, together
-from tests.tensor_bus.cluster import LONG, local_cluster, registered
+from tests.tensor_bus.cluster import LONG, free_port, local_cluster, registered
 from tests.tensor_bus.far import Agents
 
 Batch = tuple[BatchHandler, BatchHandler, torch.Tensor, torch.Tensor]
@@ -165,13 +165,28 @@ def test_an_agent_that_is_starting_up_takes_no_messages(places: tuple[_Heard, _H
 def test_an_address_that_does_not_answer_fails_the_registration_on_both_sides(cluster: Agents) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         pairing = cluster.agents[0]._service._pairing
-        pairing._record = msgspec.structs.replace(pairing._record, address=f"127.0.0.1:{silent.getsockname()[1]}")
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        pairing._record = msgspec.structs.replace(pairing._record, address=address)
         one, two = cluster.pair()
         results = together(
             lambda: one.register_tensors("batch", [(torch.ones(3), "pair")], timeout=LONG),
             lambda: two.register_tensors("batch", [(torch.ones(3), "pair")], timeout=LONG),
         )
     assert [type(result) for result in results] == [PeerLostError, PeerLostError]
+    assert address in str(results[1]), "which of the two cannot reach the other, and where"
+
+
+def test_an_address_where_nobody_listens_is_named(cluster: Agents) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    pairing = cluster.agents[0]._service._pairing
+    pairing._record = msgspec.structs.replace(pairing._record, address=address)
+    one, two = cluster.pair()
+    results = together(
+        lambda: one.register_tensors("batch", [(torch.ones(3), "pair")], timeout=LONG),
+        lambda: two.register_tensors("batch", [(torch.ones(3), "pair")], timeout=LONG),
+    )
+    assert isinstance(results[1], PeerLostError)
+    assert f"cannot reach the agent at {address}: Connection refused" in str(results[1])
 
 
 def test_a_bucket_size_that_the_network_does_not_take_is_named(cluster: Agents) -> None:
