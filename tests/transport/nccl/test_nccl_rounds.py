@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 from etha_ray.accelerator import Accelerator
 from etha_ray.errors import NoTransportError
 from etha_ray.net import Server
+from etha_ray.testing.calls import PATIENCE, eventually
 from etha_ray.transport import Copy
+from etha_ray.transport.kernels.source import COPY_REGIONS
 from etha_ray.transport.kernels.transport import _TorchCall
 from etha_ray.transport.network import NetworkTransport, Read, RemoteRegion
 from etha_ray.transport.network.rounds import aligned, cut_into_rounds
 from etha_ray.transport.network.slots import DEPTH, SLOTS
+from tests.accelerator.lanes import QueuedAccelerator
 from tests.contracts.transport import bits, numbers, random_tensor
 from tests.net.pair import SECRET
 from tests.transport.nccl.pair import DevicePair, Running, end
@@ -96,6 +100,35 @@ def test_the_communicator_is_warm_before_the_first_run_and_used_by_every_program
         program.run()
     assert pair.groups == [[256], *[[70]] * 3]
     assert len(pair.sent.made) == len(pair.received.made) == 1
+
+
+def test_the_next_round_is_packed_while_the_one_before_is_on_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = 0
+    launch = QueuedAccelerator.launch
+
+    def counted(accelerator: QueuedAccelerator, kernel: Any, *more: Any) -> None:
+        nonlocal packed
+        packed += kernel is COPY_REGIONS and accelerator is owner
+        launch(accelerator, kernel, *more)
+
+    budget = {"memory_budget": 2 * SLOTS * DEPTH * (1 << 16)}  # rounds of 64 KiB
+    with contextlib.closing(DevicePair(budget, budget)) as pair:
+        source, target = numbers((256, 512), torch.float32), torch.zeros(256, 512)
+        program = pair.prepare([source.t()], [target.t()])
+        assert pair.groups == [[256]]  # what has made it warm
+        assert pair.owner._device is not None
+        owner = pair.owner._device.accelerator
+        monkeypatch.setattr(QueuedAccelerator, "launch", counted)
+        pair.sent.stands_still.set()
+        running = Running(program)
+        eventually(lambda: len(pair.sent.groups[0]) == 1 + DEPTH)
+        assert pair.sent.stood_still.wait(PATIENCE)
+        assert packed == DEPTH, "as many rounds as are under way at a time"
+        assert not target.any()
+        pair.sent.stands_still.clear()
+        assert running.outcome == source.nbytes
+        assert torch.equal(source, target)
+        assert packed == len(pair.groups) - 1 == source.nbytes >> 16
 
 
 def test_what_torch_does_is_rehearsed_before_the_first_run(pair: DevicePair, monkeypatch: pytest.MonkeyPatch) -> None:
