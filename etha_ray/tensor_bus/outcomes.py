@@ -19,6 +19,9 @@ from etha_ray.tensor_bus.state_file import OUTCOME, StateFile, outcome_key
 logger = logging.getLogger(__name__)
 
 
+_STRANGERS = ""
+"""In place of a client's id: of those that are not known, or not any more."""
+
 _KEPT = 64
 """Semaphores of a client from which on it is looked which of them it has removed."""
 
@@ -35,6 +38,10 @@ class Outcomes:
         self._semaphores: dict[str, dict[str, posix_ipc.Semaphore]] = {}
         self._look_at: dict[str, int] = {}
         self._leftovers: deque[tuple[float, list[bytes]]] = deque()
+
+    def meet(self, client_id: str) -> None:
+        """Keep the semaphores of a client until it is forgotten. Those of others are kept together, and go once they are many."""
+        self._semaphores.setdefault(client_id, {})
 
     def ok(self, command: BaseCommand, value: Any = None) -> None:
         """The command succeeded."""
@@ -57,7 +64,7 @@ class Outcomes:
 
     def answer_unread(self, semaphore_name: str, outcome: Outcome) -> None:
         """Answer a command of which only the semaphore's name could be read."""
-        self._tell("", semaphore_name, outcome)
+        self._tell(_STRANGERS, semaphore_name, outcome)
 
     def forget(self, client_id: str) -> list[str]:
         """Close the semaphores of a client that left, and return their names."""
@@ -95,6 +102,7 @@ class Outcomes:
         self._post(client_id, name)
 
     def _post(self, client_id: str, name: str) -> None:
+        client_id = client_id if client_id in self._semaphores else _STRANGERS
         kept = self._semaphores.setdefault(client_id, {})
         semaphore = kept.get(name)
         if semaphore is None:

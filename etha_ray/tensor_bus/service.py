@@ -166,6 +166,7 @@ class BusService:
         self._outcomes.drop_unread()
         for client in self._journal.clients():
             worker = self._workers.add(client.hello)
+            self._outcomes.meet(worker.client_id)
             if not worker.alive:
                 self._workers.remove(worker)
                 self._forget(worker.client_id)
@@ -258,6 +259,7 @@ class BusService:
 
     def _on_hello(self, command: Hello) -> None:
         self._workers.add(command)
+        self._outcomes.meet(command.client_id)
         self._journal.met(command)
         self._outcomes.ok(command)
 

@@ -15,7 +15,9 @@ from etha_ray.errors import BatchUnmatchedError, ConfigError, TransferTimeoutErr
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus import client as client_module
 from etha_ray.tensor_bus.client import TensorBusClient, generate_semaphore_name
+from etha_ray.tensor_bus.commands import Ping
 from etha_ray.tensor_bus.reply import OutcomeSemaphore
+from etha_ray.tensor_bus.semaphores import open_semaphore
 from etha_ray.testing import eventually, succeed, together
 from tests.tensor_bus.cluster import LONG, SHM, local_cluster
 
@@ -83,6 +85,19 @@ class TestOutcomes:
             outcomes = cluster.agents[0]._service._outcomes
             assert all(len(kept) < 140 for kept in outcomes._semaphores.values())
             assert len(own_semaphores()) < 20
+
+    def test_clients_that_are_not_known_are_answered_and_leave_nothing_in_the_agent(self) -> None:
+        with local_cluster(1) as cluster:
+            client = cluster.client()
+            queue, outcomes = client._connection.queue, cluster.agents[0]._service._outcomes
+            for number in range(200):
+                semaphore = open_semaphore(generate_semaphore_name("ping", "stranger"), create=True)
+                queue.enqueue(Ping(client_id=f"stranger {number}", semaphore_name=semaphore.name))
+                semaphore.acquire(LONG)
+                semaphore.unlink()
+                semaphore.close()
+            assert set(outcomes._semaphores) == {"", client.client_id}
+            assert len(outcomes._semaphores[""]) < 140
 
     def test_a_late_answer_to_an_abandoned_command_reaches_no_other(self) -> None:
         with local_cluster() as cluster:
