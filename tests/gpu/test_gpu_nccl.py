@@ -46,6 +46,23 @@ class TestCupy(CommunicatorContract):
     kind = "cupy"
 
 
+def test_a_message_to_oneself(cuda: CudaAccelerator) -> None:
+    """What cupy's calls take, with no other process that could be wrong."""
+    nccl = load_nccl()
+    communicator = nccl.NcclCommunicator(1, bytes(nccl.get_unique_id()), 0)
+    source = torch.arange(100_000, device=cuda.device)
+    target, lane = torch.zeros_like(source), cuda.lane(alone=True)
+    lane.after(cuda.current())
+    with lane.current():
+        nccl.groupStart()
+        communicator.send(source.data_ptr(), source.nbytes, nccl.NCCL_UINT8, 0, lane.pointer)
+        communicator.recv(target.data_ptr(), target.nbytes, nccl.NCCL_UINT8, 0, lane.pointer)
+        nccl.groupEnd()
+    lane.wait()
+    assert torch.equal(source, target)
+    communicator.abort()
+
+
 @contextlib.contextmanager
 def owner() -> Iterator[tuple[subprocess.Popen[str], Address]]:
     """A process that exports `SOURCES` on this GPU."""
