@@ -3,7 +3,8 @@
 from etha_ray.tensor_bus.bootstrap import BootstrapInfo, bootstrap_client
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import CleanupBatch, InitPair, Message, QueryStatus, RegisterTensors, Transfer
+from etha_ray.tensor_bus.commands import CleanupBatch, InitPair, QueryStatus, RegisterTensors, Transfer
+from etha_ray.tensor_bus.messages import Message
 
 __all__ = [
     "BatchHandler",

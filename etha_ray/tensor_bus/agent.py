@@ -37,11 +37,11 @@ from etha_ray.errors import ConfigError, StoreError
 from etha_ray.kvstore import KVStore, create_store
 from etha_ray.processes import permit_tracing, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import Message
 from etha_ray.tensor_bus.history import History, Observer
 from etha_ray.tensor_bus.host import HostNonce, host_identity
 from etha_ray.tensor_bus.jobs import Jobs
 from etha_ray.tensor_bus.leftovers import claim, leave_folder, sweep
+from etha_ray.tensor_bus.messages import Message
 from etha_ray.tensor_bus.network import AgentNetwork, address_towards
 from etha_ray.tensor_bus.pinned import Pinned
 from etha_ray.tensor_bus.presence import Presence

@@ -9,10 +9,11 @@ from functools import partial
 from etha_ray.cuda.marks import MarksOfOthers
 from etha_ray.errors import EthaRayError, WrongDeviceError
 from etha_ray.tensor_bus.bus import Member
-from etha_ray.tensor_bus.commands import BaseCommand, Message
+from etha_ray.tensor_bus.commands import BaseCommand
 from etha_ray.tensor_bus.history import History, PastTransfer
 from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.links import Links
+from etha_ray.tensor_bus.messages import Message
 from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.replicas import Replicas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from etha_ray.errors import VersionMismatchError
 from etha_ray.tensor_bus.bus import Member, tell
-from etha_ray.tensor_bus.commands import DataReady, DataRefused, DataTaken
+from etha_ray.tensor_bus.messages import DataReady, DataRefused, DataTaken
 from etha_ray.tensor_bus.versions import Announced, agreed_version, behind
 
 

@@ -29,8 +29,11 @@ from etha_ray.errors import (
 )
 from etha_ray.tensor_bus.agreement import Direction
 from etha_ray.tensor_bus.bus import BatchState, Bus
-from etha_ray.tensor_bus.commands import (
-    BaseCommand,
+from etha_ray.tensor_bus.commands import BaseCommand, Transfer
+from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.losing import Losing
+from etha_ray.tensor_bus.losses import Returns
+from etha_ray.tensor_bus.messages import (
     DataMessage,
     DataRead,
     DataReady,
@@ -41,11 +44,7 @@ from etha_ray.tensor_bus.commands import (
     DigestPart,
     RegistrationClosed,
     RelayAnswer,
-    Transfer,
 )
-from etha_ray.tensor_bus.jobs import Job
-from etha_ray.tensor_bus.losing import Losing
-from etha_ray.tensor_bus.losses import Returns
 from etha_ray.tensor_bus.questions import Questions
 from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.records import Standing

@@ -6,9 +6,10 @@ import enum
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from etha_ray.tensor_bus.commands import BaseCommand, Message, SenderMessage
+from etha_ray.tensor_bus.commands import BaseCommand
 from etha_ray.tensor_bus.history import PastTransfer
 from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.messages import Message, SenderMessage
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.registered import Peer, Registered
 from etha_ray.tensor_bus.transfer_state import UnderWay

@@ -30,8 +30,9 @@ import lmdb
 import posix_ipc
 
 from etha_ray.errors import ConfigError, QueueClosedError, QueueError, QueueFullError
-from etha_ray.tensor_bus.commands import BaseCommand, Message
+from etha_ray.tensor_bus.commands import BaseCommand
 from etha_ray.tensor_bus.lmdb_file import open_file
+from etha_ray.tensor_bus.messages import Message
 from etha_ray.tensor_bus.queue_entry import CorruptEntry, cost_of, pack_entry, unpack_entry
 from etha_ray.tensor_bus.semaphores import acquire, open_semaphore, queue_semaphore_name, unlink_quietly
 

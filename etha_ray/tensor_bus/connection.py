@@ -13,7 +13,8 @@ from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import BatchClosedError, EthaRayError, QueueClosedError, QueueFullError, TransferTimeoutError
 from etha_ray.processes import pid_namespace, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, Goodbye, Hello, Message
+from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, Goodbye, Hello
+from etha_ray.tensor_bus.messages import Message
 from etha_ray.tensor_bus.reply import Reply, ReplyPool
 from etha_ray.tensor_bus.snapshot import silent_store
 from etha_ray.tensor_bus.watch import AgentWatch, find_agent

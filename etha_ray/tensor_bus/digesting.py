@@ -13,9 +13,10 @@ from functools import partial
 
 from etha_ray.errors import EthaRayError, LayoutError, TransferInProgressError, TransferTimeoutError
 from etha_ray.tensor_bus.bus import Member
-from etha_ray.tensor_bus.commands import DigestPart, MakeDigest
+from etha_ray.tensor_bus.commands import MakeDigest
 from etha_ray.tensor_bus.digested import Digested
 from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.messages import DigestPart
 from etha_ray.tensor_bus.waits import Waits
 from etha_ray.transport.base import CopyProgram
 

@@ -13,7 +13,8 @@ from typing import TypeVar
 import msgspec
 
 from etha_ray.decoding import Decoder
-from etha_ray.tensor_bus.commands import Announce, BaseCommand, Hello, InitPair, RegisterTensors, decode_command, encode_command
+from etha_ray.tensor_bus.commands import Announce, BaseCommand, Hello, InitPair, RegisterTensors
+from etha_ray.tensor_bus.messages import decode_command, encode_command
 from etha_ray.tensor_bus.records import fingerprint
 from etha_ray.tensor_bus.state_file import JOURNAL, StateFile
 

@@ -17,8 +17,8 @@ from etha_ray.errors import AgentDiedError, EthaRayError, NoTransportError, Peer
 from etha_ray.net import Channel
 from etha_ray.processes import is_alive, pid_namespace
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import Message, encode_command
 from etha_ray.tensor_bus.host import host_identity, no_address, shares_memory
+from etha_ray.tensor_bus.messages import Message, encode_command
 from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.state_file import StateFile

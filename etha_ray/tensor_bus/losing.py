@@ -10,8 +10,8 @@ from etha_ray.config import FAILURE_TIMEOUT, SUCCESSION_TIMEOUT
 from etha_ray.errors import BatchClosedError, EthaRayError, PeerLostError
 from etha_ray.tensor_bus.agreement import Direction
 from etha_ray.tensor_bus.bus import BatchState, Member
-from etha_ray.tensor_bus.commands import RegistrationClosed
 from etha_ray.tensor_bus.losses import Loss, Losses, Returns
+from etha_ray.tensor_bus.messages import RegistrationClosed
 from etha_ray.tensor_bus.questions import Questions
 from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.registered import Peer

@@ -23,7 +23,7 @@ from etha_ray.accelerator import Accelerator
 from etha_ray.errors import ConfigError, EthaRayError, PeerLostError
 from etha_ray.kvstore import KVStore
 from etha_ray.net import SECRET_BYTES, Address, Channel, Server, accept_channels, connect
-from etha_ray.tensor_bus.commands import (
+from etha_ray.tensor_bus.messages import (
     DataRead,
     DataReady,
     DataRefused,

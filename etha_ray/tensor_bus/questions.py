@@ -8,9 +8,10 @@ from typing import Protocol
 from etha_ray.errors import BatchUnmatchedError, EthaRayError
 from etha_ray.tensor_bus.agreement import Direction
 from etha_ray.tensor_bus.bus import BatchState, Member
-from etha_ray.tensor_bus.commands import DigestPart, MakeDigest, WaitReady, WaitVersion
+from etha_ray.tensor_bus.commands import MakeDigest, WaitReady, WaitVersion
 from etha_ray.tensor_bus.digesting import Digesting
 from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.messages import DigestPart
 from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.transfer_state import silent_senders

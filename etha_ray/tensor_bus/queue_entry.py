@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from etha_ray.tensor_bus.commands import Message, decode_command, encode_command
+from etha_ray.tensor_bus.messages import Message, decode_command, encode_command
 
 _HEADER = struct.Struct("<IIQH")  # checksum of what follows up to the command, checksum of the command, command id, name length
 _CHECKSUM = struct.Struct("<I")

@@ -24,18 +24,10 @@ from etha_ray.errors import (
 )
 from etha_ray.tensor_bus.announcements import Announcements
 from etha_ray.tensor_bus.bus import Member, tell
-from etha_ray.tensor_bus.commands import (
-    DataRead,
-    DataRevoked,
-    DataStands,
-    DataTaken,
-    RelayAnswer,
-    RelayRead,
-    RelayWanted,
-)
 from etha_ray.tensor_bus.feeding import Feed, Reading
 from etha_ray.tensor_bus.history import Flow, flow_key
 from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.messages import DataRead, DataRevoked, DataStands, DataTaken, RelayAnswer, RelayRead, RelayWanted
 from etha_ray.tensor_bus.registered import torn_positions
 from etha_ray.tensor_bus.relaying import Lending, Relaying
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay

@@ -17,8 +17,8 @@ import time
 from typing import Literal, TypeAlias
 
 from etha_ray.tensor_bus.bus import Member
-from etha_ray.tensor_bus.commands import RelayAnswer, RelayRead, RelayWanted
 from etha_ray.tensor_bus.feeding import Feed, Upto
+from etha_ray.tensor_bus.messages import RelayAnswer, RelayRead, RelayWanted
 from etha_ray.tensor_bus.transfer_state import TransferState
 
 _PATIENCE = 1.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from etha_ray.errors import error_class
 from etha_ray.tensor_bus.bus import Member, tell
-from etha_ray.tensor_bus.commands import DataRead, DataReady, DataRefused, DataRevoked, DataStands, DataTaken
 from etha_ray.tensor_bus.history import Flow, flow_key
+from etha_ray.tensor_bus.messages import DataRead, DataReady, DataRefused, DataRevoked, DataStands, DataTaken
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay
 
 

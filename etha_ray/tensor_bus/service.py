@@ -29,30 +29,17 @@ from etha_ray.tensor_bus.commands import (
     BaseCommand,
     CancelTransfer,
     CleanupBatch,
-    DataMessage,
-    DataRead,
-    DataReady,
-    DataRefused,
-    DataRevoked,
-    DataStands,
-    DataTaken,
-    DigestPart,
     Failed,
     Goodbye,
     Hello,
     InitPair,
     MakeDigest,
-    Message,
     Ping,
     QueryStatus,
     ReadBody,
     ReadNotices,
     ReadyReplicas,
     RegisterTensors,
-    RegistrationClosed,
-    RelayAnswer,
-    RelayRead,
-    RelayWanted,
     Transfer,
     WaitReady,
     WaitVersion,
@@ -63,6 +50,21 @@ from etha_ray.tensor_bus.jobs import Jobs
 from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.leftovers import sweep
 from etha_ray.tensor_bus.links import Links
+from etha_ray.tensor_bus.messages import (
+    DataMessage,
+    DataRead,
+    DataReady,
+    DataRefused,
+    DataRevoked,
+    DataStands,
+    DataTaken,
+    DigestPart,
+    Message,
+    RegistrationClosed,
+    RelayAnswer,
+    RelayRead,
+    RelayWanted,
+)
 from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.notices import Notices
 from etha_ray.tensor_bus.outcomes import Outcomes, waited_for

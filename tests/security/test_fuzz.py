@@ -28,16 +28,8 @@ from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.board import Board
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import (
-    BaseCommand,
-    CancelTransfer,
-    DataMessage,
-    Message,
-    RegistrationClosed,
-    decode_outcome,
-    encode_command,
-    encode_outcome,
-)
+from etha_ray.tensor_bus.commands import BaseCommand, CancelTransfer, decode_outcome, encode_outcome
+from etha_ray.tensor_bus.messages import DataMessage, Message, RegistrationClosed, encode_command
 from etha_ray.tensor_bus.queue_entry import _AFTER_CHECKSUM, _CHECKSUM, CorruptEntry, unpack_entry
 from etha_ray.tensor_bus.records import agent_key, encode
 from etha_ray.tensor_bus.semaphores import generate_semaphore_name, open_semaphore

@@ -12,19 +12,10 @@ import msgspec
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.batch import Batch
 from etha_ray.tensor_bus.bus import Member
-from etha_ray.tensor_bus.commands import (
-    BaseCommand,
-    DataMessage,
-    DataRead,
-    DataRefused,
-    DataTaken,
-    Message,
-    Ping,
-    RegistrationClosed,
-    Transfer,
-)
+from etha_ray.tensor_bus.commands import BaseCommand, Ping, Transfer
 from etha_ray.tensor_bus.history import PastTransfer
 from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.messages import DataMessage, DataRead, DataRefused, DataTaken, Message, RegistrationClosed
 from etha_ray.tensor_bus.records import AgentRecord, MemberRecord
 from etha_ray.tensor_bus.registered import Peer, Registered
 from etha_ray.tensor_bus.transfer_state import TransferState

@@ -6,7 +6,7 @@ import pytest
 
 from etha_ray.errors import VersionMismatchError
 from etha_ray.tensor_bus.announcements import Announcements
-from etha_ray.tensor_bus.commands import DataReady, DataRefused, DataTaken
+from etha_ray.tensor_bus.messages import DataReady, DataRefused, DataTaken
 from etha_ray.tensor_bus.versions import Holding
 from tests.tensor_bus.ends import End
 

@@ -17,15 +17,8 @@ from etha_ray.errors import (
     TransferTimeoutError,
 )
 from etha_ray.tensor_bus.bus import BatchState
-from etha_ray.tensor_bus.commands import (
-    DataRead,
-    DataReady,
-    DataRevoked,
-    DataStands,
-    DataTaken,
-    RegistrationClosed,
-)
 from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.messages import DataRead, DataReady, DataRevoked, DataStands, DataTaken, RegistrationClosed
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.transfer_state import TransferState
 from tests.tensor_bus.ends import End, ends, peer

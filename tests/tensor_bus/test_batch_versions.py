@@ -12,11 +12,8 @@ from etha_ray.errors import (
     VersionMismatchError,
     VersionTimeoutError,
 )
-from etha_ray.tensor_bus.commands import (
-    DataReady,
-    RegistrationClosed,
-    WaitVersion,
-)
+from etha_ray.tensor_bus.commands import WaitVersion
+from etha_ray.tensor_bus.messages import DataReady, RegistrationClosed
 from etha_ray.tensor_bus.records import Standing
 from etha_ray.tensor_bus.versions import Announced, Holding, agreed_version
 from tests.tensor_bus.ends import End, carry, carry_on, ends, peer, seen, two_senders

@@ -19,7 +19,7 @@ from etha_ray.kvstore import MemoryStore
 from etha_ray.tensor_bus import links, members, ways
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.batch_handler import BatchHandler
-from etha_ray.tensor_bus.commands import DataRevoked, Message, encode_command
+from etha_ray.tensor_bus.messages import DataRevoked, Message, encode_command
 from etha_ray.tensor_bus.network import AgentNetwork, address_towards
 from etha_ray.tensor_bus.records import AgentRecord, agent_key
 from etha_ray.tensor_bus.state_file import StateFile

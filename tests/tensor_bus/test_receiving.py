@@ -9,13 +9,8 @@ from etha_ray.errors import (
     IntegrityError,
     TransferTimeoutError,
 )
-from etha_ray.tensor_bus.commands import (
-    DataRead,
-    DataReady,
-    DataRevoked,
-    DataStands,
-)
 from etha_ray.tensor_bus.jobs import Job
+from etha_ray.tensor_bus.messages import DataRead, DataReady, DataRevoked, DataStands
 from etha_ray.tensor_bus.transfer_state import TransferState
 from etha_ray.tensor_bus.versions import Holding
 from tests.tensor_bus.ends import End, carry, ends, seen, two_senders

@@ -12,9 +12,9 @@ import torch
 
 from etha_ray.errors import BatchTornError, PeerLostError, TransferCancelledError
 from etha_ray.tensor_bus import feeding
-from etha_ray.tensor_bus.commands import DataRead, DataRefused, DataTaken, Message, RegistrationClosed, RelayRead, RelayWanted
 from etha_ray.tensor_bus.executor import Inflow
 from etha_ray.tensor_bus.feeding import Fed, Feed
+from etha_ray.tensor_bus.messages import DataRead, DataRefused, DataTaken, Message, RegistrationClosed, RelayRead, RelayWanted
 from etha_ray.tensor_bus.transfer_state import TransferState
 from etha_ray.transport import CopyProgram
 from etha_ray.transport.base import NoProgram

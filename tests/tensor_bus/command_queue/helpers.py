@@ -14,7 +14,8 @@ import pytest
 from etha_ray.errors import QueueFullError
 from etha_ray.tensor_bus import command_queue
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import CleanupBatch, Message
+from etha_ray.tensor_bus.commands import CleanupBatch
+from etha_ray.tensor_bus.messages import Message
 
 fork = multiprocessing.get_context("fork")
 LONG_S = 30.0  # never reached, unless something that must happen does not

@@ -14,7 +14,7 @@ import pytest
 
 from etha_ray.tensor_bus import command_queue
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import Message
+from etha_ray.tensor_bus.messages import Message
 from etha_ray.testing import eventually
 from tests.tensor_bus.command_queue.helpers import (
     LONG_S,

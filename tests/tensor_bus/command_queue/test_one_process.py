@@ -12,7 +12,8 @@ import pytest
 from etha_ray.errors import ConfigError, QueueFullError
 from etha_ray.tensor_bus import command_queue
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import Message, Ping, QueryStatus, RegisterTensors, Transfer
+from etha_ray.tensor_bus.commands import Ping, QueryStatus, RegisterTensors, Transfer
+from etha_ray.tensor_bus.messages import Message
 from tests.tensor_bus.command_queue.helpers import (
     LONG_S,
     assert_capacity_is_whole,
