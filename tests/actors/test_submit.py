@@ -28,7 +28,7 @@ from .application import ROOT, environment
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]  # `make test-cluster` runs them, as they need a cluster of their own
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,6 @@ def ray_job(cluster: dict[str, str], *arguments: str, folder: Path = ROOT) -> st
     return ended.stdout
 
 
-@pytest.mark.slow
 def test_the_main_job_runs_as_a_ray_job(cluster: dict[str, str], tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     job = ["python", "-m", "actors.weight_sync", "--steps", "4", "--sync-every", "2", "--report", str(report)]
@@ -137,7 +136,6 @@ def test_without_the_token_nobody_sees_or_starts_jobs(cluster: dict[str, str], h
     refused.value.close()
 
 
-@pytest.mark.slow
 def test_jobs_that_were_submitted_apart_find_each_other_by_name(cluster: dict[str, str], namespace: str) -> None:
     """One trains, one keeps agents, one generates, and goes on until the trainers leave. They wait for one another."""
 
