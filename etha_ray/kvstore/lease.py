@@ -66,8 +66,7 @@ class Lease:
         asked = time.monotonic()
         self._grant = store._grant(ttl)
         self._good_until = asked + self._grant.ttl
-        self.answered = time.monotonic()
-        """When the store last answered, by the monotonic clock: while the lease renews itself, three times in its time to live."""
+        self._unanswered: float | None = None  # since when it is asked in vain
         self._keeper: threading.Thread | None = None
         if renew:
             self._keeper = threading.Thread(target=self._keep, name="etha-ray-lease", daemon=True)
@@ -86,6 +85,12 @@ class Lease:
             if not self._end and time.monotonic() >= self._good_until:
                 self._end = f"it was not renewed within {self.ttl:g} s"
             return not self._end
+
+    @property
+    def silence(self) -> float:
+        """Seconds for which the store has been asked for renewals in vain; 0 if it answered the last one, or has not been asked since."""
+        since = self._unanswered
+        return 0.0 if since is None else time.monotonic() - since
 
     def set(self, key: str, value: str, *, component: str | None = None) -> None:
         """Stores ``value`` as UTF-8 under the lease, replacing what was there. Raises what `set_bytes` raises."""
@@ -111,13 +116,14 @@ class Lease:
         with self._renewing:
             self._check_alive()
             asked = time.monotonic()
+            self._unanswered = self._unanswered or asked
             try:
                 self._grant.renew()
             except LeaseExpiredError:
-                self.answered = time.monotonic()
+                self._unanswered = None
                 self._lose("the store says so")
                 raise
-            self.answered = time.monotonic()
+            self._unanswered = None
         self._check_alive()  # an answer that came too late does not bring back what this process has taken for lost
         with self._lock:
             self._good_until = max(self._good_until, asked + self.ttl)

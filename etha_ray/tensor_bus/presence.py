@@ -14,8 +14,8 @@ from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
 
 logger = logging.getLogger(__name__)
 
-_LATE = 0.5
-"""How much of the lease's time may pass without an answer of the store: it is asked after a third."""
+_LATE = 1.5
+"""Seconds after which an answer of the store is missed. It is asked three times in `FAILURE_TIMEOUT`."""
 
 
 class Presence:
@@ -31,13 +31,13 @@ class Presence:
         self._publishing = False
         self._left = False
         self.silent_since = 0.0
-        """When the store last answered, in seconds since the epoch; 0 while it does."""
+        """Since when the store does not answer, in seconds since the epoch; 0 while it does."""
         self.lease = self._publish()
 
     def check_store(self) -> None:
         """Notice that the store does not answer, or does again."""
-        silence = time.monotonic() - self.lease.answered
-        silent = silence > _LATE * self.lease.ttl
+        silence = self.lease.silence
+        silent = silence > _LATE
         if silent and not self.silent_since:
             logger.warning("agent %d: the store has not answered for %.1f s", self._record.rank, silence)
             self.silent_since = time.time() - silence

@@ -165,7 +165,7 @@ class Reply:
         return True
 
     def store_silent_since(self) -> float:
-        """When the store last answered, in seconds since the epoch; 0 where it does, or this command does not need it."""
+        """Since when the store does not answer, in seconds since the epoch; 0 where it does, or this command does not need it."""
         status = self._status()
         return status.store_silent_since if status is not None and self._command_type in ASK_STORE else 0.0
 

@@ -69,7 +69,7 @@ class BatchStatus(msgspec.Struct, frozen=True, omit_defaults=True):
 class AgentStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """One agent. ``workers`` are pids. Of very many pairs and batches the first are listed; ``counts`` has how many there are.
 
-    ``store_silent_since``: when the store last answered, in seconds since the epoch; 0 while it does.
+    ``store_silent_since``: since when the store does not answer, in seconds since the epoch; 0 while it does.
     """
 
     record: AgentRecord

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from etha_ray.tensor_bus.jobs import Jobs
 from etha_ray.tensor_bus.presence import Presence
 from etha_ray.tensor_bus.records import AgentRecord, agent_key, decode
 from etha_ray.testing import eventually
+from tests.kvstore.test_lease import InterruptedStore
 
 RECORD = AgentRecord(3, "incarnation", 1, 0.0, "host", "host", "", "", "", "", "cpu")
 
@@ -88,3 +90,24 @@ def test_a_lease_that_comes_after_it_has_left_is_given_back(store: Store, jobs: 
     eventually(lambda: store.exists(agent_key(3)))
     jobs.close()
     assert not store.exists(agent_key(3))
+
+
+def test_a_store_that_does_not_answer_is_noticed(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
+    store = InterruptedStore("presence")
+    presence = Presence(RECORD, store, jobs)
+    presence.check_store()
+    assert presence.silent_since == 0
+    away, began = store.granted.away, time.time()
+    away.set()
+    eventually(lambda: (presence.check_store(), presence.silent_since)[1])
+    assert began - 0.1 < presence.silent_since < time.time() - 1
+    assert "agent 3: the store has not answered for" in caplog.text
+    presence.lease.close()  # it is lost, and the store is still away
+    presence.check_store()
+    assert presence.silent_since
+    away.clear()
+    presence.renew()
+    eventually(lambda: (jobs.run(jobs.take()), presence.check_store(), not presence.silent_since)[2])
+    assert "agent 3: the store answers again" in caplog.text
+    presence.close()
+    store.close()
