@@ -7,7 +7,8 @@ STAMP  := $(VENV)/.installed
 # Three workers for two cores, as tests mostly wait for other processes; each on a host of its own, where such can be made. Files in
 # their order, in which those with long tests come first.
 WORKERS      = $(shell expr $$(nproc) \* 3 / 2)
-SIDE_BY_SIDE = $(if $(shell .ci/isolated echo yes 2> /dev/null),--dist loadfile --no-loadscope-reorder --tx '$(WORKERS)*popen//python=.ci/isolated $(BIN)/python')
+ISOLATED     = $(if $(shell .ci/isolated echo yes 2> /dev/null),.ci/isolated)
+SIDE_BY_SIDE = $(if $(ISOLATED),--dist loadfile --no-loadscope-reorder --tx '$(WORKERS)*popen//python=.ci/isolated $(BIN)/python')
 
 .PHONY: help demo test test-local-mode test-slow test-cluster test-layouts chaos soak fuzz lint types bench bench-gpu docs wheel-check clean
 .DEFAULT_GOAL := help
@@ -52,8 +53,8 @@ test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor
 	  --hypothesis-profile=thorough --timeout 20000
 
 chaos: $(STAMP)  ## Kill, stop and cut off 500 times while weights cross; half an hour
-	$(BIN)/python -m tests.chaos --kills 500
-	$(BIN)/python -m tests.chaos --kills 100 --ray
+	$(ISOLATED) $(BIN)/python -m tests.chaos --kills 500
+	$(ISOLATED) $(BIN)/python -m tests.chaos --kills 100 --ray
 
 soak: $(STAMP)  ## 10,000 syncs between two processes and two agents: memory and open files must not grow
 	$(BIN)/python -m tests.soak --syncs 10000

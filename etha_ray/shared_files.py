@@ -235,6 +235,8 @@ def _remove_if_unfinished(path: str) -> bool:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one sweep of several goes on
         for _ in range(_SWEEP_TRIES):
             if _nobody_else_has(fd):
+                if any(os.pread(fd, _HEAD, 0)):  # it was only being made until now
+                    return False
                 os.unlink(path)
                 return True
             time.sleep(0.001)  # another sweep may just have looked at it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, requires
 
 
@@ -11,8 +12,16 @@ def install_cupy() -> str:
 
     The CUDA must be torch's: NCCL's packages for two of them have the same files. torch itself need not be importable.
     """
+    return f"pip install 'etha-ray[gpu-cuda{_release()}]'"
+
+
+def _release() -> str:
     try:
         found = re.search(r"\bnvidia-nccl-cu(\d+)", "\n".join(requires("torch") or ()))
     except PackageNotFoundError:
         found = None
-    return f"pip install 'etha-ray[gpu-cuda{found[1] if found else 13}]'"
+    if found:
+        return found[1]
+    torch = sys.modules.get("torch")  # one that was built from source names no package
+    cuda: str | None = getattr(getattr(torch, "version", None), "cuda", None)
+    return (cuda or "13").partition(".")[0]

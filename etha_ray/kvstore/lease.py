@@ -17,7 +17,7 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from etha_ray.errors import LeaseExpiredError, StoreClosedError, StoreError
+from etha_ray.errors import LeaseExpiredError, StoreClosedError, StoreError, StoreUnavailableError
 from etha_ray.kvstore.keys import text_as_bytes
 
 if TYPE_CHECKING:
@@ -122,6 +122,11 @@ class Lease:
             except LeaseExpiredError:
                 self._unanswered = None
                 self._lose("the store says so")
+                raise
+            except StoreUnavailableError:
+                raise
+            except StoreError:
+                self._unanswered = None  # an answer, if not the one that was wanted
                 raise
             self._unanswered = None
         self._check_alive()  # an answer that came too late does not bring back what this process has taken for lost

@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError("which agent is this? give --rank, or RANK in the environment (torchrun sets it)")
     url = options.store or store_url()
     if url is None:
-        raise ConfigError("where do the agents meet? give --store, or ETHA_RAY_STORE in the environment, which hides a password in it")
+        parser.error("where do the agents meet? give --store, or ETHA_RAY_STORE in the environment, which hides a password in it")
     if url.startswith("tcp://") and rank == 0 and "master=" not in url:
         url += ("&" if "?" in url else "?") + "master=1&wait_for_workers=0"
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -19,7 +19,7 @@ from etha_ray.tensor_bus.state_file import OUTCOME, StateFile, outcome_key
 logger = logging.getLogger(__name__)
 
 
-_STRANGERS = ""
+_STRANGERS = None
 """In place of a client's id: of those that are not known, or not any more."""
 
 _KEPT = 64
@@ -35,8 +35,8 @@ class Outcomes:
     def __init__(self, state: StateFile, history: History) -> None:
         self._state = state
         self._history = history
-        self._semaphores: dict[str, dict[str, posix_ipc.Semaphore]] = {}
-        self._look_at: dict[str, int] = {}
+        self._semaphores: dict[str | None, dict[str, posix_ipc.Semaphore]] = {}
+        self._look_at: dict[str | None, int] = {}
         self._leftovers: deque[tuple[float, list[bytes]]] = deque()
 
     def meet(self, client_id: str) -> None:
@@ -66,7 +66,7 @@ class Outcomes:
         """Answer a command of which only the semaphore's name could be read."""
         self._tell(_STRANGERS, semaphore_name, outcome)
 
-    def forget(self, client_id: str) -> list[str]:
+    def forget(self, client_id: str | None) -> list[str]:
         """Close the semaphores of a client that left, and return their names."""
         kept = self._semaphores.pop(client_id, {})
         self._look_at.pop(client_id, None)
@@ -94,14 +94,14 @@ class Outcomes:
         if command.semaphore_name is not None:
             self._tell(command.client_id, command.semaphore_name, outcome)
 
-    def _tell(self, client_id: str, name: str, outcome: Outcome) -> None:
+    def _tell(self, client_id: str | None, name: str, outcome: Outcome) -> None:
         if not is_semaphore_name(name):
             logger.error("a command cannot be answered: %r is no name of a semaphore", name[:80])
             return
         self._state.put(outcome_key(name), encode_outcome(outcome))
         self._post(client_id, name)
 
-    def _post(self, client_id: str, name: str) -> None:
+    def _post(self, client_id: str | None, name: str) -> None:
         client_id = client_id if client_id in self._semaphores else _STRANGERS
         kept = self._semaphores.setdefault(client_id, {})
         semaphore = kept.get(name)
@@ -117,7 +117,7 @@ class Outcomes:
                 self._drop_removed(client_id, kept)
         semaphore.release()
 
-    def _drop_removed(self, client_id: str, kept: dict[str, posix_ipc.Semaphore]) -> None:
+    def _drop_removed(self, client_id: str | None, kept: dict[str, posix_ipc.Semaphore]) -> None:
         """Let go of semaphores whose client stopped waiting: it has removed their names."""
         removed = [name for name in kept if not waited_for(name)]
         for name in removed:

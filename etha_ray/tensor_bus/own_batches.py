@@ -145,8 +145,10 @@ class OwnBatches:
 
     def _let_go(self, batch: OwnBatch) -> None:
         batch.exported.close()
-        if batch.mark is not None and batch.exported.gpu is not None:
-            self._marks[batch.exported.gpu].append(batch.mark)
+        with self.lock:  # two threads may let go of one
+            mark, batch.mark = batch.mark, None
+            if mark is not None and batch.exported.gpu is not None:
+                self._marks[batch.exported.gpu].append(mark)
 
     def close(self, batch_id: str, *, blocking: bool, timeout: float) -> None:
         """See `BatchHandler.close`."""

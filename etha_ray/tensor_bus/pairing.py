@@ -12,7 +12,7 @@ from functools import partial
 import msgspec
 
 from etha_ray.config import HEARTBEAT_INTERVAL
-from etha_ray.errors import ConfigError, PairMismatchError, PairTimeoutError, StoreError
+from etha_ray.errors import ConfigError, EthaRayError, PairMismatchError, PairTimeoutError, StoreError
 from etha_ray.kvstore import KVStore
 from etha_ray.layout import Layout
 from etha_ray.tensor_bus.commands import InitPair
@@ -139,9 +139,7 @@ class Pairing:
             sent, timeout = command.timestamp, command.timeout
             if sent is not None and timeout is not None and time.time() - sent > timeout + HEARTBEAT_INTERVAL:
                 pair.waiting.remove(command)
-                silent = silent_store(f"init_pair for {pair.name!r}: no answer within {timeout:g} s", store_silent_since)
-                late = PairTimeoutError(f"pair {pair.name!r} was not complete within {timeout:g} s; an earlier init_pair still waits")
-                self._outcomes.failed(command, silent if store_silent_since else late)
+                self._outcomes.failed(command, _late(pair, timeout, store_silent_since))
 
     def _over(self, pair: Pair, job: Job[Match]) -> None:
         pair.match, pair.error, pair.job = job.value, job.error, None
@@ -178,6 +176,12 @@ class Pairing:
             self._hold_back(pair)
             work = partial(give_back, self._store, pair.name, pair.member, pair.slot)
             self._withdrawals.start(f"leave pair {pair.name!r}", work, tried, partial(self._left, pair))
+
+
+def _late(pair: Pair, timeout: float, store_silent_since: float) -> EthaRayError:
+    if store_silent_since:
+        return silent_store(f"init_pair for {pair.name!r}: no answer within {timeout:g} s", store_silent_since)
+    return PairTimeoutError(f"pair {pair.name!r} was not complete within {timeout:g} s; an earlier init_pair still waits")
 
 
 def _check_same(pair: Pair, member: MemberRecord) -> None:

@@ -53,7 +53,10 @@ def unpack_entry(position: int, entry: bytes | None) -> Message | CorruptEntry:
     start = _HEADER.size + name_length
     if zlib.crc32(entry[_CHECKSUM.size : start]) != header_checksum:
         return CorruptEntry(position, None, None, "its header does not match its checksum")
-    name = str(entry[_HEADER.size : start], "utf-8") or None
+    try:
+        name = str(entry[_HEADER.size : start], "utf-8") or None
+    except UnicodeDecodeError as error:
+        return CorruptEntry(position, None, command_id, f"its semaphore's name is none: {error}")
     body = entry[start:]
     if zlib.crc32(body) != body_checksum:
         return CorruptEntry(position, name, command_id, "its body does not match its checksum")

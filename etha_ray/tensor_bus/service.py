@@ -81,6 +81,9 @@ from etha_ray.tensor_bus.workers import Worker, Workers
 
 logger = logging.getLogger(__name__)
 
+_LAST_BREATH = 10.0
+"""Seconds in which a process that is dead lets go of all its memory, and so do those that it has forked, if they end with it."""
+
 
 class BusService:
     """The pairs, batches and workers of one agent.
@@ -112,6 +115,7 @@ class BusService:
         self._began = time.time()
         self._told = b""
         self._store_silent_since = 0.0
+        self._sweep_until = 0.0
         self._outcomes = Outcomes(state, history)
         self._workers = Workers(record.rank)
         self._links = Links(record, network, self._loop_back, jobs.post, self._on_agent_lost)
@@ -214,11 +218,11 @@ class BusService:
         """Find out which workers and agents have died. The store's silence is in seconds since the epoch; 0 while it answers."""
         self._store_silent_since = store_silent_since
         self._links.check()
-        dead = self._workers.dead()
-        for worker in dead:
+        for worker in self._workers.dead():
             logger.warning("agent %d: worker pid %d died", self.record.rank, worker.pid)
             self._drop_worker(worker, PeerLostError(f"worker pid {worker.pid} died"), lost=True, then=lambda: None)
-        if dead:
+            self._sweep_until = time.monotonic() + _LAST_BREATH
+        if time.monotonic() < self._sweep_until:
             sweep()
         for worker in self._workers.all():
             for pair in worker.pairs.values():

@@ -113,7 +113,7 @@ def silent_store(what: str, since: float) -> StoreUnavailableError:
     """The error of ``what`` the store was to be asked for, which has not answered since then (seconds since the epoch)."""
     return StoreUnavailableError(
         f"{what}: the store of its agent has not answered for {time.time() - since:.1f} s: see that it runs and that the agent's host"
-        " reaches it, then call again; the agent itself goes on once it answers"
+        " reaches it, then call again"
     )
 
 

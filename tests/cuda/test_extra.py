@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+import torch
 
 from etha_ray.cuda import extra
 
@@ -22,6 +23,12 @@ from etha_ray.cuda import extra
 def test_it_is_torchs(required: list[str] | None, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extra, "requires", lambda name: required)
     assert extra.install_cupy() == line
+
+
+def test_a_torch_that_names_no_package_is_asked_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extra, "requires", lambda name: ["filelock"])
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert extra.install_cupy() == "pip install 'etha-ray[gpu-cuda12]'"
 
 
 def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

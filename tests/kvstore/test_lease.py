@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from etha_ray.errors import LeaseExpiredError, StoreUnavailableError
+from etha_ray.errors import LeaseExpiredError, StoreError, StoreUnavailableError
 from etha_ray.kvstore import MemoryStore
 from etha_ray.kvstore.lease import Grant
 from etha_ray.testing import eventually
@@ -133,3 +133,19 @@ def test_a_store_closed_while_a_lease_is_granted_keeps_none(store: InterruptedSt
 def test_a_process_that_keeps_a_lease_can_exit() -> None:
     program = "from etha_ray.kvstore import MemoryStore; lease = MemoryStore().lease(600.0); lease.set('k', '1')"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+
+
+def test_a_store_that_refuses_is_not_silent(store: InterruptedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = store.lease(60.0, renew=False)
+    store.granted.away.set()
+    with pytest.raises(StoreUnavailableError):
+        lease.renew()
+    assert lease.silence > 0
+
+    def refuse() -> None:
+        raise StoreError("its password was changed")
+
+    monkeypatch.setattr(store.granted, "renew", refuse)
+    with pytest.raises(StoreError):
+        lease.renew()
+    assert lease.silence == 0

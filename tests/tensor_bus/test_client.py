@@ -96,8 +96,8 @@ class TestOutcomes:
                 semaphore.acquire(LONG)
                 semaphore.unlink()
                 semaphore.close()
-            assert set(outcomes._semaphores) == {"", client.client_id}
-            assert len(outcomes._semaphores[""]) < 140
+            assert set(outcomes._semaphores) == {None, client.client_id}
+            assert len(outcomes._semaphores[None]) < 140
 
     def test_a_late_answer_to_an_abandoned_command_reaches_no_other(self) -> None:
         with local_cluster() as cluster:

@@ -347,8 +347,11 @@ class TestStore:
 def test_the_command_line() -> None:
     """Without a store it says so and ends, and where none is named, too; its help needs none."""
     without = [sys.executable, "-m", "etha_ray.tensor_bus.agent", "--store", f"etcd://127.0.0.1:{free_port()}", "--rank", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "ETHA_RAY_STORE"}
     all_three = [without, [*without[:3], "--help"], [*without[:3], "--rank", "1"]]
-    failed, done, nowhere = [subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for each in all_three]
+    failed, done, nowhere = [
+        subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) for each in all_three
+    ]
     (_, said), (helped, _), (_, asked) = [each.communicate(timeout=2 * LONG) for each in (failed, done, nowhere)]
     assert asked.splitlines()[-1].endswith("give --store, or ETHA_RAY_STORE in the environment, which hides a password in it")
     assert (failed.returncode, done.returncode) == (1, 0)

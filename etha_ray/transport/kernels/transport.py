@@ -88,6 +88,8 @@ class KernelTransport(OneSidedTransport):
         A device loads a kernel when it is first launched, and may wait then for all that it has under way: for messages, too, that wait
         for another device, which may be waiting for this one.
         """
+        if program.by_torch <= self._rehearsed:
+            return  # it may be amid messages, and must not wait for another thread then
         with self._rehearsing:
             lane = self.accelerator.lane()
             examples = [call.example(self.accelerator) for call in program.by_torch - self._rehearsed]

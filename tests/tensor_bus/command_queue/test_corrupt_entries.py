@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import zlib
 
 import pytest
 
 from etha_ray.tensor_bus import command_queue
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import CleanupBatch, Transfer
-from etha_ray.tensor_bus.queue_entry import CorruptEntry
+from etha_ray.tensor_bus.queue_entry import _AFTER_CHECKSUM, _CHECKSUM, CorruptEntry
 from tests.tensor_bus.command_queue.helpers import (
     assert_capacity_is_whole,
     batch,
@@ -43,6 +44,18 @@ def test_corrupt_entries_are_dropped_and_their_senders_told(small: CommandQueue,
     assert "starts with ff 67 61 72" in lines[1]
     assert len(lines) == 3
     assert_capacity_is_whole(small)
+
+
+def test_a_header_that_is_right_may_have_a_name_that_is_none(small: CommandQueue) -> None:
+    told: list[CorruptEntry] = []
+    small.on_corrupt = told.append
+    small.enqueue(batch(0))
+    name = b"/\xff\xfe"
+    checked = _AFTER_CHECKSUM.pack(0, 5, len(name)) + name
+    overwrite(small, 0, lambda entry: _CHECKSUM.pack(zlib.crc32(checked)) + checked)
+    assert small.dequeue() is None
+    assert [(entry.semaphore_name, entry.command_id) for entry in told] == [(None, 5)]
+    assert told[0].reason.startswith("its semaphore's name is none: 'utf-8' codec can't decode byte 0xff")
 
 
 def test_a_missing_entry_is_dropped(small: CommandQueue) -> None:
