@@ -22,6 +22,7 @@ _EXPECTED = (
     "PairTimeoutError",
     "StoreUnavailableError",
     "TransferTimeoutError",
+    "VersionMismatchError",  # where one of several senders gave up a send that others have completed
 )
 """How a call may end where others are killed, stopped or cut off; None where its own process did not live to see it."""
 _LONG = 60.0
