@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from etha_ray.errors import AgentDiedError, BatchClosedError, EthaRayError
+from etha_ray.errors import AgentDiedError, BatchClosedError, EthaRayError, StoreError
 from etha_ray.tensor_bus.board import Board
 from etha_ray.tensor_bus.records import fingerprint
 from etha_ray.weights.tables import Notice, Table, decode_notice, decode_table
 
+logger = logging.getLogger(__name__)
+
 SENDER = "sender"
+_RANK = re.compile(r"[0-9]{8}")
+_LISTED = 16
+"""Ranks that a message has room for."""
 _FIRST_PAUSE = 0.005
 LONGEST_PAUSE = 1.0
 """Seconds after which everybody has looked again who is there."""
@@ -61,11 +69,13 @@ def receiver_slot(replica: str, rank: int) -> str:
 
 
 def seen(notices: Mapping[str, bytes]) -> Seen:
-    """What notices, by slot, say."""
+    """What notices, by slot, say. Raises `StoreError` for what is none."""
     sides: dict[str, dict[int, Notice]] = {SENDER: {}}
     for slot, data in notices.items():
-        *kind, rank = slot.split("/")
-        sides.setdefault("/".join(kind), {})[int(rank)] = decode_notice(data)
+        side, _, rank = slot.rpartition("/")
+        if not _RANK.fullmatch(rank):
+            raise StoreError(f"a notice of weights is in slot {slot!r}, which is no rank's: another program writes to this namespace")
+        sides.setdefault(side, {})[int(rank)] = decode_notice(data)
     complete = {side: _complete(by_rank) for side, by_rank in sides.items()}
     receivers = {side.partition("/")[2]: found for side, found in complete.items() if side != SENDER}
     missing = {side.partition("/")[2] or side: _missing(sides[side]) for side, found in complete.items() if found is None}
@@ -74,7 +84,7 @@ def seen(notices: Mapping[str, bytes]) -> Seen:
 
 def _complete(by_rank: Mapping[int, Notice]) -> tuple[Notice, ...] | None:
     sizes = {notice.world_size for notice in by_rank.values()}
-    if len(sizes) != 1 or sorted(by_rank) != list(range(next(iter(sizes)))):
+    if sizes != {len(by_rank)} or sorted(by_rank) != list(range(len(by_rank))):
         return None
     return tuple(by_rank[rank] for rank in sorted(by_rank))
 
@@ -85,7 +95,9 @@ def _missing(by_rank: Mapping[int, Notice]) -> str:
         return "nobody is there"
     if len(sizes) > 1:
         return f"its ranks say that there are {' or '.join(map(str, sizes))} of them"
-    return f"ranks {sorted(set(range(sizes[0])).difference(by_rank))} of {sizes[0]} are not there"
+    absent = islice((rank for rank in range(sizes[0]) if rank not in by_rank), _LISTED + 1)
+    shown = [str(rank) if number < _LISTED else "..." for number, rank in enumerate(absent)]
+    return f"ranks [{', '.join(shown)}] of {sizes[0]} are not there"
 
 
 class Tables:
@@ -144,6 +156,9 @@ class Watcher:
                 return
             except (EthaRayError, TimeoutError) as error:  # a store that is away: what is connected needs none
                 self.problem = str(error)
+            except Exception as error:  # whatever it is, others go on, and who waits hears of it
+                logger.exception("who publishes and pulls cannot be seen")
+                self.problem = f"{type(error).__name__}: {error}"
             if self._wake.wait(pause):
                 self._wake.clear()
                 pause = _FIRST_PAUSE

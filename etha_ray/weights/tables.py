@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 
@@ -51,7 +52,7 @@ class Notice(msgspec.Struct, frozen=True):
     """What one rank announces: how many its side has, and the digest of its table. ``token`` differs each time it begins anew."""
 
     token: str
-    world_size: int
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
     table: str
 
 
