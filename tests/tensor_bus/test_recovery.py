@@ -3,6 +3,7 @@ back, sides that come back with another number of ranks."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import tempfile
@@ -17,6 +18,7 @@ import torch
 from torch.distributed.tensor import Shard
 
 from etha_ray.errors import AgentDiedError, BatchClosedError, PeerLostError
+from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.commands import BaseCommand
 from etha_ray.testing import eventually, succeed
 from tests.tensor_bus import cluster as acts
@@ -276,3 +278,46 @@ def test_a_side_comes_back_with_another_number_of_ranks() -> None:
             for side, part in zip(sides, parts, strict=True):
                 assert torch.equal(part, side.cut(whole))
                 side.client.close()
+
+
+def send_again(state: dict[str, Any], batch_id: str) -> int:
+    """Transfers, and nothing else, until one succeeds; how many did not."""
+    for failed in itertools.count():
+        try:
+            state["handlers"][batch_id].transfer("send", blocking=True, timeout=LONG)
+        except PeerLostError:
+            time.sleep(0.05)
+        else:
+            return failed
+    raise AssertionError("unreachable")
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_killed_ranks_come_back_in_another_number(cluster: ProcessCluster, ranks: int) -> None:
+    """The survivor only calls its next transfers."""
+    sender, *receivers = (cluster.worker() for _ in range(3))
+    whole = torch.arange(24.0).reshape(6, 4)
+
+    def joined(worker: Worker, rank: int, name: str, other: str, size: int, index: int, part: torch.Tensor) -> None:
+        worker.call(acts.connect, rank, cluster.paths[rank])
+        worker.start(acts.join_pair, "p", name, other, size, MeshSpec((size,), (index,)), [Shard(0)])
+        worker.result()
+        worker.call(acts.register, "x", [(part, "p")])
+
+    def all_join(sides: list[tuple[Any, ...]]) -> None:
+        succeed(*[lambda side=side: joined(*side) for side in sides])  # type: ignore[misc]
+
+    all_join(
+        [(sender, 0, "a", "b", 1, 0, whole), *((each, 1, "b", "a", 2, index, torch.zeros(3, 4)) for index, each in enumerate(receivers))]
+    )
+    for worker in receivers:
+        cluster.kill(worker.pid)
+    others = [cluster.worker() for _ in range(ranks)]
+    sender.start(send_again, "x")
+    all_join([(each, 1, "b", "a", ranks, index, torch.zeros(6 // ranks, 4)) for index, each in enumerate(others)])
+    for worker in others:
+        worker.start(acts.transfer, "x", "recv")
+    for worker in others:
+        worker.result()
+    assert sender.result() >= 0
+    assert torch.equal(torch.cat([worker.call(acts.read, "x")[0] for worker in others]), whole)
