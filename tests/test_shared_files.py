@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,11 @@ def test_what_was_only_being_made_when_it_was_looked_at_is_left(unfinished: Path
     monkeypatch.setattr(shared_files, "_nobody_else_has", counted_meanwhile)
     assert unfinished.name not in sweep_unfinished()
     assert unfinished.exists()
+
+
+def test_nobody_else_may_open_what_has_a_name() -> None:
+    storage = torch.ones(100).untyped_storage()
+    assert stat.S_IMODE(os.stat(share_by_name(storage).path).st_mode) == 0o600
 
 
 @pytest.mark.parametrize("name", ["torch_1", "torch_1_2_3_4", "torch_x_1_2", "xtorch_1_2_3", "torch_1_2_3.bak"])
