@@ -45,7 +45,7 @@ test-local-mode: $(LOCAL_MODE)/.installed  ## The tests marked local_mode, with 
 test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
 
-test-cluster: $(STAMP)  ## README's cluster section as written (ray up over ssh; needs root and sshd); Ray over two hosts; jobs; Ray's actors killed; a Ray Client
+test-cluster: $(STAMP)  ## README's cluster section as written (ray up over ssh; needs root and sshd); Ray over two hosts; jobs; notebooks; Ray's actors killed; a Ray Client
 	$(BIN)/python -m pytest -q -m slow $(SIDE_BY_SIDE) tests/actors/test_submit.py tests/cluster tests/chaos tests/test_notebooks.py
 
 test-layouts: $(STAMP)  ## 100,000 random layouts and plans against DTensor

@@ -22,6 +22,8 @@ nbclient = pytest.importorskip("nbclient", reason="the notebooks need the test e
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICKSTART = "01_quickstart.ipynb"
+WITH_RAY = ("03_weight_sync.ipynb", "04_failures.ipynb")
+"""Those that start a cluster of their own, and agents and workers in it: a minute each. `make test-cluster` runs them."""
 
 
 @pytest.fixture
@@ -74,7 +76,12 @@ def run(path: Path) -> None:
     assert all(cell.get("execution_count") for cell in notebook.cells if cell.cell_type == "code")
 
 
-@pytest.mark.parametrize("name", [path.name for path in NOTEBOOKS if path.name != QUICKSTART])
+def _named(name: str) -> object:
+    return pytest.param(name, marks=pytest.mark.slow if name in WITH_RAY else [])
+
+
+@pytest.mark.parametrize("name", [_named(path.name) for path in NOTEBOOKS if path.name != QUICKSTART])
+@pytest.mark.timeout(300)
 def test_it_runs(name: str, environment: None) -> None:
     run(ROOT / "notebooks" / name)
 
