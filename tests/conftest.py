@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from etha_ray.config import agent_paths
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 from etha_ray.testing import plugin
+from etha_ray.testing.etcd_server import EtcdServer
 
 # Torch and Ray look up the names of both ends of a connection: a resolver that loses questions must not cost 5 s for each of
 # them. A process reads this at its first lookup, which importing Ray already makes.
@@ -32,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(plugin, "etha_ray")
     if hasattr(config, "workerinput") and config.option.basetemp:
         Path(config.option.basetemp).parent.mkdir(parents=True, exist_ok=True)
+
+
+@pytest.fixture
+def own_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
+    """An etcd of this test's own, with ``kill()``, ``restart()``, ``pause()`` and ``resume()``."""
+    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
+    server.restart()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

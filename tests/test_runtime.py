@@ -17,7 +17,8 @@ import torch
 
 import etha_ray
 from etha_ray.config import agent_paths
-from etha_ray.errors import AgentBusyError, ConfigError
+from etha_ray.errors import AgentBusyError, AgentDiedError, ConfigError, PeerLostError, TransferCancelledError
+from etha_ray.tensor_bus.inspection import inspect_agent
 from etha_ray.testing import eventually, succeed
 from tests.conftest import left_behind
 from tests.tensor_bus.cluster import LONG
@@ -105,6 +106,27 @@ def test_shutdown_leaves_nothing(namespace: str) -> None:
     pool.shutdown()
     assert left_behind(namespace, pids) == []
     assert [agent["state"] for agent in pool.describe(LONG)] == ["stopped"]
+
+
+@pytest.mark.parametrize("kind", ["send", "recv"])
+def test_shutdown_ends_a_transfer_that_waits(kind: str, namespace: str) -> None:
+    pool = etha_ray.launch_agents(["cpu"] * 2, namespace=namespace)
+    pids = [agent["pid"] for agent in pool.describe(LONG)]
+    pair = workers(namespace)
+    worker = pair[0 if kind == "send" else 1]
+    rank, _ = ray.get(worker.rank.remote())
+    waits = worker.transfer.remote(kind)
+
+    def under_way() -> bool:
+        seen = inspect_agent(rank, agent_paths(rank, namespace))
+        return seen is not None and seen.status is not None and any(batch.transfer for batch in seen.status.batches)
+
+    eventually(under_way)
+    pool.shutdown()
+    with pytest.raises((AgentDiedError, TransferCancelledError, PeerLostError)):
+        ray.get(waits, timeout=LONG)
+    ray.get([each.close.remote() for each in pair])
+    assert left_behind(namespace, pids) == []
 
 
 def test_a_killed_agent_is_restarted_and_its_workers_go_on(namespace: str) -> None:

@@ -177,11 +177,9 @@ class Connection:
         if not reply.wait(None if timeout is None else timeout + _GRACE):
             what = f"{reply.what}: agent {self.agent_rank} gave no answer within {timeout} s"
             since = reply.store_silent_since()
-            raise (
-                silent_store(what, since)
-                if since
-                else TransferTimeoutError(f"{what}: it still copies, is overloaded, or its store was away")
-            )
+            if since:
+                raise silent_store(what, since)
+            raise TransferTimeoutError(f"{what}: it still copies, is overloaded, or its store was away")
 
     def _give_up(self, reply: Reply, cancel: CancelTransfer | None) -> None:
         reply.abandon()

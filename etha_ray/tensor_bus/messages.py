@@ -9,7 +9,7 @@ Encoders and decoders are shared and may be used from any thread.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -189,6 +189,9 @@ RelayMessage: TypeAlias = RelayWanted | RelayAnswer | RelayRead
 SenderMessage: TypeAlias = DataReady | DataRead | DataStands | DataTaken | DataRefused | DataRevoked
 DataMessage: TypeAlias = SenderMessage | RelayMessage | DigestPart
 """What agents say to one another of a registered batch."""
+
+DATA_MESSAGES: tuple[type[BaseCommand], ...] = get_args(DataMessage)
+"""All kinds of them."""
 
 Message: TypeAlias = (
     Transfer

@@ -23,21 +23,8 @@ from etha_ray.accelerator import Accelerator
 from etha_ray.errors import ConfigError, EthaRayError, PeerLostError
 from etha_ray.kvstore import KVStore
 from etha_ray.net import SECRET_BYTES, Address, Channel, Server, accept_channels, connect
-from etha_ray.tensor_bus.messages import (
-    DataRead,
-    DataReady,
-    DataRefused,
-    DataRevoked,
-    DataStands,
-    DataTaken,
-    DigestPart,
-    Message,
-    RegistrationClosed,
-    RelayAnswer,
-    RelayRead,
-    RelayWanted,
-    decode_command,
-)
+from etha_ray.tensor_bus.commands import BaseCommand
+from etha_ray.tensor_bus.messages import DATA_MESSAGES, Message, RegistrationClosed, decode_command
 from etha_ray.tensor_bus.records import SECRET_KEY, AgentRecord
 from etha_ray.transport.nccl import Communicators
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET, NetworkTransport, Path
@@ -46,10 +33,7 @@ logger = logging.getLogger(__name__)
 
 _ANY_PORT = 9
 _MESSAGES = "messages"
-_FROM_AGENTS = (
-    *(DataReady, DataRead, DataStands, DataTaken, DataRefused, DataRevoked),
-    *(RelayWanted, RelayAnswer, RelayRead, DigestPart, RegistrationClosed),
-)
+_FROM_AGENTS: tuple[type[BaseCommand], ...] = (*DATA_MESSAGES, RegistrationClosed)
 
 
 class AgentNetwork:

@@ -95,16 +95,13 @@ class Outcomes:
             self._tell(command.client_id, command.semaphore_name, outcome)
 
     def _tell(self, client_id: str | None, name: str, outcome: Outcome) -> None:
-        if not is_semaphore_name(name):
-            logger.error("a command cannot be answered: %r is no name of a semaphore", name[:80])
-            return
-        self._state.put(outcome_key(name), encode_outcome(outcome))
-        self._post(client_id, name)
-
-    def _post(self, client_id: str | None, name: str) -> None:
         client_id = client_id if client_id in self._semaphores else _STRANGERS
         kept = self._semaphores.setdefault(client_id, {})
         semaphore = kept.get(name)
+        if semaphore is None and not is_semaphore_name(name):
+            logger.error("a command cannot be answered: %r is no name of a semaphore", name[:80])
+            return
+        self._state.put(outcome_key(name), encode_outcome(outcome))
         if semaphore is None:
             try:
                 semaphore = open_semaphore(name, create=False)

@@ -51,17 +51,13 @@ from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.leftovers import sweep
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.messages import (
+    DATA_MESSAGES,
     DataMessage,
     DataRead,
-    DataReady,
     DataRefused,
-    DataRevoked,
-    DataStands,
     DataTaken,
-    DigestPart,
     Message,
     RegistrationClosed,
-    RelayAnswer,
     RelayRead,
     RelayWanted,
 )
@@ -145,16 +141,7 @@ class BusService:
             MakeDigest: self._on_digest,
             WaitReady: self._on_wait_ready,
             CleanupBatch: self._on_cleanup,
-            DataReady: self._on_data,
-            DataRead: self._on_data,
-            DataStands: self._on_data,
-            DataTaken: self._on_data,
-            DataRefused: self._on_data,
-            DataRevoked: self._on_data,
-            RelayWanted: self._on_data,
-            RelayAnswer: self._on_data,
-            RelayRead: self._on_data,
-            DigestPart: self._on_data,
+            **dict.fromkeys(DATA_MESSAGES, self._on_data),
             RegistrationClosed: self._on_registration_closed,
         }
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyetcd
 import pytest
 
-from etha_ray.testing.etcd_server import EtcdAddress, EtcdServer
+from etha_ray.testing.etcd_server import EtcdAddress
 
 
 @pytest.fixture(scope="session")
@@ -24,16 +24,6 @@ def raw(etcd: EtcdAddress) -> Iterator[Any]:
     client = pyetcd.client(etcd.host, etcd.port, grpc_options=[("grpc.max_receive_message_length", -1)])
     yield client
     client.close()
-
-
-@pytest.fixture
-def own_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
-    """An etcd of this test's own, with ``kill()``, ``restart()``, ``pause()`` and ``resume()``."""
-    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
-    server.start()
-    server.wait_ready()
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -28,24 +28,15 @@ TIME = 6.0
 
 
 @pytest.fixture
-def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
-    server = EtcdServer(tmp_path_factory.mktemp("etcd"))
-    server.start()
-    server.wait_ready()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def paths() -> list[AgentPaths]:
     namespace = fresh_namespace()
     return [agent_paths(rank, namespace) for rank in range(2)]
 
 
 @pytest.fixture
-def clients(etcd: EtcdServer, paths: list[AgentPaths]) -> Iterator[tuple[TensorBusClient, TensorBusClient]]:
+def clients(own_etcd: EtcdServer, paths: list[AgentPaths]) -> Iterator[tuple[TensorBusClient, TensorBusClient]]:
     """Of two agents that meet in that etcd."""
-    stores = [create_store(etcd.url) for _ in range(2)]
+    stores = [create_store(own_etcd.url) for _ in range(2)]
     agents = [TensorBusAgent(rank, stores[rank], paths=paths[rank], threads=1) for rank in range(2)]
     for agent in agents:
         agent.start()
@@ -65,7 +56,7 @@ def crosses(first: BatchHandler, second: BatchHandler) -> None:
 def test_what_needs_it_says_so_and_transfers_go_on(
     monkeypatch: pytest.MonkeyPatch,
     away: str,
-    etcd: EtcdServer,
+    own_etcd: EtcdServer,
     paths: list[AgentPaths],
     clients: tuple[TensorBusClient, TensorBusClient],
     caplog: pytest.LogCaptureFixture,
@@ -75,7 +66,7 @@ def test_what_needs_it_says_so_and_transfers_go_on(
     succeed(lambda: one.init_pair("p", "a", "b", 1, timeout=LONG), lambda: two.init_pair("p", "b", "a", 1, timeout=LONG))
     source, target = torch.arange(5.0), torch.zeros(5)
     first, second = registered(one, two, "p", source, target)
-    (etcd.kill if away == "killed" else etcd.pause)()
+    (own_etcd.kill if away == "killed" else own_etcd.pause)()
 
     calls: dict[str, Callable[[], object]] = {
         "init_pair for 'q'": lambda: one.init_pair("q", "a", "b", 1, timeout=TIME),
@@ -104,7 +95,7 @@ def test_what_needs_it_says_so_and_transfers_go_on(
     problems = overview("test", [seen], seen.status.store_silent_since + 7).problems
     assert problems[0].startswith("agent 0 has had no answer of its store for 7 s: transfers go on")
 
-    (etcd.restart if away == "killed" else etcd.resume)()
+    (own_etcd.restart if away == "killed" else own_etcd.resume)()
     eventually(lambda: "agent 0: the store answers again" in caplog.text)
     succeed(lambda: one.init_pair("r", "a", "b", 1, timeout=LONG), lambda: two.init_pair("r", "b", "a", 1, timeout=LONG))
     crosses(first, second)

@@ -42,7 +42,7 @@ class KernelTransport(OneSidedTransport):
         self._host = host
         self._kernels = accelerator.launches if kernels is None else kernels
         self._closed = False
-        self._rehearsed: set[_TorchCall] = set()
+        self._rehearsed: frozenset[_TorchCall] = frozenset()
         self._rehearsing = threading.Lock()
 
     @property
@@ -97,7 +97,7 @@ class KernelTransport(OneSidedTransport):
                 for step in (step for example in examples for step in _torch_steps(example)):
                     step()
             lane.wait()
-            self._rehearsed |= program.by_torch
+            self._rehearsed |= program.by_torch  # another set: it is looked at without the lock
 
     def __repr__(self) -> str:
         how = "by kernels" if self._kernels else "by torch"
