@@ -11,11 +11,12 @@ import ray
 
 import etha_ray
 from etha_ray.testing import eventually
+from etha_ray.testing.rays import start_ray
 
 
 @pytest.fixture(scope="module", autouse=True)
 def two_gpus() -> Iterator[None]:
-    ray.init(address="local", num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    start_ray(num_cpus=8, num_gpus=2, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
 

@@ -80,7 +80,7 @@ def start_ray(local_mode: bool = False, **options: Any) -> bool:
             ray.init(address="local", include_dashboard=False, **options)
             break
         except Exception as error:
-            if last or "timed out during startup" not in str(error):
+            if last or "timed out" not in str(error).lower():  # during startup, or waiting for a file of a daemon's
                 raise
             ray.shutdown()
     return False
