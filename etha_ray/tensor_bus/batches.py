@@ -87,7 +87,12 @@ class Batches:
         """
         if command.batch_id in worker.batches:
             raise BatchExistsError(f"batch {command.batch_id!r} is registered already: close it first, or use another id")
-        request = self._request(worker, command, command.timeout)
+        worker.failed.pop(command.batch_id, None)
+        try:
+            request = self._request(worker, command, command.timeout)
+        except EthaRayError as error:
+            worker.failed[command.batch_id] = error
+            raise
         batch = Batch(
             bus=self._bus,
             batch_id=command.batch_id,
@@ -221,6 +226,7 @@ class Batches:
             self._bus.refuse(batch.command, error)
             if worker.batches.get(batch.batch_id) is batch:
                 del worker.batches[batch.batch_id]
+                worker.failed[batch.batch_id] = error  # before its client reads that, it may ask for a transfer
                 del self._by_registration[batch.registration]
                 self._journal.closed(batch.client_id, batch.batch_id)
                 if not batch.work.withdrawn:

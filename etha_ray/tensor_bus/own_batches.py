@@ -127,20 +127,19 @@ class OwnBatches:
                 pass  # that registration has no end: the next agent goes on with it
             else:
                 if reply.done or not isinstance(error, BatchUnmatchedError):
-                    self._forget(batch_id, batch, tell=not reply.done)
+                    self._forget(batch_id, batch)
                 raise
         batch.registration = None
 
-    def _forget(self, batch_id: str, batch: OwnBatch, *, tell: bool) -> None:
-        """Drop a batch that could not be registered; ``tell`` the agent where it may still try."""
-        with self.lock:
+    def _forget(self, batch_id: str, batch: OwnBatch) -> None:
+        """Drop a batch that could not be registered. Its agent is told: it may still try, or keeps the reason to say it again."""
+        with self.lock:  # another thread may register the id again, and must come after this
             if self._batches.get(batch_id) is batch:
                 del self._batches[batch_id]
-        if tell:
-            if batch.registration is not None:
-                batch.registration.abandon()
-            with contextlib.suppress(EthaRayError):  # the caller gets the error that led here
-                self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, AT_ONCE).abandon()
+                if batch.registration is not None:
+                    batch.registration.abandon()
+                with contextlib.suppress(EthaRayError):  # the caller gets the error that led here
+                    self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, AT_ONCE).abandon()
         self._let_go(batch)
 
     def _let_go(self, batch: OwnBatch) -> None:

@@ -349,6 +349,7 @@ class BusService:
 
     def _on_cleanup(self, command: CleanupBatch) -> None:
         worker = self._workers.of(command)
+        worker.failed.pop(command.batch_id, None)
         batch = worker.batches.get(command.batch_id)
         if batch is None:
             self._outcomes.ok(command)
@@ -357,8 +358,11 @@ class BusService:
         self._batches.close(worker, batch, error, lost=False, then=lambda: self._outcomes.ok(command))
 
     def _batch(self, command: BaseCommand, batch_id: str) -> Batch:
-        batch = self._workers.of(command).batches.get(batch_id)
+        worker = self._workers.of(command)
+        batch = worker.batches.get(batch_id)
         if batch is None:
+            if batch_id in worker.failed:
+                raise worker.failed[batch_id].with_traceback(None)
             raise UnknownBatchError(f"batch {batch_id!r} is not registered on agent {self.record.rank} by this client")
         return batch
 

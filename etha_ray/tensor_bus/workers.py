@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Worker:
-    """One client of the agent, with its pairs and batches by name; ``closing`` are set once a batch is withdrawn; ``notices``
-    are what it announced, by key."""
+    """One client of the agent, with its pairs and batches by name; ``closing`` are set once a batch is withdrawn; ``failed`` says why a
+    batch could not be registered, until its client has read that; ``notices`` are what it announced, by key."""
 
     client_id: str
     pid: int
@@ -28,6 +28,7 @@ class Worker:
     pairs: dict[str, Pair] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
     closing: dict[str, threading.Event] = field(default_factory=dict)
+    failed: dict[str, BaseException] = field(default_factory=dict)
     notices: dict[str, NoticeRecord] = field(default_factory=dict)
 
     @property

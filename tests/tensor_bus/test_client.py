@@ -11,11 +11,12 @@ import posix_ipc
 import pytest
 import torch
 
-from etha_ray.errors import BatchUnmatchedError, ConfigError, TransferTimeoutError
+from etha_ray.errors import BatchUnmatchedError, ConfigError, TensorMismatchError, TransferTimeoutError, UnknownBatchError
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus import client as client_module
 from etha_ray.tensor_bus.client import TensorBusClient, generate_semaphore_name
 from etha_ray.tensor_bus.commands import Ping
+from etha_ray.tensor_bus.own_batches import OwnBatches
 from etha_ray.tensor_bus.reply import OutcomeSemaphore
 from etha_ray.tensor_bus.semaphores import open_semaphore
 from etha_ray.testing import eventually, succeed, together
@@ -187,6 +188,32 @@ class TestOneThread:
                 with pytest.raises(ValueError, match="tensor 0"):
                     sent.result(LONG)
                 first.close()
+
+    def test_a_transfer_asked_for_before_its_client_reads_why_the_registration_failed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The agent had forgotten the batch by then, and said that there is none."""
+        with local_cluster() as cluster:
+            one, two = cluster.pair("p")
+            for direction in ("send", "recv"):
+                handlers = [
+                    client.register_tensors("x", [(torch.zeros(size), "p")], blocking=False) for client, size in ((one, 2), (two, 3))
+                ]
+                for handler in handlers:
+                    eventually(lambda handler=handler: handler.client._batches.known("x").registration.wait(0))
+                with monkeypatch.context() as patched:
+                    patched.setattr(OwnBatches, "raise_if_failed", lambda *_: None)
+                    with pytest.raises(TensorMismatchError, match="tensor 0"):
+                        handlers[0].transfer(direction, blocking=True, timeout=LONG)
+                    with pytest.raises(TensorMismatchError, match="tensor 0"):
+                        handlers[1].transfer(direction).result(LONG)
+                with pytest.raises(TensorMismatchError, match="tensor 0"):
+                    handlers[0].digest(LONG)
+                for handler in handlers:
+                    with pytest.raises(TensorMismatchError, match="tensor 0"):
+                        handler.wait_ready(LONG)  # which reads it
+                    with pytest.raises(UnknownBatchError, match="not registered here"):
+                        handler.transfer(direction)
+            one.ping(LONG), two.ping(LONG)
+            assert not any(worker.failed for agent in cluster.agents.values() for worker in agent._service._workers.all())
 
     def test_closing_while_registering(self) -> None:
         with local_cluster() as cluster:
