@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import stat
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etha_ray.errors import UnsafePathError
-from etha_ray.processes import pid_namespace
+from etha_ray.tensor_bus import semaphores
 from etha_ray.tensor_bus.semaphores import (
     SHM_DIRECTORY,
     generate_semaphore_name,
@@ -39,6 +40,15 @@ def name() -> Iterator[str]:
     file_of(name).unlink(missing_ok=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_namespace() -> Iterator[int]:
+    """A pid namespace that no agent is in: those of other tests sweep at any moment, and would take what these tests leave."""
+    number = secrets.randbits(32)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(semaphores, "pid_namespace", lambda: number)
+        yield number
+
+
 @pytest.fixture(scope="module")
 def dead_pid() -> int:
     child = subprocess.Popen([sys.executable, "-c", ""])
@@ -49,9 +59,9 @@ def dead_pid() -> int:
 # --- names ---
 
 
-def test_a_name_tells_command_context_process_and_namespace() -> None:
+def test_a_name_tells_command_context_process_and_namespace(own_namespace: int) -> None:
     name = generate_semaphore_name("transfer", "job/7:step 3\tx")
-    assert re.fullmatch(rf"/command_transfer_job_7_step_3_x_{os.getpid()}_{pid_namespace():08x}[0-9a-f]{{24}}", name)
+    assert re.fullmatch(rf"/command_transfer_job_7_step_3_x_{os.getpid()}_{own_namespace:08x}[0-9a-f]{{24}}", name)
 
 
 def test_names_differ() -> None:
@@ -69,11 +79,9 @@ def test_any_context_makes_a_name_that_fits(command_type: str, context: str) -> 
 
 @pytest.mark.parametrize("context", ["x" * 10_000, "ü" * 300, "日本語/" * 100, "a\0b\nc", ""])
 def test_the_system_takes_the_name_and_the_sweep_knows_it(context: str, dead_pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace = pid_namespace()
-    monkeypatch.setattr("etha_ray.tensor_bus.semaphores.pid_namespace", lambda: namespace)
-    monkeypatch.setattr(os, "getpid", lambda: dead_pid)
-    name = generate_semaphore_name("register_tensors", context)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: dead_pid)
+        name = generate_semaphore_name("register_tensors", context)
     semaphore = open_semaphore(name, create=True)
     try:
         assert file_of(name).exists()
@@ -166,16 +174,17 @@ def sweep_with(paths: list[Path]) -> set[Path]:
             path.unlink(missing_ok=True)
 
 
-def test_what_a_dead_process_left_is_removed(dead_pid: int) -> None:
-    assert sweep_with(leftovers(dead_pid, pid_namespace())) == set()
+def test_what_a_dead_process_left_is_removed(dead_pid: int, own_namespace: int) -> None:
+    assert sweep_with(leftovers(dead_pid, own_namespace)) == set()
 
 
-def test_what_a_killed_process_left_is_removed() -> None:
+def test_what_a_killed_process_left_is_removed(own_namespace: int) -> None:
     code = (
         "import os, signal\n"
-        "from etha_ray.tensor_bus.semaphores import generate_semaphore_name, open_semaphore\n"
-        "name = generate_semaphore_name('transfer', 'b')\n"
-        "open_semaphore(name, create=True)\n"
+        "from etha_ray.tensor_bus import semaphores\n"
+        f"semaphores.pid_namespace = lambda: {own_namespace}\n"
+        "name = semaphores.generate_semaphore_name('transfer', 'b')\n"
+        "semaphores.open_semaphore(name, create=True)\n"
         "print(name, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -184,30 +193,30 @@ def test_what_a_killed_process_left_is_removed() -> None:
     assert sweep_with([file_of(name)]) == set()
 
 
-def test_what_living_processes_have_stays() -> None:
-    paths = leftovers(os.getpid(), pid_namespace()) + leftovers(os.getppid(), pid_namespace())
+def test_what_living_processes_have_stays(own_namespace: int) -> None:
+    paths = leftovers(os.getpid(), own_namespace) + leftovers(os.getppid(), own_namespace)
     assert sweep_with(paths) == set(paths)
 
 
-def test_what_another_namespace_has_stays(dead_pid: int) -> None:
-    paths = leftovers(dead_pid, pid_namespace() ^ 1)
+def test_what_another_namespace_has_stays(dead_pid: int, own_namespace: int) -> None:
+    paths = leftovers(dead_pid, own_namespace ^ 1)
     assert sweep_with(paths) == set(paths)
 
 
 @needs_root
-def test_what_another_user_has_stays(dead_pid: int) -> None:
-    paths = leftovers(dead_pid, pid_namespace())
+def test_what_another_user_has_stays(dead_pid: int, own_namespace: int) -> None:
+    paths = leftovers(dead_pid, own_namespace)
     for path in paths:
         os.chown(path, 12345, -1)
     assert sweep_with(paths) == set(paths)
 
 
-def test_names_that_are_not_ours_stay(dead_pid: int) -> None:
-    tail = f"{pid_namespace():08x}{os.urandom(12).hex()}"
+def test_names_that_are_not_ours_stay(dead_pid: int, own_namespace: int) -> None:
+    tail = f"{own_namespace:08x}{os.urandom(12).hex()}"
     names = [
         f"sem.command_b_{dead_pid}_{tail}0",
         f"sem.other_b_{dead_pid}_{tail}",
-        f"etha_ray.{pid_namespace():08x}.{dead_pid}",
+        f"etha_ray.{own_namespace:08x}.{dead_pid}",
         f"x{tail}",
     ]
     paths = [SHM_DIRECTORY / name for name in names]
@@ -216,7 +225,7 @@ def test_names_that_are_not_ours_stay(dead_pid: int) -> None:
     assert sweep_with(paths) == set(paths)
 
 
-def test_nothing_is_swept_where_processes_cannot_be_seen(dead_pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_swept_where_processes_cannot_be_seen(dead_pid: int, own_namespace: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("etha_ray.tensor_bus.semaphores.is_alive", lambda pid: False)
-    paths = leftovers(dead_pid, pid_namespace())
+    paths = leftovers(dead_pid, own_namespace)
     assert sweep_with(paths) == set(paths)
