@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 
 import etha_ray
 from etha_ray.config import agent_paths
-from etha_ray.errors import AgentBusyError, AgentDiedError, ConfigError, PeerLostError, TransferCancelledError
+from etha_ray.errors import AgentBusyError, AgentDiedError, BatchTornError, ConfigError, PeerLostError, TransferCancelledError
 from etha_ray.tensor_bus.inspection import inspect_agent
 from etha_ray.testing import eventually, succeed
 from tests.conftest import left_behind
@@ -127,6 +128,49 @@ def test_shutdown_ends_a_transfer_that_waits(kind: str, namespace: str) -> None:
         ray.get(waits, timeout=LONG)
     ray.get([each.close.remote() for each in pair])
     assert left_behind(namespace, pids) == []
+
+
+def test_shutdown_amid_the_bytes(namespace: str) -> None:
+    """Over TCP with next to no memory to stage in, so that it takes its time. Whoever waits gets an error, or has all of it."""
+    pool = etha_ray.launch_agents(["cpu"] * 2, namespace=namespace, transport="tcp", memory_budget=1 << 17)
+    pids = [agent["pid"] for agent in pool.describe(LONG)]
+    one, two = (etha_ray.TensorBusClient(rank, *_paths(rank, namespace)) for rank in range(2))
+    succeed(lambda: one.init_pair("p", "a", "b", 1, timeout=LONG), lambda: two.init_pair("p", "b", "a", 1, timeout=LONG))
+    source, target = torch.ones(1 << 27), torch.zeros(1 << 27)
+    handles = succeed(
+        lambda: one.register_tensors("x", [(source, "p")], timeout=LONG),
+        lambda: two.register_tensors("x", [(target, "p")], timeout=LONG),
+    )
+    sent, received = handles[0].transfer("send"), handles[1].transfer("recv")
+
+    def moves() -> bool:
+        seen = inspect_agent(1, agent_paths(1, namespace))
+        batches = () if seen is None or seen.status is None else seen.status.batches
+        return any(batch.transfer is not None and batch.transfer.state == "moving" for batch in batches)
+
+    eventually(moves)
+    assert 0 < int(torch.count_nonzero(target)) < target.numel()
+    pool.shutdown()
+    for waits in (sent, received):
+        with contextlib.suppress(AgentDiedError, TransferCancelledError, PeerLostError, BatchTornError):
+            waits.result(LONG)
+            assert torch.equal(source, target)
+    one.close()
+    two.close()
+    assert left_behind(namespace, pids) == []
+
+
+def test_what_is_asked_of_a_pool_reaches_its_agents(namespace: str) -> None:
+    with etha_ray.launch_agents(["cpu"] * 2, namespace=namespace, transport="tcp", integrity="on", memory_budget=1 << 20) as pool:
+        for rank in pool.ranks:
+            agent = ray.get_actor(f"{namespace}/agent{rank}", namespace="etha_ray")
+            assert ray.get(agent.__ray_call__.remote(_settings)) == ("tcp", "CheckedTransport", 1 << 20, True)
+
+
+def _settings(actor: Any) -> tuple[Any, ...]:
+    agent = actor._agent
+    network = agent._network.transport
+    return agent._service._batches._ways.choice, type(agent._mapped).__name__, network.memory_budget, network.checksums
 
 
 def test_a_killed_agent_is_restarted_and_its_workers_go_on(namespace: str) -> None:
