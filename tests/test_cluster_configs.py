@@ -127,6 +127,13 @@ def test_every_pod_has_shared_memory_that_fits_it(resource: dict[str, Any]) -> N
         assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
+def test_pods_with_gpus_say_where_nccl_ranks_meet(resource: dict[str, Any]) -> None:
+    (group,) = resource["spec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert {variable["name"]: variable["value"] for variable in container["env"]} == {"NCCL_SOCKET_IFNAME": "eth0"}
+
+
 def test_the_kuberay_resource_runs_the_ray_of_the_constraints(resource: dict[str, Any]) -> None:
     pinned = re.search(r"^ray(?:\[.*\])?==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -24,7 +25,11 @@ from tests.accelerator.host import HostAccelerator
 def test_figures_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_BUFFER_BYTES", 4096)
     accelerator = HostAccelerator()
-    data = json.loads(json.dumps(run_gpu(("tiny",), src=3, dst=2, steps=2, tensors=20, accelerator=accelerator).as_dict()))
+    monkeypatch.setattr("etha_ray.cli.bench.run_gpu", partial(run_gpu, accelerator=accelerator))
+    asked = ["--shape", "tiny", "--src", "3", "--dst", "2", "--steps", "2", "--tensors", "20", "--json"]
+    result = CliRunner().invoke(app, ["bench", "gpu", *asked])
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
     figures, ratios = data["figures"], data["ratios"]
     assert data["bench"] == "gpu"
     assert data["machine"]["gpu"] == "cpu"
