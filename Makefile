@@ -10,7 +10,7 @@ WORKERS      = $(shell expr $$(nproc) \* 3 / 2)
 ISOLATED     = $(if $(shell .ci/isolated echo yes 2> /dev/null),.ci/isolated)
 SIDE_BY_SIDE = $(if $(ISOLATED),--dist loadfile --no-loadscope-reorder --tx '$(WORKERS)*popen//python=.ci/isolated $(BIN)/python')
 
-.PHONY: help demo test test-local-mode test-slow test-cluster test-layouts chaos soak fuzz lint types bench bench-gpu docs wheel-check clean
+.PHONY: help demo test test-local-mode test-cupy test-slow test-cluster test-layouts chaos soak fuzz lint types bench bench-gpu docs wheel-check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -41,6 +41,17 @@ $(LOCAL_MODE)/.installed: pyproject.toml constraints.txt Makefile
 
 test-local-mode: $(LOCAL_MODE)/.installed  ## The tests marked local_mode, with the last Ray that has it, in an environment of their own
 	$(LOCAL_MODE)/bin/python -m pytest -q -m local_mode tests/testing
+
+CUPY := .venv-cupy
+
+$(CUPY)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CUPY)
+	$(CUPY)/bin/python -m pip install --quiet --upgrade pip
+	$(CUPY)/bin/python -m pip install --quiet -c constraints.txt -e '.[gpu-cuda13]' pytest pytest-timeout hypothesis
+	touch $@
+
+test-cupy: $(CUPY)/.installed  ## What is assumed of cupy, NVRTC and NCCL, as far as it shows without a GPU, in an environment of their own (3.6 GB)
+	$(CUPY)/bin/python -m pytest -q tests/cuda tests/transport/kernels/test_kernel_source.py tests/transport/nccl/test_cupy_nccl.py
 
 test-slow: $(STAMP)  ## The tests that take minutes
 	$(BIN)/python -m pytest -q -m slow --timeout 1800
@@ -92,4 +103,4 @@ wheel-check: $(STAMP)  ## Build the wheel, install it into an empty environment,
 	build/wheel-venv/bin/etha-ray --help > /dev/null
 
 clean:  ## Remove what the targets above made
-	rm -rf $(VENV) $(LOCAL_MODE) build dist reports .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOCAL_MODE) $(CUPY) build dist reports .mypy_cache .ruff_cache .pytest_cache .hypothesis
