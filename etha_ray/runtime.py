@@ -20,12 +20,15 @@ from etha_ray.agent_actor import entry_of, find_actor, start_actors, wait_until_
 from etha_ray.config import check_integrity, check_name, check_transport, worker_environment
 from etha_ray.errors import AgentBusyError, AgentNotFoundError
 from etha_ray.kvstore import create_store
-from etha_ray.ray_nodes import STOP_TIMEOUT, clean_nodes, on_cluster, places
+from etha_ray.ray_nodes import STOP_TIMEOUT, clean_nodes, live_nodes, on_cluster, places
 from etha_ray.tensor_bus.inspection import SeenAgent, decode_seen
 from etha_ray.tensor_bus.ray_lookup import PoolEntry, PoolSettings, extend_pool, read_pool, read_settings, withdraw_pool, write_pool
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
 logger = logging.getLogger(__name__)
+
+_RESTART_PAUSE = 0.2
+"""Seconds after which an agent that Ray restarts is told again to stop."""
 
 
 class AgentPool:
@@ -264,18 +267,37 @@ def _wait_or_end(namespace: str, entries: Sequence[PoolEntry], actors: Sequence[
 
 def _end(entries: Sequence[PoolEntry], actors: Sequence[Any]) -> None:
     """End these agents, and remove what those leave that were killed."""
-    stops = [actor.stop.remote() for actor in actors]
-    ended = set(ray.wait(stops, num_returns=len(stops), timeout=STOP_TIMEOUT)[0]) if stops else set()
-    killed = [entry for entry, stop in zip(entries, stops, strict=True) if stop not in ended or not _succeeded(stop)]
+    killed = _stop(list(zip(entries, actors, strict=True)))
     for actor in actors:
         ray.kill(actor, no_restart=True)
     clean_nodes(killed)
 
 
-def _succeeded(call: Any) -> bool:
-    try:
-        ray.get(call)
-    except ray.exceptions.RayError as error:
-        logger.warning("an agent did not shut down by itself: %s", error)
-        return False
-    return True
+def _stop(agents: list[tuple[PoolEntry, Any]]) -> list[PoolEntry]:
+    """Have these agents end by themselves; those that did not.
+
+    One that died is waited for until Ray has it running again: killed while it starts, it could leave its files after the cleaning.
+    """
+    deadline = time.monotonic() + STOP_TIMEOUT
+    killed: list[PoolEntry] = []
+    while agents:
+        calls = [actor.stop.remote() for _, actor in agents]
+        ended = set(ray.wait(calls, num_returns=len(calls), timeout=max(0.0, deadline - time.monotonic()))[0])
+        restarting = []
+        for (entry, actor), call in zip(agents, calls, strict=True):
+            try:
+                if call in ended:
+                    ray.get(call)
+                else:
+                    killed.append(entry)
+            except ray.exceptions.ActorUnavailableError:
+                restarting.append((entry, actor))
+            except ray.exceptions.RayError as error:
+                logger.warning("agent %d did not shut down by itself: %s", entry.rank, error)
+                killed.append(entry)
+        alive = {node["NodeID"] for node in live_nodes()} if restarting and time.monotonic() < deadline else set()
+        agents = [(entry, actor) for entry, actor in restarting if entry.node_id in alive]
+        killed += [entry for entry, _ in restarting if entry.node_id not in alive]
+        if agents:
+            time.sleep(_RESTART_PAUSE)
+    return killed
