@@ -1,4 +1,4 @@
-"""Settings and paths. The only file that reads the environment."""
+"""Settings and paths. The only file that reads etha_ray's own settings from the environment."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def places(devices: str | Sequence[str] | Mapping[str, Sequence[str]]) -> list[t
         for node_id in devices:
             if node_id not in living:
                 raise ConfigError(f"{node_id!r} is no node of this cluster that lives: give ids as ray.nodes() has them ({living})")
-        return [(node_id, device) for node_id, listed in devices.items() for device in _checked(listed)]
+        return [(node_id, device) for node_id, listed in devices.items() for device in check_devices(listed)]
     if isinstance(devices, str):
         if devices != "auto":
             raise ConfigError(f'devices {devices!r} is not understood: give "auto" or a list such as ["cpu", "cuda:0"]')
@@ -46,10 +46,10 @@ def places(devices: str | Sequence[str] | Mapping[str, Sequence[str]]) -> list[t
             for device in ([f"cuda:{index}" for index in range(int(node["Resources"].get("GPU", 0)))] or ["cpu"])
         ]
     node_id = ray.get_runtime_context().get_node_id()
-    return [(node_id, device) for device in _checked(devices)]
+    return [(node_id, device) for device in check_devices(devices)]
 
 
-def _checked(devices: Sequence[str]) -> Sequence[str]:
+def check_devices(devices: Sequence[str]) -> Sequence[str]:
     """One node's devices. Raises `ConfigError` where they are not understood."""
     if not devices:
         raise ConfigError('devices is an empty list: give "auto" or a list such as ["cpu", "cuda:0"]')

@@ -7,6 +7,7 @@ an object of this process, called at once on the caller's thread: the agents' lo
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,15 @@ from etha_ray.agent_actor import entry_of, find_actor, start_actors, wait_until_
 from etha_ray.config import check_integrity, check_name, check_transport, worker_environment
 from etha_ray.errors import AgentBusyError, AgentNotFoundError
 from etha_ray.kvstore import create_store
+from etha_ray.net import no_listener
 from etha_ray.ray_nodes import STOP_TIMEOUT, clean_nodes, live_nodes, on_cluster, places
 from etha_ray.tensor_bus.inspection import SeenAgent, decode_seen
 from etha_ray.tensor_bus.ray_lookup import PoolEntry, PoolSettings, extend_pool, read_pool, read_settings, withdraw_pool, write_pool
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
 logger = logging.getLogger(__name__)
+
+_NO_CLUSTER = "no Ray cluster answers at {!r}: {}. Start one (`ray start --head`), or give the address of one that runs"
 
 _RESTART_PAUSE = 0.2
 """Seconds after which an agent that Ray restarts is told again to stop."""
@@ -192,12 +196,13 @@ def connect(address: str) -> None:
     """
     if ray.is_initialized():
         return
+    why = no_listener(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+    if why:  # Ray itself would try for minutes
+        raise AgentNotFoundError(_NO_CLUSTER.format(address, why))
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise AgentNotFoundError(
-            f"no Ray cluster answers at {address!r}: {error}. Start one (`ray start --head`), or give the address of one that runs"
-        ) from error
+        raise AgentNotFoundError(_NO_CLUSTER.format(address, error)) from error
 
 
 def find_pool(namespace: str | None = None) -> AgentPool:

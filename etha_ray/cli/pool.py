@@ -47,8 +47,11 @@ def up_command(
     chosen = devices if devices == "auto" else [device.strip() for device in devices.split(",")]
 
     def start() -> list[dict[str, Any]]:
-        from etha_ray.runtime import connect, launch_agents  # these need Ray, which takes a second to load
+        from etha_ray.ray_nodes import check_devices  # these need Ray, which takes a second to load
+        from etha_ray.runtime import connect, launch_agents
 
+        if isinstance(chosen, list):
+            check_devices(chosen)
         connect(address)
         return launch_agents(chosen, namespace=name, store=store or store_url() or "gcs", detached=True).describe()
 

@@ -95,6 +95,8 @@ def trace_command(
     except (EthaRayError, OSError) as error:
         raise failed(error) from None
     if not transfers:
+        if not agents:
+            raise failed(RuntimeError(f"no agent of pool {name!r} is on this host: there is nothing to trace. Start some: etha-ray up"))
         raise failed(RuntimeError(f"the {len(agents)} agents of pool {name!r} know of no transfer: there is nothing to trace"))
     if as_json:
         sys.stdout.write(json.dumps({"out": str(out), "agents": len(agents), "transfers": transfers}) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -13,10 +12,10 @@ from importlib.metadata import version
 from etha_ray.doctor.check import Check, fail, ok, warn
 from etha_ray.errors import EthaRayError
 from etha_ray.kvstore import create_store
+from etha_ray.net import no_listener
 
 _STORE_TIMEOUT = 10.0
 _RAY_TIMEOUT = 40.0
-_CONNECT_TIMEOUT = 5.0
 
 # In a process of its own: Ray ends a process that loses its cluster, and can only be connected once. RAY_AUTH_MODE and the rest of
 # the environment are what they are here.
@@ -69,7 +68,7 @@ class RayQuestion:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._why = _no_server(address)
+        self._why = no_listener(address)
         self._process = None
         if not self._why:
             command = [sys.executable, "-c", _ASK_RAY, address]
@@ -92,17 +91,6 @@ class RayQuestion:
         except json.JSONDecodeError:
             answer = {}
         return read_answer(answer, self._address, needed)
-
-
-def _no_server(address: str) -> str:
-    """Why nobody listens at HOST:PORT, where that can be told at once: Ray itself would try for a long time."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "/" not in host:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT).close()
-        except OSError as error:
-            return str(error)
-    return ""
 
 
 def read_answer(answer: dict[str, object], address: str, needed: bool) -> Check:

@@ -128,7 +128,7 @@ class TorchTCPStore(RecordLeases):
                 if time.monotonic() + _CONNECT_RETRY >= deadline:
                     raise StoreUnavailableError(
                         f"no TorchTCPStore listens at {self.host}:{self.port} (tried for {timeout:g} s): {error}. "
-                        "Start the process with is_master=True, or check the address"
+                        "Start the process that serves it (is_master=True; in a URL ?master=1; the agent of rank 0), or check the address"
                     ) from error
                 time.sleep(_CONNECT_RETRY)
 

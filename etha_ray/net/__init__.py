@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from etha_ray.net.address import Address
+from etha_ray.net.address import Address, no_listener
 from etha_ray.net.channel import MAX_MESSAGE, Channel, accept_channels, connect
 from etha_ray.net.connection import Connection
 from etha_ray.net.handshake import SECRET_BYTES
@@ -23,4 +23,5 @@ __all__ = [
     "accept_channels",
     "connect",
     "dial",
+    "no_listener",
 ]

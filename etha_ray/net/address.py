@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+
 import msgspec
 
 from etha_ray.errors import ConfigError
+
+_KNOCK_TIMEOUT = 5.0
 
 
 class Address(msgspec.Struct, frozen=True):
@@ -24,3 +28,14 @@ class Address(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def no_listener(address: str) -> str:
+    """Why nobody can be reached at HOST:PORT, with a scheme before it or without; "" where somebody can, or ``address`` is none such."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT).close()
+        except (OSError, OverflowError) as error:
+            return str(error)
+    return ""

@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 from etha_ray.config import (
-    DEFAULT_NAMESPACE,
     FAILURE_TIMEOUT,
     HEARTBEAT_INTERVAL,
     INTEGRITY,
@@ -28,6 +27,7 @@ from etha_ray.config import (
     AgentPaths,
     agent_paths,
     check_integrity,
+    check_name,
     check_transport,
     store_url,
     worker_environment,
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m etha_ray.tensor_bus.agent", description=main.__doc__)
     parser.add_argument("--store", help="store URL, such as tcp://127.0.0.1:29600, which rank 0 serves; default: ETHA_RAY_STORE")
     parser.add_argument("--rank", type=int, help="this agent's rank; default: RANK, as torchrun sets it")
-    parser.add_argument("--namespace", default=DEFAULT_NAMESPACE, help="name of the pool (default: %(default)s)")
+    parser.add_argument("--namespace", help="name of the pool; default: ETHA_RAY_NAMESPACE, or default")
     parser.add_argument("--device", default="cpu", help="what this agent is pinned to (default: %(default)s)")
     parser.add_argument("--host", help="address for agents of other hosts (default: that on the way to the store, unless loopback)")
     parser.add_argument(
@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     rank = options.rank if options.rank is not None else worker_environment().global_rank
     if rank is None:
-        raise ConfigError("which agent is this? give --rank, or RANK in the environment (torchrun sets it)")
+        parser.error("which agent is this? give --rank, or RANK in the environment (torchrun sets it)")
     url = options.store or store_url()
     if url is None:
         parser.error("where do the agents meet? give --store, or ETHA_RAY_STORE in the environment, which hides a password in it")
@@ -327,26 +327,28 @@ def main(arguments: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))  # while it starts: what it has made by then is undone
     try:
-        store = create_store(url, namespace=options.namespace)
+        namespace = worker_environment().namespace if options.namespace is None else check_name("namespace", options.namespace)
+        store = create_store(url, namespace=namespace)
+        agent = TensorBusAgent(
+            rank,
+            store,
+            paths=agent_paths(rank, namespace),
+            device=options.device,
+            ordinal=see_only(options.device) if options.device.startswith("cuda:") else None,
+            threads=options.threads,
+            host=options.host or address_towards(url),
+            memory_budget=options.memory_budget,
+            integrity=options.integrity,
+            transport=options.transport,
+            restarts=options.restarts,
+        )
+    except ConfigError as error:
+        parser.error(str(error))
     except StoreError as error:
         sys.exit(f"agent {rank} cannot start: {error}")
-    paths = agent_paths(rank, options.namespace)
-    agent = TensorBusAgent(
-        rank,
-        store,
-        paths=paths,
-        device=options.device,
-        ordinal=see_only(options.device) if options.device.startswith("cuda:") else None,
-        threads=options.threads,
-        host=options.host or address_towards(url),
-        memory_budget=options.memory_budget,
-        integrity=options.integrity,
-        transport=options.transport,
-        restarts=options.restarts,
-    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=agent.stop, daemon=True).start())
-    logger.info("agent %d serves %s", rank, paths.command_queue)
+    logger.info("agent %d serves %s", rank, agent.paths.command_queue)
     agent.run()
     store.close(cleanup=False)  # the other agents still meet here
 

@@ -221,7 +221,8 @@ class Batches:
                 self._bus.answer(batch.command, None)
             batch.catch_up()
         elif renewal:
-            logger.warning("batch %r cannot be registered again yet: %s", batch.batch_id, error)
+            if batch.closed is None:
+                logger.warning("batch %r cannot be registered again yet: %s", batch.batch_id, error)
         else:
             self._bus.refuse(batch.command, error)
             if worker.batches.get(batch.batch_id) is batch:

@@ -337,10 +337,14 @@ class TensorBusClient:
         """Make one round trip to the agent. Raises TimeoutError or AgentDiedError."""
         self._connection.call(Ping(), "ping", "agent", timeout)
 
-    def close(self) -> None:
+    def close(self, because: str = "") -> None:
         """Leave: batches are closed, what is under way ends with `BatchClosedError`, the agent forgets this worker.
 
         May be called more than once, from any thread.
+
+        Args:
+            because: who is lost, where this worker leaves for that: other members get `PeerLostError` with these words, as they may
+                hear of this before they hear who died.
         """
         connection = self._connection
         with self._batches.lock:
@@ -349,7 +353,8 @@ class TensorBusClient:
             connection.closed = True
             batches = self._batches.take_all()
             try:
-                connection.finish(connection.start(Goodbye(), "goodbye", "agent", FAILURE_TIMEOUT, closing=True), FAILURE_TIMEOUT)
+                goodbye = connection.start(Goodbye(because=because), "goodbye", "agent", FAILURE_TIMEOUT, closing=True)
+                connection.finish(goodbye, FAILURE_TIMEOUT)
             except AgentDiedError:
                 connection.say_goodbye()  # again, to the next agent there: the dead one may have taken it, and not come to it
             except (EthaRayError, TimeoutError):

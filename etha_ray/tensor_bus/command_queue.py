@@ -59,6 +59,7 @@ class CommandQueue:
 
     lmdb_path: the file, made if it is not there (mode 0600).
     capacity: the most entries it holds. The first to make the queue decides: it is stored, and ``capacity`` tells it.
+    create: with False, a queue that is not there, or is just being removed, is a FileNotFoundError, and is not made.
 
     The entries together may also take no more than 192 MiB. Any thread may call any method; a thread that blocks keeps no
     other out. A forked child may go on using the queue it inherited.
@@ -67,21 +68,24 @@ class CommandQueue:
     that holds something else. Every method but `close` raises `QueueClosedError` after `close`.
     """
 
-    def __init__(self, lmdb_path: str | os.PathLike[str] = "/tmp/tensor_bus.lmdb", capacity: int = 50000) -> None:
+    def __init__(self, lmdb_path: str | os.PathLike[str] = "/tmp/tensor_bus.lmdb", capacity: int = 50000, *, create: bool = True) -> None:
         if capacity < 1:
             raise ConfigError(f"capacity of the command queue at {os.fspath(lmdb_path)} is {capacity}; it must be at least 1")
         self.on_corrupt: Callable[[CorruptEntry], None] | None = None
         """Called by the reader, in its thread, for each entry it has to drop."""
         self._sleepers = 0
         while True:
-            self._file = open_file(lmdb_path, map_size=MAP_SIZE, max_dbs=2, create=True)
+            self._file = open_file(lmdb_path, map_size=MAP_SIZE, max_dbs=2, create=create)
             self.lmdb_path = self._file.path
             self._lock = self._file.lock
             try:
                 self._attach()
                 self.capacity = self._stored_capacity(capacity)
-                self._items = open_semaphore(queue_semaphore_name(self.lmdb_path, "items"), create=True)
-                self._space = open_semaphore(queue_semaphore_name(self.lmdb_path, "space"), create=True)
+                self._items = open_semaphore(queue_semaphore_name(self.lmdb_path, "items"), create=create)
+                self._space = open_semaphore(queue_semaphore_name(self.lmdb_path, "space"), create=create)
+            except posix_ipc.ExistentialError:
+                self._file.close()
+                raise FileNotFoundError(f"{self.lmdb_path} is just being removed") from None
             except BaseException:
                 self._file.close()
                 raise

@@ -192,7 +192,9 @@ class Hello(BaseCommand):
 
 
 class Goodbye(BaseCommand):
-    """A client leaves; the agent drops everything it holds for it."""
+    """A client leaves, ``because`` it lost somebody if it says so; the agent drops everything it holds for it."""
+
+    because: str = ""
 
 
 class Ping(BaseCommand):

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from etha_ray.config import FAILURE_TIMEOUT
-from etha_ray.errors import BatchClosedError, EthaRayError, QueueClosedError, QueueFullError, TransferTimeoutError
+from etha_ray.errors import AgentNotFoundError, BatchClosedError, EthaRayError, QueueClosedError, QueueFullError, TransferTimeoutError
 from etha_ray.processes import pid_namespace, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, Goodbye, Hello
@@ -47,7 +47,10 @@ class Connection:
         self._command_ids = itertools.count(1)
         self.state, watch = find_agent(agent_rank, state_path, queue_path, timeout)
         try:
-            self.queue = CommandQueue(queue_path)
+            self.queue = CommandQueue(queue_path, create=False)
+        except FileNotFoundError:
+            self.state.close()
+            raise AgentNotFoundError(f"agent {agent_rank} (pid {watch.record.pid}) is just being shut down: start it again") from None
         except BaseException:
             self.state.close()
             raise

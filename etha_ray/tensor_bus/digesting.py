@@ -108,10 +108,10 @@ class Digesting:
             return
         missing = sorted(self._member.name(each) for each in self._member.registered.side if (self._round, each) not in self._heard)
         who = f"{', '.join(missing)} did not ask for one" if self._said is not None else "its tensors are still being read"
+        self._take_back()  # first: others must not add to this what they are asked for once its worker knows
         self.waits.fail(
             TransferTimeoutError(f"batch {self._member.batch_id!r}: no digest in time: {who}; call digest() on every rank of this side")
         )
-        self._take_back()
 
     def _end_if_all(self) -> None:
         member, said = self._member, self._said

@@ -128,9 +128,10 @@ class Jobs:
         while True:
             self.run(self.take())
             threads = list(self._threads)
-            if not threads or time.monotonic() >= deadline:
+            if not (threads or self._results) or time.monotonic() >= deadline:  # in this order: who ends has left its result by then
                 break
-            threads[0].join(0.02)
+            if threads:
+                threads[0].join(0.02)
         with self._lock:
             self._closed = True
         self.run(self.take())

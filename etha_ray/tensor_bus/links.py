@@ -56,9 +56,10 @@ class _QueueLink:
         try:
             self._watch = AgentWatch(self._state, agent)
             self._watch.check()
-            if not os.path.exists(agent.command_queue_path):  # opening it would make a queue that nobody reads
-                raise AgentDiedError(f"agent {agent.rank} (pid {agent.pid}) is gone: its queue was removed")
-            self._queue = CommandQueue(agent.command_queue_path)
+            self._queue = CommandQueue(agent.command_queue_path, create=False)
+        except FileNotFoundError as error:
+            self._state.close()
+            raise AgentDiedError(f"agent {agent.rank} (pid {agent.pid}) is gone: its queue was removed") from error
         except BaseException:
             self._state.close()
             raise

@@ -106,7 +106,7 @@ class Losing:
         elif transfer.state is TransferState.ANNOUNCED and registration not in transfer.outstanding:
             pass  # it has what it needs
         elif self.losses.final is not None:
-            self._member.cancel(error)
+            self._member.cancel(self.losses.final)  # not this one, which may have left for that
         else:
             # It waits until all are there again. Those that have taken what was announced then say so, and do not take it twice.
             transfer.state = TransferState.BLOCKED

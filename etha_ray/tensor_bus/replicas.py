@@ -49,7 +49,7 @@ class Replicas:
         self._said: set[str] = set()
         self._hurry = threading.Event()
         self._closed = False
-        self._job: Job[None] | None = None
+        self._job: Job[bool] | None = None
         self._then: list[Callable[[], None]] = []
 
     def holds(self, member: Member, version: int) -> None:
@@ -86,7 +86,8 @@ class Replicas:
         if self._job is None and self._changes:
             self._job = self._jobs.start("say versions", self._say, self._said_all)
 
-    def _say(self, _: Cancellation) -> None:
+    def _say(self, _: Cancellation) -> bool:
+        """Write all changes; False if that was given up, as the store is away and somebody waits."""
         pause = _GATHER
         while True:
             self._hurry.wait(pause)
@@ -103,9 +104,9 @@ class Replicas:
                 with self._lock:
                     self._changes = {**changes, **self._changes}
                 if self._hurry.is_set():
-                    return
+                    return False
             if not self._changes:
-                return
+                return True
 
     def _write(self, key: str, data: bytes | None) -> None:
         if data is not None:
@@ -116,11 +117,11 @@ class Replicas:
             if key not in self._changes:
                 self._said.discard(key)
 
-    def _said_all(self, job: Job[None]) -> None:
+    def _said_all(self, job: Job[bool]) -> None:
         self._job = None
         if job.error is not None:
             logger.error("saying versions failed", exc_info=job.error)
-        elif self._changes and not self._hurry.is_set():
+        elif self._changes and job.value:
             self._start()  # these came in as the job ended
             return
         if not self._closed:

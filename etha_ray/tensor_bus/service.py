@@ -205,8 +205,10 @@ class BusService:
         """Find out which workers and agents have died. The store's silence is in seconds since the epoch; 0 while it answers."""
         self._store_silent_since = store_silent_since
         self._links.check()
-        for worker in self._workers.dead():
-            logger.warning("agent %d: worker pid %d died", self.record.rank, worker.pid)
+        dead = self._workers.dead()
+        for pid in {worker.pid for worker in dead}:  # one process may have several clients
+            logger.warning("agent %d: worker pid %d died", self.record.rank, pid)
+        for worker in dead:
             self._drop_worker(worker, PeerLostError(f"worker pid {worker.pid} died"), lost=True, then=lambda: None)
             self._sweep_until = time.monotonic() + _LAST_BREATH
         if time.monotonic() < self._sweep_until:
@@ -261,8 +263,9 @@ class BusService:
         if worker is None:
             self._outcomes.ok(command)
             return
-        closed = BatchClosedError("its client was closed")
-        self._drop_worker(worker, closed, lost=False, then=lambda: self._outcomes.ok(command))
+        lost = bool(command.because)
+        error = PeerLostError(f"it left, as it lost others: {command.because}") if lost else BatchClosedError("its client was closed")
+        self._drop_worker(worker, error, lost=lost, then=lambda: self._outcomes.ok(command))
 
     def _drop_worker(self, worker: Worker, error: EthaRayError, *, lost: bool, then: Callable[[], None]) -> None:
         """Close all that a worker has; ``then`` runs once no byte of it moves any more, and its places are free."""

@@ -184,7 +184,7 @@ class UnderWay:
 
     def who_is_missing(self, registered: Registered, announced: Container[str]) -> str:
         """Why it was not over in time."""
-        what = f"{self.command.transfer_type} of batch {self.command.batch_id!r} was not over after {self.command.timeout:g} s: "
+        what = f"{self.command.transfer_type} of batch {self.command.batch_id!r} was not over after {self.command.timeout:.3g} s: "
         remedy = {
             TransferState.ANNOUNCED: ". Call transfer('recv') there, or give more time",
             TransferState.WAITING: ". Call transfer('send') there, or give more time",

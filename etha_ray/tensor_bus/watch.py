@@ -92,7 +92,7 @@ def find_agent(agent_rank: int, state_path: str, queue_path: str, timeout: float
             raise AgentNotFoundError(
                 f"no agent {agent_rank} answers at {state_path} (queue {queue_path}) after {timeout:g} s: {found}."
                 " Start one with etha_ray.launch_agents(...) or `python -m etha_ray.tensor_bus.agent`, or check"
-                " AGENT_RANK and the paths"
+                " AGENT_RANK, ETHA_RAY_NAMESPACE and the paths"
             )
         time.sleep(_PAUSE)
 

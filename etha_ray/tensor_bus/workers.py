@@ -6,7 +6,7 @@ import logging
 import threading
 from dataclasses import dataclass, field
 
-from etha_ray.errors import AgentDiedError, ConfigError
+from etha_ray.errors import AgentDiedError, BatchClosedError, ConfigError
 from etha_ray.processes import is_alive, pid_namespace
 from etha_ray.tensor_bus.batch import Batch
 from etha_ray.tensor_bus.commands import BaseCommand, Hello
@@ -14,6 +14,9 @@ from etha_ray.tensor_bus.pair import Pair
 from etha_ray.tensor_bus.records import NoticeRecord
 
 logger = logging.getLogger(__name__)
+
+_KEPT = 1024
+"""Clients that left of which it is still known that they did."""
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Workers:
     def __init__(self, agent_rank: int) -> None:
         self._agent_rank = agent_rank
         self._workers: dict[str, Worker] = {}
+        self._left: dict[str, None] = {}  # the last that were removed, in their order
 
     def add(self, hello: Hello) -> Worker:
         """A client introduces itself; one that is known already stays who it is, with all that it has."""
@@ -63,6 +67,8 @@ class Workers:
         """Who sent ``command``. Raises `AgentDiedError` for a client of an agent that ran here before."""
         worker = self._workers.get(command.client_id)
         if worker is None:
+            if command.client_id in self._left:  # another thread of it has closed it meanwhile
+                raise BatchClosedError(f"the client of agent {self._agent_rank} is closed: make a new one")
             raise AgentDiedError(
                 f"agent {self._agent_rank} was restarted and does not know this client: make a new client and register again"
             )
@@ -83,3 +89,6 @@ class Workers:
     def remove(self, worker: Worker) -> None:
         """Forget a client."""
         self._workers.pop(worker.client_id, None)
+        self._left[worker.client_id] = None
+        if len(self._left) > _KEPT:
+            del self._left[next(iter(self._left))]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -52,8 +54,11 @@ def require(program: str = "etcd") -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    listening = [socket.create_server((HOST, 0)) for _ in range(count)]
+    """Ports that nobody listens on, all different, and of those that the system gives nobody by itself before they are used."""
+    listening: list[socket.socket] = []
+    while len(listening) < count:
+        with contextlib.suppress(OSError):
+            listening.append(socket.create_server((HOST, random.randrange(20000, 32768))))
     ports = [int(each.getsockname()[1]) for each in listening]
     for each in listening:
         each.close()

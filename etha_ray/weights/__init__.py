@@ -52,8 +52,9 @@ def publish(
         only: pattern or patterns, such as ``"*.lora_*"``, of the names that both sides use: nothing else crosses. Enough on one side.
         strict: with False, on either side, what only one side has stays where it is.
         buffers: a module's persistent buffers, too.
-        placements: how plain tensors (no DTensors) lie in ``mesh``: placements for all of them, a dict of them by patterns of own
-            names, or a function of own name and tensor. A plain tensor without is whole on each rank that has it.
+        placements: how plain tensors (no DTensors) lie in ``mesh``: one placement or a list of them for all, a dict of these by patterns
+            of own names, in which ``*`` is any text and the first that fits a whole name counts, or a function of own name and tensor.
+            A plain tensor without is whole on each rank that has it.
         mesh: a torch ``DeviceMesh`` or a `MeshSpec`; by default the ranks of this side in a row.
         world_size: how many ranks this side has. By default as the mesh says, or the DTensors' meshes, or torch.distributed if it is
             initialised, or WORLD_SIZE; else this process is alone.

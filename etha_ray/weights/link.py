@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from etha_ray.errors import BatchClosedError, PeerLostError
+from etha_ray.errors import BatchClosedError, PeerLostError, StoreError, TransferTimeoutError
 from etha_ray.report import TransferReport
 from etha_ray.weights.parties import Parties
 from etha_ray.weights.session import Session
@@ -25,6 +25,12 @@ logger = logging.getLogger(__name__)
 
 _SLICE = 0.1
 """Seconds that a registration is waited for before it is looked whether somebody else is there by now."""
+
+_CAUSE = 400
+"""Characters of why a session is left, which may be why another was."""
+
+_AGAIN = 1.0
+"""Seconds after which what only a store that was away, or a busy agent, has kept from connecting is tried again."""
 
 
 class LinkState(enum.Enum):
@@ -41,12 +47,14 @@ class Link:
 
     Args:
         name: whom it connects with, for messages.
+        late: what it means that a transfer was not over in time, in words.
         connect: makes a session with all ranks of both sides; does not wait for them.
         changed: notified, while it is held, when the state changes; several links may share it.
     """
 
-    def __init__(self, name: str, connect: Callable[[Parties], Session], changed: threading.Condition) -> None:
+    def __init__(self, name: str, late: str, connect: Callable[[Parties], Session], changed: threading.Condition) -> None:
         self.name = name
+        self._late = late
         self.state = LinkState.IDLE
         self.error: BaseException | None = None
         self.session: Session | None = None
@@ -56,6 +64,7 @@ class Link:
         self._held: Parties | None = None
         self._busy = 0
         self._retired = self._closed = False
+        self._absent = ""
         self._thread = threading.Thread(target=self._run, name=f"etha-ray link {name}", daemon=True)
         self._thread.start()
 
@@ -74,9 +83,10 @@ class Link:
         """Whether its thread still runs."""
         return self._thread.is_alive()
 
-    def offer(self, parties: Parties | None) -> None:
-        """Say who is there; None if they are not all there."""
+    def offer(self, parties: Parties | None, absent: str = "") -> None:
+        """Say who is there; None if they are not all there, and who is ``absent`` then."""
         with self._changed:
+            self._absent = absent
             if parties != self._wanted:
                 self._wanted = parties
                 self._changed.notify_all()
@@ -92,8 +102,11 @@ class Link:
             with self._changed:
                 if self.session is session:
                     self.session, self.error, self.state = None, error, LinkState.FAILED
-            session.close()
+            # The others may hear of this before they hear who died.
+            session.close(str(error)[:_CAUSE] if isinstance(error, PeerLostError) else "")
             raise
+        except TransferTimeoutError as error:
+            raise TransferTimeoutError(f"{self.name}: {self._late} ({error})") from error
         finally:
             with self._changed:
                 self._busy -= 1
@@ -125,18 +138,21 @@ class Link:
                 old, self.session, self.error = self.session, None, None
                 self.state = LinkState.IDLE if wanted is None else LinkState.CONNECTING
                 self._changed.notify_all()
-                over = self._closed or self._retired
+                over, because = self._closed or self._retired, "" if self._closed else self._absent
             if old is not None:
-                old.close()
+                old.close(because)
             if over:
                 return
-            if wanted is not None:
-                self._meet(wanted)
+            while wanted is not None and not self._meet(wanted):
+                with self._changed:
+                    if self._changed.wait_for(self._has_to_do, _AGAIN):
+                        break
 
     def _has_to_do(self) -> bool:
         return self._closed or (not self._busy and (self._retired or self._wanted != self._held))
 
-    def _meet(self, wanted: Parties) -> None:
+    def _meet(self, wanted: Parties) -> bool:
+        """Whether this has come to an end with them: a store that is away, or a busy agent, is none."""
         session = None
         began = time.monotonic()
         try:
@@ -145,15 +161,18 @@ class Link:
                 if self._wanted != wanted:
                     break
         except Exception as error:  # becomes what a push or an update raises
-            logger.info("weights: %s cannot be connected: %s", self.name, error)
-            self._settle(wanted, None, error)
+            passes = isinstance(error, (StoreError, TimeoutError))
+            logger.log(logging.WARNING if passes else logging.INFO, "weights: %s cannot be connected: %s", self.name, error)
+            if not passes:
+                self._settle(wanted, None, error)
             if session is not None:
                 session.close()
-            return
+            return not passes
         if not self._settle(wanted, session, None):
             session.close()
         else:
             logger.info("weights: connected with %s in %.2f s", self.name, time.monotonic() - began)
+        return True
 
     def _settle(self, wanted: Parties, session: Session | None, error: BaseException | None) -> bool:
         with self._changed:

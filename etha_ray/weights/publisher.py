@@ -92,6 +92,7 @@ class Publisher:
             TransferTimeoutError: (a TimeoutError) not enough replicas joined, or none took the weights.
             PeerLostError, BatchClosedError: a rank of the sender, or the only replica, is gone.
             NotShareableError: (a ValueError) a tensor has other memory than when it was published.
+            AgentDiedError: (a ConnectionError) the agent died.
             ConfigError: (a ValueError) the version is not above the last, or not that of the sender's rank 0.
             TransferInProgressError: another push is under way.
         """
@@ -107,7 +108,7 @@ class Publisher:
 
     def start_push(self, version: int | None = None, timeout: float | None = 300.0) -> Future[PushReport]:
         """`push` on a thread of its own, for a process that is sender and receiver at once: ``result()`` of what it returns is its
-        report, or raises. The weights must not be written to until then."""
+        report, or raises what `push` raises. The weights must not be written to until then. Raises `ConfigError` for a wrong version."""
         self._check_version(version)
         self._member.settle()
         return in_background("push", lambda: self.push(version, timeout))
@@ -213,13 +214,16 @@ class Publisher:
                 raise error
             return None
 
-        return self._wait(enough, f"{self._min_replicas} replicas to join", deadline, timeout)
+        wanted = "a replica" if self._min_replicas == 1 else f"{self._min_replicas} replicas"
+        return self._wait(enough, f"{wanted} to join (publish(min_replicas=0) waits for none)", deadline, timeout)
 
     def _send(self, replica: str, identity: str, version: int, deadline: float | None) -> TransferReport:
         def found() -> tuple[Link, Session] | None:
             link = self._links.get(replica)
             if link is None or link.id != identity:
                 # Rank 0 was ready with it, for which all ranks must have registered: it has been here.
+                if replica in self._seen.missing:
+                    raise PeerLostError(f"weights {self.name!r}: replica {replica!r}: {self._seen.missing[replica]} any more")
                 raise BatchClosedError(f"weights {self.name!r}: replica {replica!r} has left, or begun anew")
             session = self._session_of(link)
             return None if session is None else (link, session)
@@ -246,15 +250,17 @@ class Publisher:
                     raise self._watcher.error
                 self._watcher.hurry()
                 if not patience.wait(self._changed, deadline, lambda: f"{what}; {self._state()}"):
-                    raise TransferTimeoutError(f"weights {self.name!r}: {what}: not within {timeout:g} s; {self._state()}")
+                    raise TransferTimeoutError(f"weights {self.name!r}: waited {timeout:.3g} s for {what}; {self._state()}")
 
     def _missing(self, side: str) -> str:
         return self._seen.missing.get(side, "they are there")
 
     def _state(self) -> str:
         """Who is there, in words."""
-        parts = [f"{link.name} is {link.state.value}" for link in self._links.values()]
-        parts += [f"{who}: {missing}" for who, missing in sorted(self._seen.missing.items())]
+        parts = [f"{link.name} is {link.state.value}" for replica, link in self._links.items() if replica not in self._seen.missing]
+        parts += [
+            f"{'the sender' if who == SENDER else f'replica {who!r}'}: {missing}" for who, missing in sorted(self._seen.missing.items())
+        ]
         if self._watcher.problem:
             parts.append(f"the store: {self._watcher.problem}")
         return "; ".join(parts) or "nobody has called pull with this name, in this pool"
@@ -272,8 +278,11 @@ class Publisher:
                 self._roster.link.offer(Parties(found.senders, ()))
             for replica in found.receivers:
                 if replica not in self._links:
-                    self._links[replica] = Link(f"replica {replica!r}", self._connect_with(replica), self._changed)
-                self._links[replica].offer(found.parties(replica))
+                    self._links[replica] = Link(
+                        f"replica {replica!r}", "not all ranks have called update in time", self._connect_with(replica), self._changed
+                    )
+                absent = found.missing.get(replica)
+                self._links[replica].offer(found.parties(replica), "" if absent is None else f"replica {replica!r}: {absent}")
             for replica in [replica for replica in self._links if replica not in found.receivers]:
                 link = self._links.pop(replica)
                 self._misfit = _misfit(link) or self._misfit

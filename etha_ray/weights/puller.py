@@ -33,7 +33,7 @@ class Receiver:
         self._closed = False
         self._member = Member(given, lambda rank: receiver_slot(replica, rank))
         self._tables = Tables(self._member.board)
-        self._link = Link(f"the sender of {given.name!r}", self._connect, self._changed)
+        self._link = Link(f"the sender of {given.name!r}", "not all ranks have called push in time", self._connect, self._changed)
         self._watcher = Watcher(self._member.board, self._on_seen)
 
     # ------------------------------------------------------------------------------------------------- public

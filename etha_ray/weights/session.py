@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from etha_ray.errors import BatchUnmatchedError, LayoutError
+from etha_ray.errors import LayoutError
 from etha_ray.layout import MeshSpec
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.client import TensorBusClient
@@ -139,7 +139,7 @@ class Session:
         """Whether all ranks of both sides are registered; waits so many seconds for it. Raises what made it fail."""
         try:
             self._handler.wait_ready(timeout)
-        except BatchUnmatchedError:
+        except TimeoutError:  # not all are there, or a busy agent has not said so: the one is as little an end as the other
             return False
         return True
 
@@ -149,6 +149,6 @@ class Session:
         report: TransferReport = semaphore.result()
         return report
 
-    def close(self) -> None:
-        """Leave; the other side is told."""
-        self._client.close()
+    def close(self, because: str = "") -> None:
+        """Leave; all others are told, and ``because`` of whose loss, where it is for that."""
+        self._client.close(because)

@@ -22,6 +22,7 @@ from etha_ray.cli import app
 from etha_ray.errors import AgentNotFoundError
 from etha_ray.metrics import METRICS
 from etha_ray.runtime import connect, find_pool
+from etha_ray.tensor_bus import connection
 from etha_ray.testing.rays import start_ray
 from tests.conftest import left_behind
 from tests.tensor_bus.cluster import LONG, free_port
@@ -60,6 +61,7 @@ def run(*arguments: str) -> Result:
 class Worker:
     def __init__(self, namespace: str, side: str, other: str) -> None:
         os.environ["ETHA_RAY_NAMESPACE"] = namespace
+        connection._GRACE = LONG  # the agent says what it waited for, however busy it is: a client that gives up first cancels
         self.client, _ = etha_ray.bootstrap_client()
         self.tensor = torch.zeros(1000)
         self.client.init_pair("weights", side, other, 1)
@@ -164,3 +166,23 @@ def test_down_ends_the_agents_and_leaves_nothing(pool: tuple[str, list[int]]) ->
     again = run("down", "--namespace", name)
     assert again.exit_code == 1
     assert f"no pool named '{name}'" in again.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["up", "down", "status"])
+def test_an_address_where_nobody_listens_is_told_at_once(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself asks for minutes."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was asked"))
+    result = run(command, "--namespace", "nobody", "--address", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "no Ray cluster answers at '127.0.0.1:1': [Errno 111] Connection refused. Start one" in " ".join(result.stderr.split())
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(AgentNotFoundError, match="Connection refused"):
+        connect("auto")
+
+
+def test_devices_are_looked_at_before_the_cluster_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    result = run("up", "--devices", "tpu", "--address", "127.0.0.1:1")
+    assert result.exit_code == 2
+    assert "device 'tpu' is not understood" in " ".join(result.stderr.split())

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from etha_ray.errors import ConfigError
-from etha_ray.net import Address
+from etha_ray.net import Address, no_listener
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,14 @@ def test_there_and_back(address: Address, text: str) -> None:
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT"):
         Address.parse(text)
+
+
+def test_whether_somebody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert no_listener(f"127.0.0.1:{port}") == no_listener(f"ray://127.0.0.1:{port}") == ""
+    assert "refused" in no_listener(f"127.0.0.1:{port}")
+    assert "refused" in no_listener(f"ray://127.0.0.1:{port}")
+    assert no_listener("127.0.0.1:99999999")
+    for no_such in ("auto", "local", "", "http://127.0.0.1:8265/x"):
+        assert no_listener(no_such) == ""

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from etha_ray.config import AgentPaths, agent_paths
 from etha_ray.errors import AgentNotFoundError
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.leftovers import remove_files
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
+from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.transfer_state import UnderWay
 from etha_ray.tensor_bus.watch import find_agent
 from etha_ray.testing import TensorBus, eventually, succeed
@@ -210,10 +213,26 @@ class ProcessCluster:
         self.wait(pid)
 
     def pause(self, pid: int) -> None:
-        """SIGSTOP; returns when all its threads stand still."""
-        os.kill(pid, signal.SIGSTOP)
+        """SIGSTOP; returns when all its threads stand still, none in the midst of a transaction: nobody could write until it ends."""
         tasks = Path(f"/proc/{pid}/task")
-        eventually(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()))
+        while True:
+            os.kill(pid, signal.SIGSTOP)
+            eventually(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()))
+            look = threading.Thread(target=self._write_nothing, args=(self.paths[self.pids.index(pid)],), daemon=True)
+            look.start()
+            look.join(2.0)
+            if not look.is_alive():
+                return
+            os.kill(pid, signal.SIGCONT)
+            look.join()
+
+    @staticmethod
+    def _write_nothing(paths: AgentPaths) -> None:
+        queue, state = CommandQueue(paths.command_queue), StateFile(paths.state)
+        queue.size()
+        state.delete([])
+        queue.close(destroy=False)
+        state.close()
 
     def wait(self, pid: int) -> None:
         process = self._processes.get(pid)

@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard
 
-from etha_ray.errors import AgentDiedError, BatchClosedError, QueueClosedError
-from etha_ray.tensor_bus import pairing
+from etha_ray.errors import AgentDiedError, AgentNotFoundError, BatchClosedError, QueueClosedError
+from etha_ray.tensor_bus import connection, pairing
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
+from etha_ray.tensor_bus.command_queue import CommandQueue
+from etha_ray.tensor_bus.commands import QueryStatus
 from etha_ray.testing import eventually, succeed, together
 from tests.tensor_bus.cluster import LONG, SHM, local_cluster
 from tests.tensor_bus.test_client import own_semaphores
@@ -179,3 +181,29 @@ class TestLifetime:
                 second.transfer("recv", blocking=True, timeout=LONG)
             first.close()
             cluster.agents[0].stop()
+
+
+class TestAgentsThatLeave:
+    @pytest.mark.parametrize("folder_too", [False, True])
+    def test_whoever_finds_one_that_is_just_leaving_makes_no_queue_for_it(self, folder_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        with local_cluster(1 if folder_too else 2) as cluster:
+
+            def gone(*arguments: Any, **more: Any) -> CommandQueue:
+                cluster.agents[0].stop()
+                return CommandQueue(*arguments, **more)
+
+            monkeypatch.setattr(connection, "CommandQueue", gone)
+            with pytest.raises(AgentNotFoundError, match=r"agent 0 \(pid \d+\) is just being shut down"):
+                cluster.client(0)
+
+    def test_a_command_behind_the_goodbye_of_another_thread(self) -> None:
+        with local_cluster(1) as cluster:
+            client = cluster.client(0)
+            line = client._connection
+            command = QueryStatus(batch_id="x", state_name="transfer_signal")
+            late = line.prepare(command, "query", "x", LONG)
+            line.say_goodbye()
+            line.send(late, command, LONG)
+            assert late.wait(LONG)
+            with pytest.raises(BatchClosedError, match="the client of agent 0 is closed"):
+                late.value()

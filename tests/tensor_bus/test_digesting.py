@@ -102,7 +102,7 @@ def test_who_does_not_come_is_named_and_the_next_try_is_right(cluster: LocalClus
     handlers, tensors = registered([*sources, *cluster.side("b", "a", [2], (1,), [Replicate()])], WHOLES[:1])
     for _ in range(2):
         with pytest.raises(TransferTimeoutError, match=r"a\[1\] did not ask for one"):
-            handlers[0].digest(0.3)
+            handlers[0].digest(3.0)
         tensors[0][0].add_(1)
     assert together(lambda: handlers[1].digest(0.3))[0].__class__ is TransferTimeoutError  # what was said was taken back
     mine = digests(handlers[:2])

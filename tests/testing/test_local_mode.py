@@ -18,6 +18,7 @@ from etha_ray.config import agent_paths
 from etha_ray.errors import AgentBusyError, PairTimeoutError
 from etha_ray.kvstore.gcs import in_local_mode
 from etha_ray.runtime import find_pool, seen_agents
+from etha_ray.tensor_bus import connection
 from etha_ray.testing import RayUnderTest, TensorBus, eventually
 
 pytestmark = pytest.mark.local_mode
@@ -172,7 +173,8 @@ def threads_of_ours() -> set[threading.Thread]:
 
 
 @pytest.mark.usefixtures("local_mode", "pool")
-def test_a_blocking_call_that_waits_for_an_actor_not_yet_called_ends_with_an_error() -> None:
+def test_a_blocking_call_that_waits_for_an_actor_not_yet_called_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_GRACE", 60.0)
     client = etha_ray.bootstrap_client()[0]
     with pytest.raises(PairTimeoutError, match="'b'"):
         client.init_pair("pair", "a", "b", 1, timeout=0.2)

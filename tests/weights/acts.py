@@ -42,6 +42,10 @@ def pull_plain(state: dict[str, Any], replica: str) -> None:
     state["receiver"] = etha_ray.pull({"w": torch.zeros(3)}, "plain", client=state["client"], replica=replica, timeout=LONG)
 
 
+def pull_rank(state: dict[str, Any], rank: int, size: int) -> None:
+    state["receiver"] = etha_ray.pull({"w": torch.zeros(3)}, "plain", client=state["client"], rank=rank, world_size=size, timeout=LONG)
+
+
 def push(state: dict[str, Any], rank: int, size: int) -> Any:
     return state["sender"].push(timeout=LONG)
 

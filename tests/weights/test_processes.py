@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ import torch
 
 import etha_ray
 from actors.sharding import target_placement
-from etha_ray.errors import BatchClosedError, PeerLostError
-from etha_ray.testing import eventually, succeed
-from etha_ray.weights import Receiver
+from etha_ray.errors import BatchClosedError, PeerLostError, TransferTimeoutError
+from etha_ray.testing import eventually, succeed, together
+from etha_ray.weights import PushReport, Receiver
 from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, connect, local_part, process_cluster
 from tests.tensor_bus.groups import finish
 from tests.weights import acts
@@ -115,6 +117,36 @@ class TestDeaths:
             cluster.kill(again.pid)
         one.close()
         two.close()
+
+    @pytest.mark.parametrize("after", [0.0, 0.2, 0.7])
+    def test_whoever_leaves_for_a_death_is_not_taken_for_dead(self, after: float, cluster: ProcessCluster) -> None:
+        """The first who sees that a rank is gone leaves, and others may hear of that before they hear who died."""
+        clients = [cluster.client(0), cluster.client(1), cluster.client(0)]
+        (doomed,) = workers(cluster, 1, first_agent=1)
+        senders = succeed(
+            *[lambda r=r: etha_ray.publish({"w": torch.ones(3)}, "plain", client=clients[r], rank=r, world_size=2) for r in range(2)]
+        )
+        doomed.start(acts.pull_rank, 1, 2)
+        with etha_ray.pull({"w": torch.zeros(3)}, "plain", client=clients[2], rank=0, world_size=2, timeout=LONG) as receiver:
+            doomed.result()
+            doomed.start(acts.update)
+            succeed(*[lambda s=s: s.push(timeout=LONG) for s in senders], lambda: receiver.update(LONG))
+            doomed.result()
+            cluster.kill(doomed.pid)
+            time.sleep(after)
+            calls = [lambda s=s: s.push(timeout=3.0) for s in senders] + [lambda: receiver.update(3.0)]
+            for error in together(*calls):
+                if isinstance(error, TransferTimeoutError):  # it waited for the replica to be whole again
+                    assert "ranks [1] of 2 are not there" in str(
+                        error
+                    ) or "rank 0 has not called push in time, or waits for replicas" in str(error)
+                elif not isinstance(error, int | PushReport):  # it may have had its part before
+                    assert isinstance(error, PeerLostError)
+                    assert re.search(rf"ranks \[1\] of 2 are not there|receiver\[1\] is gone \(worker pid {doomed.pid} died", str(error))
+        for sender in senders:
+            sender.close()
+        for client in clients:
+            client.close()
 
     def test_a_sender_dies_and_is_replaced(self, cluster: ProcessCluster) -> None:
         target, client = torch.zeros(3), cluster.client(1)

@@ -23,11 +23,13 @@ from etha_ray.errors import (
     NamesMismatchError,
     NotShareableError,
     PeerLostError,
+    StoreUnavailableError,
     TransferInProgressError,
     TransferTimeoutError,
 )
 from etha_ray.testing import eventually, succeed, together
 from etha_ray.weights import Publisher, PushReport, Receiver
+from etha_ray.weights.parties import Tables
 from tests.actors.minilm import SENTENCES, MiniLM, model_directory
 from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
 from tests.weights.test_fused import QKV, parts, tensor_parallel
@@ -322,6 +324,24 @@ def test_a_receiver_outlives_its_sender() -> None:
         assert receiver.version == 9
 
 
+def test_a_store_that_was_away_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one whose question it did not answer: the other side has its answer, and waits."""
+    asked, of = [], Tables.of
+
+    def once(tables: Tables, notices: Any) -> Any:
+        asked.append(threading.current_thread().name)
+        if len(asked) == 1:
+            raise StoreUnavailableError("it did not answer")
+        return of(tables, notices)
+
+    monkeypatch.setattr(Tables, "of", once)
+    with sides() as at:
+        target = torch.zeros(2)
+        sync(at.publish({"w": torch.ones(2)}), at.pull({"w": target}))
+        assert torch.equal(target, torch.ones(2))
+    assert len(asked) >= 3
+
+
 class TestErrors:
     def test_nobody_comes(self) -> None:
         with sides() as at:
@@ -332,7 +352,8 @@ class TestErrors:
             eventually(lambda: "nobody is there" not in receiver._state())
             with pytest.raises(BatchUnmatchedError, match=r"the sender: ranks \[1\] of 2 are not there"):
                 receiver.wait_ready(0.1)
-            with pytest.raises(TransferTimeoutError, match=r"1 replicas to join: not within 0\.2 s"):
+            why = r"waited 0\.2 s for a replica to join \(publish\(min_replicas=0\).*\); the sender: ranks \[1\] of 2 are not there"
+            with pytest.raises(TransferTimeoutError, match=why):
                 sender.push(timeout=0.2)
 
     def test_a_rank_is_taken(self) -> None:
