@@ -12,7 +12,8 @@ complex      **lossy**  **lossy**           **lossy**            rounded
 ===========  =========  ==================  ===================  =========
 
 *Rounded* is no loss here: the result is the nearest value the target has, and a value beyond its range becomes infinite or
-NaN, which shows (float32 to bfloat16, int64 to float32, bfloat16 to float8). It needs no permission. *Lossy* drops what a
+NaN, which shows (float32 to bfloat16, int64 to float32, bfloat16 to float8); but on GPUs a torch for CUDA 13.2 or newer makes 448,
+the largest, of what is beyond float8_e4m3fn in float32 (ATen/native/cuda/Copy.cu). It needs no permission. *Lossy* drops what a
 value is (a fraction, an imaginary part, a magnitude), or turns it into an unrelated one. An integer dtype is one of these
 too, unless it has every value of the other: what does not fit int32 wraps around to some other number, and nothing shows it.
 So is float8_e8m0fnu, which has neither sign nor zero, as the target of anything but itself.

@@ -126,14 +126,15 @@ class CudaAccelerator(Accelerator):
         return True
 
     def lane(self, *, alone: bool = False) -> CudaLane:
-        """As in the interface: torch hands out the same 32 streams again and again, so those that are to be alone are cupy's."""
+        """As in the interface: torch hands out the same 32 streams again and again, so those that are to be alone are cupy's. They have
+        another priority than torch's and NCCL's own, of which there are more than queues of the device."""
         with _device_errors(self._device):
             if not alone or not self.launches:
                 return CudaLane(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
             import cupy
 
             with cupy.cuda.Device(self._device.index):
-                stream = cupy.cuda.Stream(non_blocking=True)
+                stream = cupy.cuda.Stream(non_blocking=True, priority=-1)
             return CudaLane(torch.cuda.ExternalStream(stream.ptr, self._device), stream)  # type: ignore[no-untyped-call]
 
     def current(self) -> CudaLane:

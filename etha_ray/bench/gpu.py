@@ -22,6 +22,7 @@ from etha_ray.bench.processes import BenchError
 from etha_ray.bench.reshard import Reshard
 from etha_ray.bench.workload import Workload, model, uniform
 from etha_ray.cuda.extra import install_cupy
+from etha_ray.cuda.gpus import let_streams_run
 from etha_ray.errors import ConfigError, OptionalDependencyError
 from etha_ray.transport import MappedTransport
 from etha_ray.transport.kernels import KernelTransport
@@ -61,7 +62,10 @@ def run_gpu(
         raise ConfigError(f"{steps} steps: give at least 1")
     workloads = {shape: model(shape, src, dst, _DTYPE) for shape in shapes}
     small = uniform(tensors, _SMALL_BYTES)
-    gpu = accelerator or CudaAccelerator(0)
+    if accelerator is None:
+        let_streams_run()  # as an agent has it; the other process inherits it
+        accelerator = CudaAccelerator(0)
+    gpu = accelerator
     if not gpu.launches:
         raise OptionalDependencyError(f"bench gpu measures kernels, which need cupy: {install_cupy()}")
     with contextlib.closing(KernelTransport(gpu, MappedTransport(1))) as transport:

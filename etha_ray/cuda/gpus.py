@@ -45,12 +45,18 @@ def uuid_of(ordinal: int) -> str:
 
 
 def see_only(device: str) -> int:
-    """Have this process see the GPU of ``cuda:N`` alone, N being the node's own number, before it touches CUDA; its number from then on.
-
-    Its streams get all hardware queues that there can be, whatever the environment says: of two in one queue the second waits where the
-    first does, and what an agent sends must not wait behind what it receives, or two agents could wait for one another.
-    """
+    """Have this process see the GPU of ``cuda:N`` alone, N being the node's own number, before it touches CUDA; its number from then on."""
     os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("cuda:")
+    let_streams_run()
+    return 0
+
+
+def let_streams_run() -> None:
+    """Set this process up, before it touches CUDA, so that no stream waits for another one, whatever the environment says.
+
+    Streams get all hardware queues that there can be: of two in one queue the second waits where the first does, and what an agent
+    sends must not wait behind what it receives, or two agents could wait for one another.
+    """
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = _QUEUES
     os.environ.pop("NCCL_COMM_BLOCKING", None)  # it would have NCCL's calls wait, whatever a communicator is made with
-    return 0
+    os.environ.pop("CUDA_LAUNCH_BLOCKING", None)  # a launch behind a message would wait for the other end, and nobody would look

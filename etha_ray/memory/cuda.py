@@ -25,9 +25,9 @@ _NO_IPC = (
     " PYTORCH_CUDA_ALLOC_CONF, or register a .clone() that torch allocates by itself"
 )
 _NOT_EXPORTED = (
-    "is in an expandable segment that was made without handles for other processes: set TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC=1 before this"
-    " process first uses CUDA, or take expandable_segments out of PYTORCH_CUDA_ALLOC_CONF (an allocator with a sleep mode has a pool of"
-    " its own: register a tensor from outside of it)"
+    "is in an expandable segment that was made without handles for other processes: unset TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC, or have"
+    " TORCH_CUDA_EXPANDABLE_SEGMENTS_IPC=1 before this process first uses CUDA, or take expandable_segments out of PYTORCH_CUDA_ALLOC_CONF"
+    " (an allocator with a sleep mode has a pool of its own: register a tensor from outside of it)"
 )
 
 

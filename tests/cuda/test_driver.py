@@ -93,6 +93,7 @@ def test_an_agent_sees_one_gpu_and_has_all_its_queues(monkeypatch: pytest.Monkey
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron's launchers do
     monkeypatch.setenv("NCCL_COMM_BLOCKING", "1")
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     assert see_only("cuda:3") == 0
-    assert "NCCL_COMM_BLOCKING" not in os.environ
+    assert not {"NCCL_COMM_BLOCKING", "CUDA_LAUNCH_BLOCKING"} & os.environ.keys()
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]) == ("3", "32")

@@ -11,6 +11,9 @@ import torch
 
 from etha_ray.accelerator import CudaAccelerator
 from etha_ray.cuda.extra import install_cupy
+from etha_ray.cuda.gpus import let_streams_run
+
+let_streams_run()
 
 
 def lack() -> str | None:

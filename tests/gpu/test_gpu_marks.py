@@ -19,6 +19,7 @@ LATE = 5 * workers.LONG_TIME
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
+    torch.zeros(1, device="cuda:0")  # this process's context takes as long as the GPU is to be late
     with contextlib.closing(Worker()) as worker:
         worker.start(workers.begin)
         worker.result(120)

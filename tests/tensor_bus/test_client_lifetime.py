@@ -207,3 +207,15 @@ class TestAgentsThatLeave:
             assert late.wait(LONG)
             with pytest.raises(BatchClosedError, match="the client of agent 0 is closed"):
                 late.value()
+
+    def test_no_record_of_what_its_workers_received_is_left_in_the_store(self) -> None:
+        """Of several batches whose ends come in while the first of them is written."""
+        with local_cluster(1) as cluster:
+            for batch_id in ("one", "two", "three"):
+                first, second, _, _ = cluster.batch(batch_id=batch_id, ranks=(0, 0))
+                sent = first.transfer("send")
+                second.transfer("recv").result(LONG)
+                sent.result(LONG)
+                eventually(lambda pair=f"pair of {batch_id}": cluster.clients[0].ready_replicas(pair, 1))
+            cluster.agents[0].stop()
+            assert not [key for key in cluster.store.list() if key.startswith("replica/")]

@@ -193,16 +193,3 @@ def test_what_cannot_be_said_is_said_later_and_of_many_changes_the_last(tmp_path
     assert store.list("replica/") == {}
     jobs.close()
     store.close()
-
-
-def test_a_shutdown_leaves_none_in_the_store() -> None:
-    """Of several batches whose ends come in while the first of them is written."""
-    with local_cluster(1) as cluster:
-        for batch_id in ("one", "two", "three"):
-            first, second, _, _ = cluster.batch(batch_id=batch_id, ranks=(0, 0))
-            sent = first.transfer("send")
-            second.transfer("recv").result(LONG)
-            sent.result(LONG)
-            eventually(lambda pair=f"pair of {batch_id}": ranks(cluster.clients[0], pair, 1))
-        cluster.agents[0].stop()
-        assert not [key for key in cluster.store.list() if key.startswith("replica/")]

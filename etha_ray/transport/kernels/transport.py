@@ -42,6 +42,8 @@ class KernelTransport(OneSidedTransport):
         self._host = host
         self._kernels = accelerator.launches if kernels is None else kernels
         self._closed = False
+        self.torch_lane = accelerator.lane()
+        """Where all programs that have torch do something run, unless they are told where."""
         self._rehearsed: frozenset[_TorchCall] = frozenset()
         self._rehearsing = threading.Lock()
 
@@ -70,7 +72,9 @@ class KernelTransport(OneSidedTransport):
                         f"copy {index}: a {tensor.device} tensor on the transport of {self.accelerator.device}, which moves that device's"
                         " tensors and the CPU's"
                     )
-        return KernelProgram(self, copies)
+        program = KernelProgram(self, copies)
+        self._rehearse(program)
+        return program
 
     def close(self) -> None:
         """As in the interface: what was handed over is still done."""
@@ -82,7 +86,7 @@ class KernelTransport(OneSidedTransport):
         if self._closed:
             raise TransferError("the transport was closed; make a new one and prepare the copies again")
 
-    def rehearse(self, program: KernelProgram) -> None:
+    def _rehearse(self, program: KernelProgram) -> None:
         """Have torch make each kind of the program's calls once, on memory of no importance; each only for the first time.
 
         A device loads a kernel when it is first launched, and may wait then for all that it has under way: for messages, too, that wait
@@ -91,7 +95,7 @@ class KernelTransport(OneSidedTransport):
         if program.by_torch <= self._rehearsed:
             return  # it may be amid messages, and must not wait for another thread then
         with self._rehearsing:
-            lane = self.accelerator.lane()
+            lane = self.torch_lane
             examples = [call.example(self.accelerator) for call in program.by_torch - self._rehearsed]
             with lane.current():
                 for step in (step for example in examples for step in _torch_steps(example)):
@@ -150,7 +154,8 @@ class KernelProgram(CopyProgram):
             self._table, self._first = accelerator.upload(table), accelerator.upload(first)
             accelerator.load(COPY_REGIONS)
         self._host = transport._host.prepare([copies[place] for place in self._host_places])
-        self._lane = accelerator.lane()
+        # torch keeps scratch for each lane it was taken on: what takes any shares one.
+        self._lane = transport.torch_lane if self._steps else accelerator.lane()
         self._begun = threading.Event()
         self._host_done = False
 

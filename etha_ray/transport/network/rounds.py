@@ -125,7 +125,6 @@ class Rounds:
         if staging is not None:
             pairs = [(each.view, each.within(staging)) for each in staged]
             program = self._copier.prepare([Copy((view,), within) if self._sends else Copy((within,), view) for view, within in pairs])
-            self._copier.rehearse(program)  # for the first slot, when it is prepared: later it is known
         sums = MessageSums(self._copier.accelerator, [[each] for each in memory]) if self._checked else None
         return Loaded([(each.data_ptr(), each.nbytes) for each in memory], program, sums)
 

@@ -88,10 +88,13 @@ def test_enqueue_hands_over_to_a_lane() -> None:
 
 
 class BrokenLane(HostLane):
-    """Of a device that fails."""
+    """Of a device that fails once it is broken."""
+
+    broken = False
 
     def wait(self) -> None:
-        raise TransferError("the device failed")
+        if self.broken:
+            raise TransferError("the device failed")
 
 
 class BrokenAccelerator(HostAccelerator):
@@ -101,10 +104,11 @@ class BrokenAccelerator(HostAccelerator):
         return BrokenLane()
 
 
-def test_what_a_failure_leaves_half_written() -> None:
+def test_what_a_failure_leaves_half_written(monkeypatch: pytest.MonkeyPatch) -> None:
     transport = KernelTransport(BrokenAccelerator(), MappedTransport(1), kernels=False)
     host, device = Copy((torch.ones(4),), torch.zeros(4)), Copy((torch.ones(4, device="meta"),), torch.zeros(4, device="meta"))
     program = transport.prepare([host, device, host])
+    monkeypatch.setattr(BrokenLane, "broken", True)
     with pytest.raises(TransferError, match="the device failed"):
         program.run()
     assert program.unfinished() == frozenset({1})
