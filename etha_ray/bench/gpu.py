@@ -64,8 +64,7 @@ def run_gpu(
     small = uniform(tensors, _SMALL_BYTES)
     if accelerator is None:
         let_streams_run()  # as an agent has it; the other process inherits it
-        accelerator = CudaAccelerator(0)
-    gpu = accelerator
+    gpu = accelerator or CudaAccelerator(0)
     if not gpu.launches:
         raise OptionalDependencyError(f"bench gpu measures kernels, which need cupy: {install_cupy()}")
     with contextlib.closing(KernelTransport(gpu, MappedTransport(1))) as transport:

@@ -227,7 +227,8 @@ class Batches:
             self._bus.refuse(batch.command, error)
             if worker.batches.get(batch.batch_id) is batch:
                 del worker.batches[batch.batch_id]
-                worker.failed[batch.batch_id] = error  # before its client reads that, it may ask for a transfer
+                # Before its client reads that, it may ask for a transfer. Without what the registration had opened.
+                worker.failed[batch.batch_id] = error.with_traceback(None)
                 del self._by_registration[batch.registration]
                 self._journal.closed(batch.client_id, batch.batch_id)
                 if not batch.work.withdrawn:

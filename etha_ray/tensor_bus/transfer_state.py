@@ -24,7 +24,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from etha_ray.errors import EthaRayError, IntegrityError
-from etha_ray.report import Span, TransferReport
+from etha_ray.report import Span, TransferReport, format_seconds
 from etha_ray.tensor_bus.commands import Transfer
 from etha_ray.tensor_bus.history import Flow, PastTransfer
 from etha_ray.tensor_bus.jobs import Job
@@ -184,7 +184,8 @@ class UnderWay:
 
     def who_is_missing(self, registered: Registered, announced: Container[str]) -> str:
         """Why it was not over in time."""
-        what = f"{self.command.transfer_type} of batch {self.command.batch_id!r} was not over after {self.command.timeout:.3g} s: "
+        after = format_seconds(self.command.timeout or 0.0)
+        what = f"{self.command.transfer_type} of batch {self.command.batch_id!r} was not over after {after}: "
         remedy = {
             TransferState.ANNOUNCED: ". Call transfer('recv') there, or give more time",
             TransferState.WAITING: ". Call transfer('send') there, or give more time",

@@ -160,9 +160,9 @@ class Link:
             while not session.ready(_SLICE):
                 if self._wanted != wanted:
                     break
-        except Exception as error:  # becomes what a push or an update raises
+        except Exception as error:  # becomes what a push or an update raises, unless it passes
             passes = isinstance(error, (StoreError, TimeoutError))
-            logger.log(logging.WARNING if passes else logging.INFO, "weights: %s cannot be connected: %s", self.name, error)
+            logger.info("weights: %s cannot be connected: %s", self.name, error)
             if not passes:
                 self._settle(wanted, None, error)
             if session is not None:

@@ -18,7 +18,7 @@ from etha_ray.errors import (
     TransferInProgressError,
     TransferTimeoutError,
 )
-from etha_ray.report import TransferReport
+from etha_ray.report import TransferReport, format_seconds
 from etha_ray.weights.agreement import agree
 from etha_ray.weights.link import Link, LinkState
 from etha_ray.weights.member import Given, Member, Patience, deadline_in, remaining
@@ -250,7 +250,9 @@ class Publisher:
                     raise self._watcher.error
                 self._watcher.hurry()
                 if not patience.wait(self._changed, deadline, lambda: f"{what}; {self._state()}"):
-                    raise TransferTimeoutError(f"weights {self.name!r}: waited {timeout:.3g} s for {what}; {self._state()}")
+                    raise TransferTimeoutError(
+                        f"weights {self.name!r}: waited {format_seconds(timeout or 0.0)} for {what}; {self._state()}"
+                    )
 
     def _missing(self, side: str) -> str:
         return self._seen.missing.get(side, "they are there")

@@ -50,8 +50,9 @@ class Roster:
         self._address = address
         self._batch_id = f"{name}/roster"
         self._said = torch.zeros(_SIZE, dtype=torch.uint8)
-        others = "not all ranks have called push in time"
-        late = others if seat.rank == 0 else "rank 0 has not called push in time, or waits for replicas itself"
+        late = "not all ranks have called push in time"
+        if seat.rank != 0:
+            late = "rank 0 has not called push in time, or waits for replicas itself"
         self.link = Link(f"the other ranks of the sender of {name!r}", late, self._connect, changed)
 
     def say(self, session: Session, call: Call, timeout: float | None) -> None:

@@ -352,7 +352,7 @@ class TestErrors:
             eventually(lambda: "nobody is there" not in receiver._state())
             with pytest.raises(BatchUnmatchedError, match=r"the sender: ranks \[1\] of 2 are not there"):
                 receiver.wait_ready(0.1)
-            why = r"waited 0\.2 s for a replica to join \(publish\(min_replicas=0\).*\); the sender: ranks \[1\] of 2 are not there"
+            why = r"waited 200\.00 ms for a replica to join \(publish\(min_replicas=0\).*\); the sender: ranks \[1\] of 2 are not there"
             with pytest.raises(TransferTimeoutError, match=why):
                 sender.push(timeout=0.2)
 
