@@ -15,7 +15,10 @@ from etha_ray.tensor_bus.leftovers import remove_files
 from etha_ray.tensor_bus.ray_lookup import PoolEntry
 
 STOP_TIMEOUT = 20.0
-"""Seconds that an agent has to end, and a node to be cleaned."""
+"""Seconds that an agent has to end."""
+
+START_TIMEOUT = 60.0
+"""Seconds that a process of a busy node has to start: an agent's next one, or one that cleans."""
 
 _T = TypeVar("_T")
 
@@ -81,7 +84,7 @@ def clean_nodes(entries: Sequence[PoolEntry]) -> None:
         for node_id, paths in by_node.items()
         if node_id in alive
     ]
-    ray.wait(calls, num_returns=len(calls), timeout=STOP_TIMEOUT)
+    ray.wait(calls, num_returns=len(calls), timeout=START_TIMEOUT)
 
 
 def _clean(paths: list[AgentPaths]) -> None:

@@ -135,6 +135,8 @@ def _columns(spans: tuple[Span, ...]) -> list[int]:
 
 def format_seconds(seconds: float) -> str:
     """Seconds as milliseconds below one, with two decimals."""
+    if seconds == 0:
+        return "0 s"
     return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 

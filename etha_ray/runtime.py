@@ -22,7 +22,7 @@ from etha_ray.config import check_integrity, check_name, check_transport, worker
 from etha_ray.errors import AgentBusyError, AgentNotFoundError
 from etha_ray.kvstore import create_store
 from etha_ray.net import no_listener
-from etha_ray.ray_nodes import STOP_TIMEOUT, clean_nodes, live_nodes, on_cluster, places
+from etha_ray.ray_nodes import START_TIMEOUT, STOP_TIMEOUT, clean_nodes, live_nodes, on_cluster, places
 from etha_ray.tensor_bus.inspection import SeenAgent, decode_seen
 from etha_ray.tensor_bus.ray_lookup import PoolEntry, PoolSettings, extend_pool, read_pool, read_settings, withdraw_pool, write_pool
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
@@ -283,7 +283,7 @@ def _stop(agents: list[tuple[PoolEntry, Any]]) -> list[PoolEntry]:
 
     One that died is waited for until Ray has it running again: killed while it starts, it could leave its files after the cleaning.
     """
-    deadline = time.monotonic() + STOP_TIMEOUT
+    deadline, patience = time.monotonic() + STOP_TIMEOUT, time.monotonic() + START_TIMEOUT
     killed: list[PoolEntry] = []
     while agents:
         calls = [actor.stop.remote() for _, actor in agents]
@@ -300,9 +300,10 @@ def _stop(agents: list[tuple[PoolEntry, Any]]) -> list[PoolEntry]:
             except ray.exceptions.RayError as error:
                 logger.warning("agent %d did not shut down by itself: %s", entry.rank, error)
                 killed.append(entry)
-        alive = {node["NodeID"] for node in live_nodes()} if restarting and time.monotonic() < deadline else set()
+        alive = {node["NodeID"] for node in live_nodes()} if restarting and time.monotonic() < patience else set()
         agents = [(entry, actor) for entry, actor in restarting if entry.node_id in alive]
         killed += [entry for entry, _ in restarting if entry.node_id not in alive]
         if agents:
             time.sleep(_RESTART_PAUSE)
+            deadline = min(time.monotonic() + STOP_TIMEOUT, patience)
     return killed

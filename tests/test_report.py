@@ -106,4 +106,4 @@ def test_units() -> None:
         "1.00 GB",
         "10.00 TB",
     ]
-    assert [format_seconds(seconds) for seconds in (0.0, 0.0015, 1.0, 75.5)] == ["0.00 ms", "1.50 ms", "1.00 s", "75.50 s"]
+    assert [format_seconds(seconds) for seconds in (0.0, 0.0015, 1.0, 75.5)] == ["0 s", "1.50 ms", "1.00 s", "75.50 s"]

@@ -1,14 +1,16 @@
 """Digests of a batch's tensors, made by all ranks of a side together. Owned by the agent's loop.
 
-Each rank's worker asks its agent once. The agent adds up what its worker holds, beside the loop, and tells the other ranks of the side; who
-has heard from all answers. Rounds are counted, so that a rank that asks again before another has heard everything confuses nobody; one
-that gives up takes back what it said, and its next try is the same round.
+Each rank's worker asks its agent once. The agent adds up what its worker holds, beside the loop, and offers that to the other ranks of the
+side. A rank whose worker waits answers an offer, and has to be answered to use it: so every part of a digest was added up for a call that
+was under way together with this one. What a rank offered for a call that is over is in no later digest, however messages cross.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from etha_ray.errors import EthaRayError, LayoutError, TransferInProgressError, TransferTimeoutError
@@ -37,15 +39,24 @@ class _AddingUp(CopyProgram):
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Offer:
+    """What another rank has added up, for its try of this number."""
+
+    number: int
+    parts: dict[str, bytes]
+
+
 class Digesting:
     """The digests of ``member``'s tensors, one round at a time."""
 
     def __init__(self, member: Member) -> None:
         self._member = member
         self.waits: Waits[MakeDigest] = Waits(member.bus.answer, member.bus.refuse)
-        self._round = 0
+        self._number = 0
         self._said: dict[str, bytes] | None = None
-        self._heard: dict[tuple[int, str], dict[str, bytes]] = {}
+        self._offers: dict[str, _Offer] = {}
+        self._usable: dict[str, _Offer] = {}  # for the try under way, by whom
 
     def ask(self, command: MakeDigest) -> None:
         """Answer with the digests, by place, once all ranks of the side have asked.
@@ -76,19 +87,30 @@ class Digesting:
         if job.error is not None:
             self.waits.fail(job.error)
             return
-        self._round += 1
+        self._number = secrets.randbits(62) + 1  # no counter: an agent that starts anew must not take up numbers that it has given
         self._said = program.parts
-        self._tell(program.parts)
+        self._offers, self._usable = self._usable | self._offers, {}  # an offer that a try of ours did not come to use still stands
+        for registration in self._member.registered.side:
+            self._tell(registration, program.parts)
         self._end_if_all()
 
     def on_part(self, message: DigestPart) -> None:
-        """Another rank of the side says what it added up, or takes it back."""
-        key = message.number, message.source
-        if message.parts:
-            self._heard[key] = message.parts
-        else:
-            self._heard.pop(key, None)
-        self._end_if_all()
+        """Another rank of the side offers what it added up, answers what this one offered, or takes back its own."""
+        source, number = message.source, message.number
+        if message.parts is None and not message.answers:
+            for known in (self._offers, self._usable):
+                if source in known and known[source].number == number:
+                    del known[source]
+            return
+        if message.parts is not None:
+            self._offers[source] = _Offer(number, message.parts)
+            if self._said is not None and source not in self._usable:  # whose own try still needs this one's
+                self._tell(source, None)
+        if self._said is None or message.answers != self._number:
+            return
+        if source in self._offers and self._offers[source].number == number:
+            self._usable[source] = self._offers.pop(source)
+            self._end_if_all()
 
     def give_up(self, command_id: int) -> None:
         """Its worker does not wait any more for this command."""
@@ -106,20 +128,23 @@ class Digesting:
         deadline = self.waits.deadline
         if deadline is None or now < deadline:
             return
-        missing = sorted(self._member.name(each) for each in self._member.registered.side if (self._round, each) not in self._heard)
+        missing = sorted(self._member.name(each) for each in self._missing())
         who = f"{', '.join(missing)} did not ask for one" if self._said is not None else "its tensors are still being read"
         self._take_back()  # first: others must not add to this what they are asked for once its worker knows
         self.waits.fail(
             TransferTimeoutError(f"batch {self._member.batch_id!r}: no digest in time: {who}; call digest() on every rank of this side")
         )
 
+    def _missing(self) -> list[str]:
+        """The ranks that have not answered what was offered last."""
+        return [each for each in self._member.registered.side if each not in self._usable]
+
     def _end_if_all(self) -> None:
         member, said = self._member, self._said
-        side = member.registered.side
-        if said is None or any((self._round, each) not in self._heard for each in side):
+        if said is None or self._missing():
             return
-        parts = {member.registration: said, **{each: self._heard.pop((self._round, each)) for each in side}}
-        self._said = None
+        parts = {member.registration: said, **{each: offer.parts for each, offer in self._usable.items()}}
+        self._said, self._usable = None, {}
         found: dict[int, str] = {}
         try:
             for each in member.registered.digested:
@@ -130,14 +155,20 @@ class Digesting:
         self.waits.done([found[place] for place in sorted(found)])
 
     def _take_back(self) -> None:
-        if self._said is not None:
-            self._tell({})
-            self._said = None
-            self._round -= 1
+        if self._said is None:
+            return
+        self._said = None
+        for registration in self._member.registered.side:
+            self._tell(registration, None, take_back=True)
 
-    def _tell(self, parts: dict[str, bytes]) -> None:
-        member = self._member
-        for registration in member.registered.side:
-            agent = member.registered.others[registration].member.agent
-            message = DigestPart(batch_id=member.batch_id, source=member.registration, target=registration, number=self._round, parts=parts)
-            member.bus.tell(agent, message)
+    def _tell(self, registration: str, parts: dict[str, bytes] | None, take_back: bool = False) -> None:
+        member, offer = self._member, self._offers.get(registration)
+        message = DigestPart(
+            batch_id=member.batch_id,
+            source=member.registration,
+            target=registration,
+            number=self._number,
+            answers=0 if offer is None or take_back else offer.number,
+            parts=parts,
+        )
+        member.bus.tell(member.registered.others[registration].member.agent, message)

@@ -156,16 +156,19 @@ class RelayRead(BaseCommand):
 
 
 class DigestPart(BaseCommand):
-    """Rank to rank of one side: what ``source`` added up for the digests of this round, by pair; empty if it takes that back.
+    """Rank to rank of one side: what ``source`` added up for a digest.
 
-    number: of the round, within the registrations. parts: see `digests.Sums`, for each tensor of the pair in order.
+    number: of this try of the source's, never used again. answers: the try of the target's that may use it; 0 for none so far.
+    parts: by pair, see `digests.Sums`, for each tensor of the pair in order; None where the target has been told. Neither answer nor
+    parts takes the try back.
     """
 
     batch_id: str
     source: str
     target: str
     number: int
-    parts: dict[str, bytes]
+    answers: int = 0
+    parts: dict[str, bytes] | None = None
 
 
 class RegistrationClosed(BaseCommand):

@@ -108,7 +108,7 @@ class Questions:
             self._ready.fail(error)
 
     def renewed(self) -> None:
-        """The batch registers again, and its side counts its digests anew."""
+        """The batch registers again: what its side offered for digests is of before."""
         self._digesting = Digesting(self._member)
 
     def fail(self, error: EthaRayError) -> None:

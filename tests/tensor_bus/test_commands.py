@@ -79,7 +79,7 @@ COMMANDS: list[Message] = [
     RelayWanted("b", "relay", "target", {"source": 9}, 2),
     RelayAnswer("b", "relay", "target", 2, "ready"),
     RelayRead("b", "relay", "target", 2),
-    DigestPart("b", "source", "target", 3, {"p": b"\x00\xff"}),
+    DigestPart("b", "source", "target", 3, 4, {"p": b"\x00\xff"}),
     RegistrationClosed("b", "closed", "target", "its worker died", lost=True),
 ]
 
