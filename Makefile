@@ -36,7 +36,7 @@ $(LOCAL_MODE)/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(LOCAL_MODE)
 	sed 's/^ray==.*/ray==$(LOCAL_MODE_RAY)/' constraints.txt > $(LOCAL_MODE)/constraints.txt
 	$(LOCAL_MODE)/bin/python -m pip install --quiet --upgrade pip
-	$(LOCAL_MODE)/bin/python -m pip install --quiet -c $(LOCAL_MODE)/constraints.txt -e '.[etcd]' pytest pytest-timeout hypothesis
+	$(LOCAL_MODE)/bin/python -m pip install --quiet --no-compile -c $(LOCAL_MODE)/constraints.txt -e '.[etcd]' pytest pytest-timeout hypothesis
 	touch $@
 
 test-local-mode: $(LOCAL_MODE)/.installed  ## The tests marked local_mode, with the last Ray that has it, in an environment of their own
@@ -98,7 +98,7 @@ wheel-check: $(STAMP)  ## Build the wheel, install it into an empty environment,
 	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m build --wheel --outdir dist
 	rm -rf build/wheel-venv && $(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	build/wheel-venv/bin/python -m pip install --quiet --no-compile -c constraints.txt dist/*.whl
 	cd build && wheel-venv/bin/python -c 'import etha_ray, sys; print(etha_ray.__version__, etha_ray.__file__); assert "ray" not in sys.modules'
 	build/wheel-venv/bin/etha-ray --help > /dev/null
 

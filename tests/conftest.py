@@ -19,6 +19,9 @@ from etha_ray.testing.etcd_server import EtcdServer
 # them. A process reads this at its first lookup, which importing Ray already makes.
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
+# Ray has its workers give way to everything else on their host, so tests beside theirs that compute would keep them from starting.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 # A machine that stands still for a moment makes no example too slow: by default one that takes 200 ms is a failure.
 settings.register_profile("unhurried", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")

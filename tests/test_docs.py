@@ -127,7 +127,7 @@ def test_explain(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     run("tokens", names)
     assert (tmp_path / "crossing.svg").exists()
-    ended = subprocess.run(["bash", "-ec", CODE["explain"]], env=environment(), capture_output=True, text=True, timeout=110, check=False)
+    ended = subprocess.run(["bash", "-ec", CODE["explain"]], env=environment(), capture_output=True, text=True, timeout=250, check=False)
     assert ended.returncode == 0, ended.stderr
 
 

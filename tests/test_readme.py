@@ -59,7 +59,7 @@ def run(code: str, folder: Path) -> str:
     wait_for_default_pool()
     script = folder / "script.py"
     script.write_text(code)
-    ended = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, timeout=110, check=False)
+    ended = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, timeout=250, check=False)
     assert ended.returncode == 0, ended.stderr
     assert default_pool_is_free()
     return ended.stdout
@@ -97,7 +97,7 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain(tmp_path: Path) -> None:
     command = blocks()[2][1]
     ended = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=110, check=False
+        ["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert "4x2: S0,S1" in ended.stdout
@@ -109,7 +109,7 @@ def test_torchrun_without_ray(tmp_path: Path) -> None:
     wait_for_default_pool()
     (tmp_path / "reshard.py").write_text(script)
     (tmp_path / "run.sh").write_text(shell)
-    ended = subprocess.run(["bash", "run.sh"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=110, check=False)
+    ended = subprocess.run(["bash", "run.sh"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250, check=False)
     assert ended.returncode == 0, ended.stderr
     whole = [[6 * row + column for column in range(6)] for row in range(4)]
     for rank in range(2):

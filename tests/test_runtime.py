@@ -53,9 +53,10 @@ class Worker:
         self.client.close()
 
 
-@pytest.fixture
-def pool(namespace: str) -> Iterator[etha_ray.AgentPool]:
-    with etha_ray.launch_agents(["cpu"] * 2, namespace=namespace) as pool:
+@pytest.fixture(scope="module")
+def pool() -> Iterator[etha_ray.AgentPool]:
+    """For tests that leave its agents as they found them."""
+    with etha_ray.launch_agents(["cpu"] * 2, namespace=f"test-{os.getpid()}-shared") as pool:
         yield pool
 
 
@@ -66,35 +67,54 @@ def workers(namespace: str) -> tuple[Any, Any]:
     return pair
 
 
-def test_tensors_cross_between_actors(pool: etha_ray.AgentPool, namespace: str) -> None:
-    sender, receiver = workers(namespace)
+def test_tensors_cross_between_actors(pool: etha_ray.AgentPool) -> None:
+    sender, receiver = workers(pool.namespace)
     assert sorted(ray.get([sender.rank.remote(), receiver.rank.remote()])) == [(0, "ray"), (1, "ray")]
     assert ray.get([sender.transfer.remote("send"), receiver.transfer.remote("recv")]) == [12, 12]
     assert ray.get(receiver.values.remote()) == [1.0, 2.0, 3.0]
     counts = [(agent["workers"], agent["pairs"], agent["batches"]) for agent in pool.describe(LONG)]
     assert counts == [(1, 1, 1), (1, 1, 1)]
+    ray.get([sender.close.remote(), receiver.close.remote()])
 
 
-def test_health_is_answered_while_a_transfer_waits(pool: etha_ray.AgentPool, namespace: str) -> None:
-    sender, receiver = workers(namespace)
+def test_health_is_answered_while_a_transfer_waits(pool: etha_ray.AgentPool) -> None:
+    sender, receiver = workers(pool.namespace)
     rank, _ = ray.get(sender.rank.remote())
-    agent = ray.get_actor(f"{namespace}/agent{rank}", namespace="etha_ray")
+    agent = ray.get_actor(f"{pool.namespace}/agent{rank}", namespace="etha_ray")
     sending = sender.transfer.remote("send")
     assert ray.get([agent.health.remote() for _ in range(20)], timeout=30) == [True] * 20
     assert ray.wait([sending], timeout=0)[0] == []
     assert ray.get([receiver.transfer.remote("recv"), sending]) == [12, 12]
+    ray.get([sender.close.remote(), receiver.close.remote()])
 
 
-def test_pool_describes_its_agents(pool: etha_ray.AgentPool, namespace: str) -> None:
+def test_pool_describes_its_agents(pool: etha_ray.AgentPool) -> None:
     assert pool.ranks == [0, 1]
     described = pool.describe(LONG)
     node = ray.get_runtime_context().get_node_id()
     for rank, agent in enumerate(described):
-        paths = agent_paths(rank, namespace)
+        paths = agent_paths(rank, pool.namespace)
         assert (agent["rank"], agent["device"], agent["state"], agent["node_id"]) == (rank, "cpu", "running", node)
         assert (agent["command_queue_path"], agent["state_path"]) == (paths.command_queue, paths.state)
         assert Path(f"/proc/{agent['pid']}").exists()
     assert described[0]["pid"] != described[1]["pid"]
+
+
+def test_a_second_pool_of_the_same_name_is_refused(pool: etha_ray.AgentPool) -> None:
+    with pytest.raises(AgentBusyError, match=pool.namespace):
+        etha_ray.launch_agents(["cpu"], namespace=pool.namespace)
+    assert [agent["state"] for agent in pool.describe(LONG)] == ["running", "running"]
+
+
+def test_auto_gives_a_node_without_gpus_one_cpu_agent_beside_another_pools(pool: etha_ray.AgentPool, namespace: str) -> None:
+    with etha_ray.launch_agents(namespace=namespace) as other:
+        (agent,) = other.describe(LONG)
+        assert (agent["rank"], agent["device"]) == (0, "cpu")
+        assert agent["pid"] not in {agent["pid"] for agent in pool.describe(LONG)}
+
+
+def test_agents_take_no_share_of_the_cluster(pool: etha_ray.AgentPool) -> None:
+    eventually(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])  # Ray counts what has ended a moment later
 
 
 def test_shutdown_leaves_nothing(namespace: str) -> None:
@@ -199,27 +219,6 @@ def test_a_killed_agent_is_restarted_and_its_workers_go_on(namespace: str) -> No
     assert left_behind(namespace, [old, first, second]) == []
 
 
-def test_a_second_pool_of_the_same_name_is_refused(pool: etha_ray.AgentPool, namespace: str) -> None:
-    with pytest.raises(AgentBusyError, match=namespace):
-        etha_ray.launch_agents(["cpu"], namespace=namespace)
-    assert [agent["state"] for agent in pool.describe(LONG)] == ["running", "running"]
-
-
-def test_two_pools_live_side_by_side(pool: etha_ray.AgentPool, namespace: str) -> None:
-    with etha_ray.launch_agents(["cpu"], namespace=f"{namespace}-b") as other:
-        assert other.ranks == [0]
-        assert other.describe(LONG)[0]["pid"] not in {agent["pid"] for agent in pool.describe(LONG)}
-
-
-def test_auto_gives_a_node_without_gpus_one_cpu_agent(namespace: str) -> None:
-    with etha_ray.launch_agents(namespace=namespace) as pool:
-        assert [(agent["rank"], agent["device"]) for agent in pool.describe(LONG)] == [(0, "cpu")]
-
-
-def test_agents_take_no_share_of_the_cluster(pool: etha_ray.AgentPool) -> None:
-    eventually(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])  # Ray counts what has ended a moment later
-
-
 @pytest.mark.parametrize(
     ("devices", "message"),
     [("all", "auto"), ([], "empty"), (["gpu"], "cuda:0"), (["cuda:0", "cuda:0"], "twice"), (["cpu", "cuda:x"], "cuda:x")],
@@ -243,7 +242,7 @@ def test_a_smaller_pool_removes_what_a_killed_one_left(namespace: str) -> None:
         print(*pids, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, check=False, timeout=100)
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, check=False, timeout=250)
     assert ended.returncode == -signal.SIGKILL
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ended.stdout.split()))  # Ray ends the agents of a killed driver
     folder = Path(agent_paths(0, namespace).state).parent

@@ -20,7 +20,7 @@ from etha_ray.runtime import find_pool
 from etha_ray.testing.calls import eventually
 from tests.conftest import left_behind
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.slow  # four raylets, and ten processes of their own
 
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def environment() -> dict[str, str]:
     """This process's environment, without a Ray cluster that it may name."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name == "RAY_worker_niceness"}
 
 
 def start(module: str, *arguments: str, cluster: str | None = None) -> subprocess.Popen[str]:

@@ -12,10 +12,11 @@ import etha_ray
 from actors import agents
 from tests.conftest import left_behind
 
-from .application import read_until, start
+from .application import read_until
+from .conftest import Start
 
 
-def test_agents_serve_other_processes_until_they_are_told_to_end(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agents_serve_other_processes_until_they_are_told_to_end(start: Start, namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start("actors.agents", "--devices", "cpu,cpu", "--namespace", namespace)
     output = read_until(process, "Interrupt to end it")
     assert namespace in output
@@ -31,7 +32,7 @@ def test_agents_serve_other_processes_until_they_are_told_to_end(namespace: str,
     assert left_behind(namespace, [process.pid]) == []
 
 
-def test_nodes_that_join_get_agents(namespace: str) -> None:
+def test_nodes_that_join_get_agents(start: Start, namespace: str) -> None:
     node = {"num_cpus": 1, "object_store_memory": 80_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:

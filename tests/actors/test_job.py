@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 SMALL = Training(ModelConfig(layers=1, heads=6, head_size=8, mlp=61), steps=4, windows=2)
 
 
+@pytest.mark.slow  # five actors and their agents
 def test_each_version_arrives_whole_where_nothing_divides_evenly() -> None:
     trainers, generators = 3, 2
     with sync_job(training_workload(SMALL), trainers, generators) as job:

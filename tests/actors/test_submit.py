@@ -28,7 +28,7 @@ from .application import ROOT, environment
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]  # `make test-cluster` runs them, as they need a cluster of their own
+pytestmark = pytest.mark.slow  # `make test-cluster` runs them, as they need a cluster of their own
 
 
 @pytest.fixture(scope="module")

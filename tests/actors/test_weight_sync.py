@@ -15,18 +15,18 @@ from actors.generator import CheckpointGenerator
 from actors.model import ModelConfig, crossings
 from actors.worker import Moved
 
-from .application import Traces, read_until, start
+from .application import Traces, read_until
+from .conftest import Start
 from .page import Page
 
 VERSION = re.compile(r"^ +(\d+) +(\d+) +(\d\.\d{3}) +(\d\.\d{3}) +([\d,]+) +(\d+\.\d{4}) +([\d.]+) +(yes|no) *$", re.MULTILINE)
 
 
-@pytest.mark.timeout(300)  # nine processes, which a busy machine takes its time for
-def test_the_main_job_trains_moves_uses_compares_and_reports(tmp_path: Path) -> None:
+def test_the_main_job_trains_moves_uses_compares_and_reports(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.html"
     process = start("actors.weight_sync", "--steps", "15", "--sync-every", "6", "--report", str(path))
     traces = Traces(process)
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
     traces.assert_gone()
 
@@ -49,7 +49,7 @@ def test_the_main_job_trains_moves_uses_compares_and_reports(tmp_path: Path) -> 
     assert len(page.texts["pre"]) == 3
 
 
-def test_an_interrupt_ends_everything() -> None:
+def test_an_interrupt_ends_everything(start: Start) -> None:
     process = start("actors.weight_sync", "--steps", "1000", "--sync-every", "1", "--trainers", "1", "--generators", "1")
     traces = Traces(process)
     read_until(process, "Version 2:")

@@ -64,6 +64,7 @@ def test_roundtrip() -> None:
     assert data["ratios"]["ray_call"] == pytest.approx(figures["ray_p50_us"] / figures["p50_us"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_sync() -> None:
     data = _json_of("sync", "--shape", "tiny", "--src", "1", "--dst", "2", "--steps", "2")
     figures, ratios = data["figures"], data["ratios"]
@@ -74,6 +75,7 @@ def test_sync() -> None:
     assert "extra_peak_mib_per_agent" in figures
 
 
+@pytest.mark.slow
 def test_small() -> None:
     data = _json_of("small", "--tensors", "40", "--steps", "2", "--single-count", "10")
     figures = data["figures"]

@@ -31,6 +31,7 @@ def names(*stores: str) -> set[str]:
     return each | {"puts_count", "wakes_count"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.skipif(ETCD is None, reason="no etcd is installed")
 def test_all_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

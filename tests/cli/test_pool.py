@@ -27,7 +27,7 @@ from etha_ray.testing.rays import start_ray
 from tests.conftest import left_behind
 from tests.tensor_bus.cluster import LONG, free_port
 
-_SCRAPE_TIMEOUT = 90.0
+_SCRAPE_TIMEOUT = 200.0
 """Ray's processes report every 10 s."""
 
 
@@ -46,7 +46,7 @@ def pool(metrics_port: int) -> tuple[str, list[int]]:
     name = f"test-{os.getpid()}-up"
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "etha_ray.cli", "up", "--devices", "cpu,cpu", "--namespace", name, "--address", address, "--json"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert ended.returncode == 0, ended.stderr
     agents = json.loads(ended.stdout)["agents"]
     assert [agent["state"] for agent in agents] == ["running", "running"]

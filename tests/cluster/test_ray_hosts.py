@@ -21,7 +21,6 @@ from tests.conftest import left_behind
 from tests.tensor_bus.cluster import LONG
 
 pytestmark = [
-    pytest.mark.timeout(300),
     pytest.mark.slow,
     pytest.mark.skipif(sys.executable.startswith("/tmp/"), reason="the node over there has a /tmp of its own, and this Python is in /tmp"),
 ]

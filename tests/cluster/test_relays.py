@@ -17,8 +17,6 @@ from tests.cluster.test_two_hosts import _Side
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG
 
-pytestmark = pytest.mark.timeout(300)
-
 WHOLE = torch.arange(4 << 20, dtype=torch.float32)
 """16 MiB."""
 

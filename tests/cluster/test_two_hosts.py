@@ -21,8 +21,6 @@ from tests.cluster.hosts import TwoHosts, two_hosts
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, Worker, local_part
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture
 def hosts() -> Iterator[TwoHosts]:

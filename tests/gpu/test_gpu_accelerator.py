@@ -76,6 +76,6 @@ for call in (lane.wait, lane.done, lambda: cuda.upload(torch.zeros(4).numpy())):
 
 def test_what_fails_on_the_device_is_said(cuda: CudaAccelerator) -> None:
     """In a process of its own, as no other kernel runs there after."""
-    out = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, timeout=100)
+    out = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, timeout=250)
     assert out.stdout.count("cuda:0 reports: ") == 3, out.stderr
     assert "illegal memory access" in out.stdout

@@ -74,7 +74,7 @@ class TestGcsStore(KVStoreContract):
     @pytest.fixture
     def add_in_parallel(self, adders: list[Any]) -> AddInParallel:
         def add(namespace: str, key: str, workers: int, count: int) -> None:
-            pids = ray.get([adder.add.remote(namespace, key, count) for adder in adders[:workers]], timeout=100)
+            pids = ray.get([adder.add.remote(namespace, key, count) for adder in adders[:workers]], timeout=250)
             assert len({*pids, os.getpid()}) == workers + 1
 
         return add

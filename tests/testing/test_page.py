@@ -19,7 +19,7 @@ def test_the_examples_pass(pytester: pytest.Pytester) -> None:
     assert list(files) == ["trainer", "test_trainer", "test_actors", "test_stores"]
     pytester.makepyfile(**files)
     tests = [f"{name}.py" for name in files if name.startswith("test_")]
-    ended = pytester.runpytest_subprocess("-rs", "-k", "not gcs", *tests, timeout=110)  # it is test_stores', and a second Ray
+    ended = pytester.runpytest_subprocess("-rs", "-k", "not gcs", *tests, timeout=250)  # it is test_stores', and a second Ray
     skipped = ended.parseoutcomes().get("skipped", 0)  # etcd, where there is none
     ended.assert_outcomes(passed=8 - skipped, skipped=skipped, deselected=1)
     assert skipped in (0, 1)

@@ -52,7 +52,7 @@ def torchrun(count: int, port: int, *arguments: str, **environment: str) -> subp
     )
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.slow  # of torchrun, README's section is run by `make test`
 def test_fsdp_to_columns(tmp_path: Path) -> None:
     script = tmp_path / "sync.py"
     script.write_text(SCRIPT)

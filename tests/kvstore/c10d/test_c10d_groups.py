@@ -34,11 +34,12 @@ def test_four_processes(backend: str, request: pytest.FixtureRequest, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"rank {rank}" for rank in range(RANKS)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_four_actors_on_gcs() -> None:
     actors = [Rank.remote() for _ in range(RANKS)]  # type: ignore[attr-defined]
     store = create_store("gcs://", namespace=uuid.uuid4().hex)
-    assert ray.get([actor.meet.remote(rank, store.namespace) for rank, actor in enumerate(actors)], timeout=110) == [True] * RANKS
+    assert ray.get([actor.meet.remote(rank, store.namespace) for rank, actor in enumerate(actors)], timeout=250) == [True] * RANKS
     for actor in actors:
         ray.kill(actor)
     store.close()
