@@ -26,7 +26,7 @@ demo: $(STAMP)  ## Run the main job: train, send the weights across, check them,
 	$(BIN)/python -m actors.weight_sync --report reports/weight_sync.html
 
 test: $(STAMP)  ## Pass the tests, on all cores where isolated hosts can be made for them
-	$(BIN)/python -m pytest -q -m 'not slow' $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -q -m 'not slow and not local_mode' $(SIDE_BY_SIDE)
 
 # The last Ray with local_mode, where agents and workers are one process.
 LOCAL_MODE_RAY := 2.52.1
@@ -53,8 +53,8 @@ $(CUPY)/.installed: pyproject.toml constraints.txt
 test-cupy: $(CUPY)/.installed  ## What is assumed of cupy, NVRTC and NCCL, as far as it shows without a GPU, in an environment of their own (3.6 GB)
 	$(CUPY)/bin/python -m pytest -q tests/cuda tests/transport/kernels/test_kernel_source.py tests/transport/nccl/test_cupy_nccl.py
 
-test-slow: $(STAMP)  ## The tests that take minutes
-	$(BIN)/python -m pytest -q -m slow --timeout 1800
+test-slow: $(STAMP)  ## The tests that take minutes, and those marked local_mode with the newest Ray
+	$(BIN)/python -m pytest -q -m 'slow or local_mode' $(SIDE_BY_SIDE) --timeout 1800
 
 test-cluster: $(STAMP)  ## README's cluster section as written (ray up over ssh; needs root and sshd); Ray over two hosts; jobs; notebooks; Ray's actors killed; a Ray Client
 	$(BIN)/python -m pytest -q -m slow $(SIDE_BY_SIDE) tests/actors/test_submit.py tests/cluster tests/chaos tests/test_notebooks.py

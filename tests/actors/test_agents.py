@@ -32,6 +32,7 @@ def test_agents_serve_other_processes_until_they_are_told_to_end(start: Start, n
     assert left_behind(namespace, [process.pid]) == []
 
 
+@pytest.mark.slow
 def test_nodes_that_join_get_agents(start: Start, namespace: str) -> None:
     node = {"num_cpus": 1, "object_store_memory": 80_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})

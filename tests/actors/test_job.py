@@ -54,6 +54,7 @@ class EmbeddingGenerator(CheckpointGenerator):
         return MiniLM(folder, whole).embed(sentences)
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_gives_the_same_embeddings_after_it_crossed() -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     folder = model_directory()

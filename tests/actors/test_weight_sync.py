@@ -71,6 +71,7 @@ class FlippingGenerator(CheckpointGenerator):
         return moved
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_reported_and_fails_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     tensors = {"norm.weight": torch.rand(7), "fc1.weight": torch.rand(5, 7), "scale": torch.tensor(2.0)}

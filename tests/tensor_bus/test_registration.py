@@ -34,7 +34,9 @@ def cycles(client: TensorBusClient, tensor: torch.Tensor, count: int, seed: int,
         handler.close(blocking=blocking)
 
 
-@pytest.mark.parametrize(("ranks", "blocking"), [((0, 1), True), ((0, 1), False), ((0, 0), True)])
+@pytest.mark.parametrize(
+    ("ranks", "blocking"), [((0, 1), False), *[pytest.param(ranks, True, marks=pytest.mark.slow) for ranks in ((0, 1), (0, 0))]]
+)
 def test_rapid_cycles_of_one_batch_id(ranks: tuple[int, int], blocking: bool) -> None:
     """Nobody waits for the other side but in register_tensors, and each call there has its partner."""
     with local_cluster() as cluster:
