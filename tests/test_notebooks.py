@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICKSTART = "01_quickstart.ipynb"
 WITH_RAY = ("03_weight_sync.ipynb", "04_failures.ipynb")
-"""Those that start a cluster of their own, and agents and workers in it: a minute each. `make test-cluster` runs them."""
+"""Those that start a cluster of their own, and agents and workers in it: a minute each. `make test-slow` runs them."""
 
 
 @pytest.fixture
