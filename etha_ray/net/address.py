@@ -36,6 +36,6 @@ def no_listener(address: str) -> str:
     if host and port.isdigit() and "/" not in host:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT).close()
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             return str(error)
     return ""

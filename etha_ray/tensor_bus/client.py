@@ -338,7 +338,8 @@ class TensorBusClient:
         self._connection.call(Ping(), "ping", "agent", timeout)
 
     def close(self, because: str = "") -> None:
-        """Leave: batches are closed, what is under way ends with `BatchClosedError`, the agent forgets this worker.
+        """Leave: batches are closed, what is under way ends with `BatchClosedError` (with ``because``, `PeerLostError`), and the agent
+        forgets this worker.
 
         May be called more than once, from any thread.
 
@@ -356,7 +357,7 @@ class TensorBusClient:
                 goodbye = connection.start(Goodbye(because=because), "goodbye", "agent", FAILURE_TIMEOUT, closing=True)
                 connection.finish(goodbye, FAILURE_TIMEOUT)
             except AgentDiedError:
-                connection.say_goodbye()  # again, to the next agent there: the dead one may have taken it, and not come to it
+                connection.say_goodbye(because)  # again, to the next agent there: the dead one may have taken it, and not come to it
             except (EthaRayError, TimeoutError):
                 pass  # a stuck agent finds it in its queue
             for batch in batches:

@@ -50,7 +50,10 @@ class Connection:
             self.queue = CommandQueue(queue_path, create=False)
         except FileNotFoundError:
             self.state.close()
-            raise AgentNotFoundError(f"agent {agent_rank} (pid {watch.record.pid}) is just being shut down: start it again") from None
+            raise AgentNotFoundError(
+                f"agent {agent_rank} (pid {watch.record.pid}) is just being shut down: start it again. If it runs, its semaphores are"
+                " not in this process's /dev/shm: let both have the same (containers: --ipc)"
+            ) from None
         except BaseException:
             self.state.close()
             raise
@@ -152,10 +155,10 @@ class Connection:
             self.say_goodbye()
         self.release()
 
-    def say_goodbye(self) -> None:
-        """Have the agent, or the next one there, forget this client; nobody waits for an answer."""
+    def say_goodbye(self, because: str = "") -> None:
+        """Have the agent, or the next one there, forget this client; nobody waits for an answer. ``because``: see `Goodbye`."""
         with contextlib.suppress(EthaRayError):  # a full queue, or one that is gone: the process's end will do
-            self.queue.enqueue(Goodbye(client_id=self.client_id), block=False)
+            self.queue.enqueue(Goodbye(client_id=self.client_id, because=because), block=False)
 
     def release(self) -> None:
         """Let go of everything."""

@@ -2,7 +2,8 @@
 
 Each rank's worker asks its agent once. The agent adds up what its worker holds, beside the loop, and offers that to the other ranks of the
 side. A rank whose worker waits answers an offer, and has to be answered to use it: so every part of a digest was added up for a call that
-was under way together with this one. What a rank offered for a call that is over is in no later digest, however messages cross.
+was under way together with this rank's, however messages cross. Two others' parts may be of calls that did not meet, if a timeout came
+between: docs/guarantees.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from etha_ray.errors import EthaRayError, LayoutError, TransferInProgressError, TransferTimeoutError
+from etha_ray.errors import AgentFailedError, EthaRayError, LayoutError, TransferInProgressError, TransferTimeoutError
 from etha_ray.tensor_bus.bus import Member
 from etha_ray.tensor_bus.commands import MakeDigest
 from etha_ray.tensor_bus.digested import Digested
@@ -151,6 +152,9 @@ class Digesting:
                 found.update(each.digests({name: parts[name][each.pair_name] for name in each.members}, member.registration))
         except LayoutError as error:
             self.waits.fail(LayoutError(f"batch {member.batch_id!r}, {error}"))
+            return
+        except (KeyError, ValueError) as error:
+            self.waits.fail(AgentFailedError(f"batch {member.batch_id!r}: a rank of this side added up for other tensors ({error!r})"))
             return
         self.waits.done([found[place] for place in sorted(found)])
 

@@ -105,8 +105,8 @@ class Losing:
             self._member.receiving.spoil(transfer, registration, why, error)
         elif transfer.state is TransferState.ANNOUNCED and registration not in transfer.outstanding:
             pass  # it has what it needs
-        elif self.losses.final is not None:
-            self._member.cancel(self.losses.final)  # not this one, which may have left for that
+        elif (final := self.losses.blamed(self._member.completed)) is not None:
+            self._member.cancel(final)  # not for this one, which may have left for that
         else:
             # It waits until all are there again. Those that have taken what was announced then say so, and do not take it twice.
             transfer.state = TransferState.BLOCKED
@@ -154,8 +154,11 @@ class Losing:
         self.losses.trouble, self.renew_at = error, now + _RENEW_AGAIN
 
     def all_there(self) -> None:
-        """The batch is ready."""
+        """The batch is ready. A transfer that waited for that has its worker's time again, not that of those who were gone."""
         self.losses, self.renew_at = Losses(), None
+        transfer = self._member.transfer
+        if transfer is not None and transfer.state is TransferState.BLOCKED:
+            transfer.deadline = transfer.latest
 
     def catch_up(self) -> None:
         """The batch has been registered: lose those that went meanwhile."""

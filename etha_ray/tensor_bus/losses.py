@@ -54,6 +54,11 @@ class Losses:
             return self.trouble
         return next((loss.error for loss in self.members.values() if loss.returns != "soon"), None)
 
+    def blamed(self, completed: int) -> EthaRayError | None:
+        """Why the transfer after ``completed`` cannot be any more: not for those who had what they wanted of it before they left."""
+        final = [loss for loss in self.members.values() if loss.returns != "soon"]
+        return self.trouble or next((loss.error for loss in final if loss.completed <= completed), self.final)
+
     def leaves_room_for(self, needed: Container[str], completed: int) -> bool:
         """Whether those ``needed`` are there, and the others had completed the transfer that comes after ``completed``."""
         return all(loss.completed > completed and registration not in needed for registration, loss in self.members.items())

@@ -184,7 +184,8 @@ class UnderWay:
 
     def who_is_missing(self, registered: Registered, announced: Container[str]) -> str:
         """Why it was not over in time."""
-        after = format_seconds(self.command.timeout or 0.0)
+        timeout = self.command.timeout
+        after = format_seconds(time.monotonic() - self.started if timeout is None else timeout)
         what = f"{self.command.transfer_type} of batch {self.command.batch_id!r} was not over after {after}: "
         remedy = {
             TransferState.ANNOUNCED: ". Call transfer('recv') there, or give more time",

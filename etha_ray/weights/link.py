@@ -5,7 +5,8 @@ States::
     IDLE ──► CONNECTING ──► READY       a session in which all ranks of both sides are registered
       ▲           └───────► FAILED      `error` says why; so does a session that was lost in a transfer
 
-`offer` says who is there: others than before end what was, and a new session is made with them. FAILED stays so until then.
+`offer` says who is there: others than before end what was, and a new session is made with them. FAILED stays so until then, but for an
+agent's death: the next agent makes READY of it. What passes (`_PASSING`) is tried again while CONNECTING; `trouble` says what it was.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from etha_ray.errors import BatchClosedError, PeerLostError, StoreError, TransferTimeoutError
+from etha_ray.errors import AgentDiedError, BatchClosedError, PeerLostError, StoreUnavailableError, TransferTimeoutError
 from etha_ray.report import TransferReport
 from etha_ray.weights.parties import Parties
 from etha_ray.weights.session import Session
@@ -30,7 +31,10 @@ _CAUSE = 400
 """Characters of why a session is left, which may be why another was."""
 
 _AGAIN = 1.0
-"""Seconds after which what only a store that was away, or a busy agent, has kept from connecting is tried again."""
+"""Seconds after which what could not be done for a reason that passes is tried again."""
+
+_PASSING = (StoreUnavailableError, TimeoutError)
+"""A store that is away, or a busy agent. What another version wrote, or a store that is full, is as it is at the next look too."""
 
 
 class LinkState(enum.Enum):
@@ -57,6 +61,7 @@ class Link:
         self._late = late
         self.state = LinkState.IDLE
         self.error: BaseException | None = None
+        self.trouble = ""
         self.session: Session | None = None
         self._connect = connect
         self._changed = changed
@@ -135,7 +140,7 @@ class Link:
             with self._changed:
                 self._changed.wait_for(self._has_to_do)
                 wanted, self._held = self._wanted, self._wanted
-                old, self.session, self.error = self.session, None, None
+                old, self.session, self.error, self.trouble = self.session, None, None, ""
                 self.state = LinkState.IDLE if wanted is None else LinkState.CONNECTING
                 self._changed.notify_all()
                 over, because = self._closed or self._retired, "" if self._closed else self._absent
@@ -152,7 +157,7 @@ class Link:
         return self._closed or (not self._busy and (self._retired or self._wanted != self._held))
 
     def _meet(self, wanted: Parties) -> bool:
-        """Whether this has come to an end with them: a store that is away, or a busy agent, is none."""
+        """Whether this has come to an end with them: what passes is none, nor is an agent's death."""
         session = None
         began = time.monotonic()
         try:
@@ -161,13 +166,15 @@ class Link:
                 if self._wanted != wanted:
                     break
         except Exception as error:  # becomes what a push or an update raises, unless it passes
-            passes = isinstance(error, (StoreError, TimeoutError))
+            passes = isinstance(error, _PASSING)
             logger.info("weights: %s cannot be connected: %s", self.name, error)
-            if not passes:
+            if passes:
+                self.trouble = str(error)
+            else:
                 self._settle(wanted, None, error)
             if session is not None:
                 session.close()
-            return not passes
+            return not (passes or isinstance(error, AgentDiedError))
         if not self._settle(wanted, session, None):
             session.close()
         else:
@@ -178,7 +185,7 @@ class Link:
         with self._changed:
             if self._wanted != wanted:
                 return False
-            self.session, self.error = session, error
+            self.session, self.error, self.trouble = session, error, ""
             self.state = LinkState.FAILED if session is None else LinkState.READY
             self._changed.notify_all()
             return True

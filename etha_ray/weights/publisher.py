@@ -259,7 +259,8 @@ class Publisher:
 
     def _state(self) -> str:
         """Who is there, in words."""
-        parts = [f"{link.name} is {link.state.value}" for replica, link in self._links.items() if replica not in self._seen.missing]
+        there = [link for replica, link in self._links.items() if replica not in self._seen.missing]
+        parts = [f"{link.name} is {link.state.value}{link.trouble and f' again and again: {link.trouble}'}" for link in there]
         parts += [
             f"{'the sender' if who == SENDER else f'replica {who!r}'}: {missing}" for who, missing in sorted(self._seen.missing.items())
         ]

@@ -152,6 +152,8 @@ class Receiver:
             parts.append(f"this replica: {missing[self.replica]}")
         if self._watcher.problem:
             parts.append(f"the store: {self._watcher.problem}")
+        if self._link.trouble:
+            parts.append(f"a try that goes better than the last ({self._link.trouble})")
         return "; ".join(parts) or "all ranks to register: all are there"
 
     def _on_seen(self, found: Seen) -> None:

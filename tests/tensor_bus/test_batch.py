@@ -260,3 +260,34 @@ def test_one_that_is_to_be_started_again_is_waited_for_only_so_long(direction: s
     assert isinstance(error, PeerLostError)
     assert f"{other.batch.registration}[0] is gone (its agent died)" in str(error)
     assert "they were not back within" in str(error)
+
+
+@pytest.mark.parametrize("timeout", [None, 300.0])
+def test_once_they_are_back_a_transfer_has_its_own_time_again(timeout: float | None) -> None:
+    """Not what was left of the time that those who were gone had to come back."""
+    source, target = ends()
+    target.start("recv", timeout=timeout)
+    gone = RegistrationClosed("batch", source.batch.registration, target.batch.registration, "its agent died", lost=True, returns="soon")
+    target.hears(gone)
+    assert target.state is TransferState.BLOCKED
+    target.register()
+    target.batch.advance()
+    assert target.state is TransferState.WAITING
+    deadline = target.batch.deadline
+    assert (deadline is None) if timeout is None else (deadline is not None and deadline > time.monotonic() + SUCCESSION_TIMEOUT)
+
+
+def test_a_send_ends_for_whom_it_still_needed() -> None:
+    """And not for one that took what it wanted and left in order."""
+    source = End("source", targets={"first": False, "second": False})
+    source.register()
+    source.start("send")
+    assert source.state is TransferState.ANNOUNCED
+    (announced,) = [message for message in source.said() if isinstance(message, DataReady) and message.target == "first"]
+    source.hears(DataTaken("batch", "source", "first", announced.sequence, announced.version))
+    source.hears(RegistrationClosed("batch", "first", "source", "its worker closed it", completed=1, returns="no"))
+    assert source.outcome() is None
+    source.hears(RegistrationClosed("batch", "second", "source", "its worker died", lost=True, returns="perhaps"))
+    error = source.outcome()
+    assert isinstance(error, PeerLostError)
+    assert "second[0] is gone (its worker died)" in str(error)
