@@ -79,14 +79,19 @@ def agent_paths(agent_rank: int, namespace: str = DEFAULT_NAMESPACE) -> AgentPat
         raise ConfigError(f"agent rank {agent_rank!r} is out of range: give an integer from 0")
     folder = Path("/tmp")
     if namespace != DEFAULT_NAMESPACE:
-        folder = folder / f"etha_ray_{os.getuid()}" / check_name("namespace", namespace)
+        folder = namespaces_root() / check_name("namespace", namespace)
     stem = folder / f"agent_rank{agent_rank}"
     return AgentPaths(command_queue=f"{stem}_command.lmdb", state=f"{stem}_state.lmdb")
 
 
+def namespaces_root() -> Path:
+    """Where the folders of this user's namespaces are."""
+    return Path("/tmp") / f"etha_ray_{os.getuid()}"
+
+
 def namespace_folders() -> list[Path]:
     """The folders of this user's namespaces on this host, the default one's (/tmp) not among them."""
-    root = Path("/tmp") / f"etha_ray_{os.getuid()}"
+    root = namespaces_root()
     return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() and not root.is_symlink() else []
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import msgspec
 
-from etha_ray.config import FAILURE_TIMEOUT, AgentPaths, agent_paths, namespace_folders
+from etha_ray.config import FAILURE_TIMEOUT, AgentPaths, agent_paths, namespace_folders, namespaces_root
 from etha_ray.errors import AgentBusyError
 from etha_ray.processes import is_alive, process_start_time
 from etha_ray.shared_files import sweep_unfinished
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.host import host_identity
+from etha_ray.tensor_bus.lmdb_file import check_folder
 from etha_ray.tensor_bus.records import AgentRecord
 from etha_ray.tensor_bus.semaphores import sweep_dead
 from etha_ray.tensor_bus.state_file import StateFile
@@ -40,9 +41,24 @@ def lives(state: StateFile, record: AgentRecord) -> bool:
     return (same_process or record.host != host_identity()) and beat is not None and abs(time.time() - beat) < FAILURE_TIMEOUT
 
 
+def _make_folder(folder: Path) -> None:
+    if folder.parent != namespaces_root():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return
+    for each in (folder.parent, folder):
+        with contextlib.suppress(FileExistsError):
+            each.mkdir(mode=0o700)
+        check_folder(each)
+
+
 def claim(record: AgentRecord) -> StateFile:
-    """Open the state file for a new agent. Raises `AgentBusyError` while another agent lives there."""
-    Path(record.state_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Open the state file for a new agent.
+
+    Raises:
+        AgentBusyError: another agent lives there.
+        UnsafePathError: a namespace's folder is not this user's alone: in /tmp others may have made it first.
+    """
+    _make_folder(Path(record.state_path).parent)
     deadline = time.monotonic() + _HANDOVER
     while True:
         state = StateFile(record.state_path, create=True)

@@ -243,11 +243,16 @@ def _open_checked(path: Path, create: bool) -> int:
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
 
 
-def _check(path: Path, found: os.stat_result) -> None:
+def check_folder(path: Path) -> None:
+    """Raise `UnsafePathError` unless this is a folder, and nobody but this user can write in it."""
+    _check(path, os.lstat(path), folder=True)
+
+
+def _check(path: Path, found: os.stat_result, *, folder: bool = False) -> None:
     if stat.S_ISLNK(found.st_mode):
         problem = "is a symlink"
-    elif not stat.S_ISREG(found.st_mode):
-        problem = "is not a regular file"
+    elif not (stat.S_ISDIR if folder else stat.S_ISREG)(found.st_mode):
+        problem = "is not a folder" if folder else "is not a regular file"
     elif found.st_uid != os.geteuid():
         problem = f"does not belong to the user running this ({_user(os.geteuid())})"
     elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

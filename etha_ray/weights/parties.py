@@ -128,7 +128,7 @@ class Watcher:
         self._closed = False
         self._wake = threading.Event()
         self.error: EthaRayError | None = None
-        """Why it has ended, other than by `close`: its agent is gone."""
+        """Why nobody can be seen: its agent is gone, and has no successor yet; or its client is closed, and this has ended."""
         self.problem = ""
         """What kept it from looking the last time, in words."""
         self._thread = threading.Thread(target=self._run, name="etha-ray watch weights", daemon=True)
@@ -150,8 +150,10 @@ class Watcher:
         while not self._closed:
             try:
                 self._on_seen(seen(self._board.read()))
-                self.problem = ""
-            except (AgentDiedError, BatchClosedError) as error:
+                self.error, self.problem = None, ""
+            except AgentDiedError as error:  # it may only have stood still, or has a successor soon
+                self.error = error
+            except BatchClosedError as error:
                 self.error = error
                 return
             except (EthaRayError, TimeoutError) as error:  # a store that is away: what is connected needs none

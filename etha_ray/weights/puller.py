@@ -28,6 +28,8 @@ class Receiver:
         self._changed = threading.Condition()
         self._seen: Seen = seen({})
         self._version = 0
+        self._torn = False
+        self._receiving: Session | None = None
         self._report: TransferReport | None = None
         self._raised = ""
         self._closed = False
@@ -45,8 +47,15 @@ class Receiver:
 
     @property
     def version(self) -> int:
-        """The version that was received last; 0 until there was one."""
-        return self._version
+        """The version that the tensors hold: the one received last. 0 until there was one, and while they are `torn`."""
+        return 0 if self.torn else self._version
+
+    @property
+    def torn(self) -> bool:
+        """Whether tensors may hold bytes of two versions: while a version is being received in place, and after an update that ended
+        midway, or whose agent was killed meanwhile, until the next one that succeeds."""
+        receiving = self._receiving
+        return self._torn or (receiving is not None and receiving.torn)
 
     @property
     def report(self) -> TransferReport | None:
@@ -77,14 +86,20 @@ class Receiver:
         check_timeout(timeout)
         self._member.check_unmoved()
         deadline = deadline_in(timeout)
-        session = self._session(deadline, timeout)
+        session = self._receiving = self._session(deadline, timeout)
         try:
             report = self._link.transfer(session, remaining(deadline))
-        except (PeerLostError, BatchClosedError):
+        except (PeerLostError, BatchClosedError):  # nothing had been written, or another error would say so
             self._raised = self._link.id
             raise
-        self._report, self._version = report, report.version
-        return self._version
+        except BaseException:
+            self._torn = self._torn or session.torn
+            raise
+        else:
+            self._report, self._version, self._torn = report, report.version, False
+        finally:
+            self._receiving = None
+        return report.version
 
     def let_see(self) -> None:
         """Stay a moment, so that the sender learns of this replica, which does not fit it, and can say so too."""
@@ -110,7 +125,7 @@ class Receiver:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else self._link.state.value
-        return f"Receiver({self.name!r}, replica={self.replica!r}, version={self._version}, {state})"
+        return f"Receiver({self.name!r}, replica={self.replica!r}, version={self.version}, {state})"
 
     # ------------------------------------------------------------------------------------------------- connecting
 

@@ -6,13 +6,14 @@ one receiver is nothing to the others.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from etha_ray.errors import LayoutError
+from etha_ray.errors import BatchClosedError, LayoutError, UnknownBatchError
 from etha_ray.layout import MeshSpec
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.client import TensorBusClient
@@ -148,6 +149,13 @@ class Session:
         semaphore: Any = self._handler.transfer(self._direction, blocking=True, timeout=timeout, version=version)  # type: ignore[arg-type]
         report: TransferReport = semaphore.result()
         return report
+
+    @property
+    def torn(self) -> bool:
+        """Whether tensors may hold bytes of two versions: also while they are being received in place."""
+        with contextlib.suppress(BatchClosedError, UnknownBatchError):
+            return bool(self._handler.torn)
+        return False
 
     def close(self, because: str = "") -> None:
         """Leave; all others are told, and ``because`` of whose loss, where it is for that."""

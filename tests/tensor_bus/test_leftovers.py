@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from etha_ray.config import agent_paths
+from etha_ray.errors import UnsafePathError
+from etha_ray.tensor_bus import leftovers
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.leftovers import remove_dead_agents, remove_files
+from etha_ray.tensor_bus.records import AgentRecord
 from tests.conftest import left_behind
 from tests.tensor_bus.cluster import LONG, fresh, run_agent
 
@@ -92,3 +95,27 @@ def test_other_users_files_are_left_alone(namespaces: tuple[str, str]) -> None:
     remove_dead_agents(namespaces[1], first_rank=0)
     assert Path(agent.paths.state).exists()
     os.chown(agent.paths.state, 0, -1)
+
+
+@pytest.mark.parametrize("kind", ["symlink", "file", "writable", "foreign"])
+@pytest.mark.parametrize("above", [True, False], ids=["the folder of all namespaces", "the namespace's own"])
+def test_a_folder_that_another_made_first_is_refused(kind: str, above: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/tmp is everybody's: what an agent reads and writes there must be out of reach of other users."""
+    root = tmp_path / "etha_ray_0"
+    monkeypatch.setattr(leftovers, "namespaces_root", lambda: root)
+    folder = root if above else root / "mine"
+    folder.parent.mkdir(exist_ok=True, mode=0o700)
+    if kind == "symlink":
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif kind == "file":
+        folder.touch()
+    else:
+        folder.mkdir()
+        folder.chmod(0o777 if kind == "writable" else 0o755)
+    if kind == "foreign":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    record = AgentRecord(0, "one", 1, 0.0, "here", "here", "", "", "", str(root / "mine" / "state.lmdb"), "cpu")
+    with pytest.raises(UnsafePathError, match=str(root if kind == "foreign" else folder) + " (is|does not|may be)"):
+        leftovers.claim(record)
+    assert not list(tmp_path.rglob("*.lmdb*"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from etha_ray.errors import (
     ConfigError,
     CoordinateTakenError,
     EthaRayError,
+    IntegrityError,
     NamesMismatchError,
     NotShareableError,
     PeerLostError,
@@ -35,6 +36,8 @@ from etha_ray.weights import Publisher, PushReport, Receiver
 from etha_ray.weights.parties import Tables
 from tests.actors.minilm import SENTENCES, MiniLM, model_directory
 from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
+from tests.tensor_bus.far import Agents
+from tests.transport.test_integrity import Flipping
 from tests.weights.test_fused import QKV, parts, tensor_parallel
 
 
@@ -388,6 +391,51 @@ def test_one_whose_agent_died_while_it_connected_goes_on_with_the_next(monkeypat
         receiver.wait_ready(LONG)
         sync(sender, receiver)
         assert torch.equal(target, torch.ones(2))
+
+
+def test_an_agent_that_stood_still_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is one whose successor is there a moment later: others are seen again, and whoever is new."""
+    with sides() as at:
+        sender = at.publish({"w": torch.ones(2)})
+        board, read, gone = sender._member.board, sender._member.board.read, threading.Event()
+        gone.set()
+
+        def answered(*given: Any) -> Any:
+            if gone.is_set():
+                raise AgentDiedError("agent 0 gives no sign")
+            return read(*given)
+
+        monkeypatch.setattr(board, "read", answered)
+        with pytest.raises(AgentDiedError, match="gives no sign"):
+            sender.push(timeout=LONG)
+        gone.clear()
+        target = torch.zeros(2)
+        receiver = at.pull({"w": target})
+        sync(sender, receiver)
+        assert torch.equal(target, torch.ones(2))
+
+
+def test_what_arrived_torn_is_no_version() -> None:
+    transport = Flipping(1)
+    transport.on = False
+    with closing(Agents("on", transport)) as cluster, ExitStack() as stack:
+        at = Sides(cluster, stack)
+        source, target = torch.randn(40_000), torch.zeros(40_000)
+        sender, receiver = at.publish({"w": source}), at.pull({"w": target})
+        sync(sender, receiver, version=3)
+        assert (receiver.version, receiver.torn) == (3, False)
+        transport.on = True
+        sent, told = together(lambda: sender.push(4, 1.0), lambda: receiver.update(LONG))
+        assert isinstance(told, IntegrityError), told
+        assert isinstance(sent, TransferTimeoutError), sent
+        assert (receiver.version, receiver.torn) == (0, True)
+        with pytest.raises(TimeoutError):
+            receiver.update(0.1)
+        assert (receiver.version, receiver.torn) == (0, True)
+        transport.on = False
+        sync(sender, receiver, version=5)
+        assert (receiver.version, receiver.torn) == (5, False)
+        assert torch.equal(source, target)
 
 
 class TestErrors:
