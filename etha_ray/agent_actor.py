@@ -40,6 +40,9 @@ class AgentActor:
         settings: what it has in common with the others.
     """
 
+    has_process = True
+    """Whether the process it is in is its own."""
+
     def __init__(
         self,
         rank: int,
@@ -68,7 +71,7 @@ class AgentActor:
             observer=RayMetrics(namespace, rank),
             restarts=True,
         )
-        self._agent.start()
+        self._agent.start(dies=self.has_process)
 
     def _take_process(self, device: str) -> int | None:
         """Set this process up for the agent alone; what it calls its GPU then, if it has one."""
@@ -99,6 +102,8 @@ class AgentActor:
 class LocalAgentActor(AgentActor):
     """An agent in local_mode. Its process is also the driver's; and Ray aborts that when it calls an actor that could not be made, so
     this one can always be made, and raises in `health`."""
+
+    has_process = False
 
     def __init__(self, *args: Any) -> None:
         self._failure: Exception | None = None

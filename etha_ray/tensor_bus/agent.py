@@ -154,13 +154,17 @@ class TensorBusAgent:
             self._state.beat()
             undo.pop_all()
 
-    def start(self) -> None:
-        """Run the loop on a thread of its own; `stop` ends it."""
-        self._thread = threading.Thread(target=self.run, name=f"etha-ray agent {self.rank}", daemon=True)
+    def start(self, *, dies: bool = False) -> None:
+        """`run` on a thread of its own; `stop` ends it."""
+        self._thread = threading.Thread(target=self.run, args=(dies,), name=f"etha-ray agent {self.rank}", daemon=True)
         self._thread.start()
 
-    def run(self) -> None:
-        """Serve until `stop` is called, then clean up. Call it once, on one thread."""
+    def run(self, dies: bool = False) -> None:
+        """Serve until `stop` is called, then clean up. Call it once, on one thread.
+
+        dies: this process is the agent's alone, and is started again. Should the loop fail, it dies as if it were killed: the next one
+        takes up what this one served, where an end in order would tell everybody that it is over.
+        """
         heart = threading.Thread(target=self._beat, name=f"etha-ray heart {self.rank}", daemon=True)
         heart.start()
         try:
@@ -175,6 +179,12 @@ class TensorBusAgent:
                     self._presence.check_store()
                     self._service.check_others(self._presence.silent_since)
                     self._service.tell_status()
+        except Exception:
+            if dies:
+                logger.critical("agent %d: its loop failed, so its process ends, for the next one to go on", self.rank, exc_info=True)
+                logging.shutdown()
+                os._exit(os.EX_SOFTWARE)
+            raise
         finally:
             self._stopping.set()
             heart.join()
@@ -349,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=agent.stop, daemon=True).start())
     logger.info("agent %d serves %s", rank, agent.paths.command_queue)
-    agent.run()
+    agent.run(dies=options.restarts)
     store.close(cleanup=False)  # the other agents still meet here
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard
 
 from etha_ray.errors import AgentDiedError, BatchClosedError, PeerLostError
 from etha_ray.layout import MeshSpec
-from etha_ray.tensor_bus.commands import BaseCommand
+from etha_ray.tensor_bus.commands import BaseCommand, Ping
 from etha_ray.testing import eventually, succeed
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, ProcessCluster, Side, Worker, local_cluster, process_cluster
@@ -181,6 +181,41 @@ def test_a_batch_whose_agent_dies_as_it_closes_is_closed() -> None:
         one.result()
         works(one, two)
         (Path(tempfile.gettempdir()) / f"{cluster.namespace}.died").unlink()
+
+
+def _fail_after_a_ping(arguments: list[str]) -> None:
+    """An agent whose loop fails once it has answered a ping; that of the next one does not."""
+    from etha_ray.tensor_bus import agent
+    from etha_ray.tensor_bus.service import BusService
+
+    died = Path(tempfile.gettempdir()) / f"{arguments[arguments.index('--namespace') + 1]}.died"
+    handle, expire = BusService.handle, BusService.expire
+    pings: list[Ping] = []
+
+    def look(service: BusService, message: Any) -> None:
+        handle(service, message)
+        pings.extend([message] if isinstance(message, Ping) else [])
+
+    def fail(service: BusService, now: float) -> None:
+        if pings and not died.exists():
+            died.touch()
+            raise RuntimeError("a fault of the agent's")
+        expire(service, now)
+
+    BusService.handle, BusService.expire = look, fail  # type: ignore[method-assign]
+    agent.main(arguments)
+
+
+def test_an_agent_whose_loop_fails_dies_and_the_next_one_goes_on() -> None:
+    """It does not tell everybody in order that it is over."""
+    with process_cluster(2, restarts=True, run=_fail_after_a_ping) as cluster:
+        one, two = cluster.worker(), cluster.worker()
+        settled(cluster, one, two)
+        one.call(ping)
+        cluster.wait(cluster.pids[0])
+        cluster.start_agent(0)
+        works(one, two)
+    (Path(tempfile.gettempdir()) / f"{cluster.namespace}.died").unlink()
 
 
 def leave(state: dict[str, Any]) -> None:

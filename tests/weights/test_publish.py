@@ -15,25 +15,20 @@ from torch.distributed.tensor import Shard
 import etha_ray
 from actors.checkpoint import load_shards, read_checkpoint
 from etha_ray.errors import (
-    AgentDiedError,
     BatchClosedError,
     BatchTornError,
     BatchUnmatchedError,
     ConfigError,
     CoordinateTakenError,
-    EthaRayError,
     IntegrityError,
     NamesMismatchError,
     NotShareableError,
     PeerLostError,
-    StoreError,
-    StoreUnavailableError,
     TransferInProgressError,
     TransferTimeoutError,
 )
 from etha_ray.testing import eventually, succeed, together
 from etha_ray.weights import Publisher, PushReport, Receiver
-from etha_ray.weights.parties import Tables
 from tests.actors.minilm import SENTENCES, MiniLM, model_directory
 from tests.tensor_bus.cluster import LONG, LocalCluster, local_cluster
 from tests.tensor_bus.far import Agents
@@ -328,91 +323,6 @@ def test_a_receiver_outlives_its_sender() -> None:
         sync(again, receiver, version=9)
         assert torch.equal(target, torch.full((2,), 5.0))
         assert receiver.version == 9
-
-
-def agree_fails(monkeypatch: pytest.MonkeyPatch, error: EthaRayError, fails: Callable[[int], bool], thread: str = "") -> list[str]:
-    """When a link whose thread is named so looks up the tables, and ``fails`` of how often; the names of those threads, as they look."""
-    asked: list[str] = []
-    of = Tables.of
-
-    def looked_up(tables: Tables, notices: Any) -> Any:
-        name = threading.current_thread().name
-        if thread in name:
-            asked.append(name)
-            if fails(len(asked)):
-                raise error
-        return of(tables, notices)
-
-    monkeypatch.setattr(Tables, "of", looked_up)
-    return asked
-
-
-def test_a_store_that_was_away_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the one whose question it did not answer: the other side has its answer, and waits."""
-    asked = agree_fails(monkeypatch, StoreUnavailableError("it did not answer"), lambda count: count == 1)
-    with sides() as at:
-        target = torch.zeros(2)
-        sync(at.publish({"w": torch.ones(2)}), at.pull({"w": target}))
-        assert torch.equal(target, torch.ones(2))
-    assert len(asked) >= 3
-
-
-def test_why_nothing_comes_of_trying_again_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    agree_fails(monkeypatch, StoreUnavailableError("it did not answer"), lambda _: True)
-    with sides() as at:
-        sender, receiver = at.publish({"w": torch.zeros(1)}), at.pull({"w": torch.zeros(1)}, blocking=False)
-        eventually(lambda: "it did not answer" in receiver._state() and "it did not answer" in sender._state())
-        with pytest.raises(TransferTimeoutError, match="replica '0' is connecting again and again: it did not answer"):
-            sender.push(timeout=0.2)
-        with pytest.raises(BatchUnmatchedError, match=r"a try that goes better than the last \(it did not answer\)"):
-            receiver.update(0.2)
-
-
-def test_what_will_be_so_at_the_next_try_is_raised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = agree_fails(monkeypatch, StoreError("run the same version on both sides"), lambda _: True)
-    with sides() as at:
-        sender, receiver = at.publish({"w": torch.zeros(1)}), at.pull({"w": torch.zeros(1)}, blocking=False)
-        for call in (lambda: receiver.update(None), lambda: sender.push(timeout=None)):
-            with pytest.raises(StoreError, match="run the same version"):
-                call()
-    assert len(asked) == 2
-
-
-def test_one_whose_agent_died_while_it_connected_goes_on_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others only see that it has not registered yet: they are the same to it as before, and wait."""
-    succeeded = threading.Event()
-    agree_fails(monkeypatch, AgentDiedError("it was killed"), lambda _: not succeeded.is_set(), "replica")
-    with sides() as at:
-        target = torch.zeros(2)
-        sender, receiver = at.publish({"w": torch.ones(2)}), at.pull({"w": target}, blocking=False)
-        with pytest.raises(AgentDiedError, match="it was killed"):
-            sender.push(timeout=LONG)
-        succeeded.set()
-        receiver.wait_ready(LONG)
-        sync(sender, receiver)
-        assert torch.equal(target, torch.ones(2))
-
-
-def test_an_agent_that_stood_still_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is one whose successor is there a moment later: others are seen again, and whoever is new."""
-    with sides() as at:
-        sender = at.publish({"w": torch.ones(2)})
-        board, read, gone = sender._member.board, sender._member.board.read, threading.Event()
-        gone.set()
-
-        def answered(*given: Any) -> Any:
-            if gone.is_set():
-                raise AgentDiedError("agent 0 gives no sign")
-            return read(*given)
-
-        monkeypatch.setattr(board, "read", answered)
-        with pytest.raises(AgentDiedError, match="gives no sign"):
-            sender.push(timeout=LONG)
-        gone.clear()
-        target = torch.zeros(2)
-        receiver = at.pull({"w": target})
-        sync(sender, receiver)
-        assert torch.equal(target, torch.ones(2))
 
 
 def test_what_arrived_torn_is_no_version() -> None:
