@@ -232,7 +232,10 @@ class Registration:
                     raise misfit
             cancellation.waits_for = _absent(matches, found)
             if not backoff.wait():
-                raise problem or BatchUnmatchedError(self._missing(matches, found))
+                if problem is not None and not isinstance(problem, HandleExpiredError):
+                    raise problem
+                # Memory that is gone is of somebody who goes, and whose successor has not come in time.
+                raise BatchUnmatchedError(self._missing(matches, found) + (f" (the last try: {problem})" if problem else "")) from problem
 
     def _repeat(self, matches: dict[str, Match], found: dict[str, _Records]) -> None:
         """Publish again what is gone from the store of this member's own."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard
 
-from etha_ray.errors import BatchClosedError, BatchUnmatchedError, MemoryHandleError, PeerLostError
+from etha_ray.errors import BatchClosedError, BatchUnmatchedError, HandleExpiredError, MemoryHandleError, PeerLostError
 from etha_ray.memory import encode_handle, export_tensors
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.tensor_bus.commands import RegisteredTensor
@@ -21,7 +21,7 @@ from etha_ray.tensor_bus.jobs import Backoff
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.registration import Registration, Request
 from etha_ray.tensor_bus.ways import Ways
-from etha_ray.testing import succeed
+from etha_ray.testing import succeed, together
 from tests.tensor_bus.cluster import LONG, local_cluster
 
 
@@ -311,3 +311,20 @@ def test_a_tensor_is_named_by_its_place_among_those_of_all_pairs() -> None:
     with pytest.raises(MemoryHandleError, match="tensor 3 of batch 'x'"):
         registration._open_own(grouped, Registered())
     exported.close()
+
+
+def test_memory_that_is_gone_until_the_time_is_up_is_somebody_who_did_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose successor may still come: the caller waits for it as for one that was never there."""
+
+    def gone(*_: Any) -> None:
+        raise HandleExpiredError("agent 1 has no handles of 'b' any more")
+
+    monkeypatch.setattr(Registration, "_prepare", gone)
+    with local_cluster() as cluster:
+        one, two = cluster.pair("pair")
+        tensor = torch.zeros(2)
+        calls = [lambda each=each: each.register_tensors("x", [(tensor, "pair")], timeout=0.5) for each in (one, two)]
+        for error in together(*calls):
+            assert isinstance(error, BatchUnmatchedError), error
+            assert "'x' was not registered by everyone within 0.5 s" in str(error)
+            assert "(the last try: agent 1 has no handles of 'b' any more)" in str(error)
