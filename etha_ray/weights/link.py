@@ -6,7 +6,8 @@ States::
       ▲           └───────► FAILED      `error` says why; so does a session that was lost in a transfer
 
 `offer` says who is there: others than before end what was, and a new session is made with them. FAILED stays so until then, but for an
-agent's death: the next agent makes READY of it. What passes (`_PASSING`) is tried again while CONNECTING; `trouble` says what it was.
+agent's death: it is CONNECTING with the next one `_AGAIN` later, and what was said of the last is not said of that. What passes
+(`_PASSING`) is tried again without becoming FAILED; `trouble` says what it was.
 """
 
 from __future__ import annotations
@@ -152,6 +153,8 @@ class Link:
                 with self._changed:
                     if self._changed.wait_for(self._has_to_do, _AGAIN):
                         break
+                    self.state, self.error = LinkState.CONNECTING, None
+                    self._changed.notify_all()
 
     def _has_to_do(self) -> bool:
         return self._closed or (not self._busy and (self._retired or self._wanted != self._held))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 import pytest
@@ -72,17 +73,31 @@ def test_what_will_be_so_at_the_next_try_is_raised_at_once(monkeypatch: pytest.M
 
 
 def test_one_whose_agent_died_while_it_connected_goes_on_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others only see that it has not registered yet: they are the same to it as before, and wait."""
-    succeeded = threading.Event()
-    agree_fails(monkeypatch, AgentDiedError("it was killed"), lambda _: not succeeded.is_set(), "replica")
+    """The others only see that it has not registered yet: they are the same to it as before, and wait. Who pushes while it connects with
+    the next hears of that one, not of the last."""
+    heard, connecting, succeeds = threading.Event(), threading.Event(), threading.Event()
+
+    def fails(_: int) -> bool:
+        if not heard.is_set():
+            return True
+        connecting.set()
+        assert succeeds.wait(LONG)
+        return False
+
+    agree_fails(monkeypatch, AgentDiedError("it was killed"), fails, "replica")
     with sides() as at:
         target = torch.zeros(2)
         sender, receiver = at.publish({"w": torch.ones(2)}), at.pull({"w": target}, blocking=False)
         with pytest.raises(AgentDiedError, match="it was killed"):
             sender.push(timeout=LONG)
-        succeeded.set()
-        receiver.wait_ready(LONG)
-        sync(sender, receiver)
+        heard.set()
+        assert connecting.wait(LONG)
+        push = sender.start_push(timeout=LONG)
+        with pytest.raises(FutureTimeoutError):
+            push.result(0.2)
+        succeeds.set()
+        assert receiver.update(LONG) == 1
+        assert push.result(LONG).version == 1
         assert torch.equal(target, torch.ones(2))
 
 
