@@ -225,6 +225,10 @@ class QueueFullError(QueueError):
     """The command queue has no room; raised when not blocking, or when the timeout is over."""
 
 
+class QueueHeldError(QueueError):
+    """A process that is stopped, or stuck, in the midst of a write to the queue holds up all who use it; the message says which."""
+
+
 class QueueClosedError(QueueError):
     """The command queue was closed."""
 

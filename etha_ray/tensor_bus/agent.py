@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -33,7 +34,7 @@ from etha_ray.config import (
     worker_environment,
 )
 from etha_ray.cuda.gpus import see_only
-from etha_ray.errors import ConfigError, StoreError
+from etha_ray.errors import ConfigError, QueueHeldError, StoreError
 from etha_ray.kvstore import KVStore, create_store
 from etha_ray.processes import permit_tracing, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
@@ -53,6 +54,9 @@ from etha_ray.transport.checked import CheckedTransport
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
 logger = logging.getLogger(__name__)
+
+_SAY_AGAIN = 60.0
+"""Seconds after which the log says once more that the queue is held up."""
 
 
 class TensorBusAgent:
@@ -110,6 +114,7 @@ class TensorBusAgent:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._turned = time.monotonic()
+        self._held_said = -math.inf
         self._observer = observer
         self._history = History(observed=observer is not None)
         incarnation = secrets.token_hex(16)
@@ -224,19 +229,30 @@ class TensorBusAgent:
         self._turned = time.monotonic()
         deadline = self._service.next_deadline()
         pause = HEARTBEAT_INTERVAL if deadline is None else min(HEARTBEAT_INTERVAL, max(0.001, deadline - time.monotonic()))
-        for message in self._queue.dequeue_batch(64, block=True, timeout=pause):
-            self._service.handle(message)
-        results = self._jobs.take()
-        if not results:
-            return
-        # First what came in before these results: a DataRevoked that was sent while a copy ran makes that copy worthless. No
-        # more than that, or clients that never pause would keep all results waiting.
-        left = self._queue.size()
-        while left > 0 and (messages := self._queue.dequeue_batch(min(left, 64))):
-            left -= len(messages)
-            for message in messages:
+        try:
+            for message in self._queue.dequeue_batch(64, block=True, timeout=pause):
                 self._service.handle(message)
-        self._jobs.run(results)
+            results = self._jobs.count()
+            if not results:
+                return
+            # First what came in before these results: a DataRevoked that was sent while a copy ran makes that copy worthless. No
+            # more than that, or clients that never pause would keep all results waiting.
+            left = self._queue.size()
+            while left > 0 and (messages := self._queue.dequeue_batch(min(left, 64))):
+                left -= len(messages)
+                for message in messages:
+                    self._service.handle(message)
+        except QueueHeldError as error:
+            self._held_up(error)
+        else:
+            self._jobs.run(self._jobs.take(results))
+
+    def _held_up(self, error: QueueHeldError) -> None:
+        # It beats on, and answers those of other hosts that only look; its workers see for themselves why nothing comes.
+        now = time.monotonic()
+        if now - self._held_said > _SAY_AGAIN:
+            self._held_said = now
+            logger.error("agent %d can take no commands: %s", self.rank, error)
 
     def _receive(self, message: Message) -> None:
         # Through the queue, which the loop empties before it looks at what jobs came to: see `_turn`. It does not empty it while it

@@ -2,7 +2,8 @@
 
 LMDB holds the truth. One record has the positions of the head and the tail; what lies between are the entries, each under
 its position. Size and room follow from these in the same transaction, and LMDB's write lock is freed when its owner dies, so a
-process killed at any point neither takes room away nor blocks anybody. All transactions are write transactions, also those that
+process killed at any point neither takes room away nor blocks anybody. One that is stopped within a transaction does block the others:
+they look before they wait for the lock, and give up in the end (`QueueHeldError`). All transactions are write transactions, also those that
 only look: a killed reader's place in LMDB's table would keep old pages from being used again.
 
 The semaphores only wake sleepers, and either may be posted too often or not at all:
@@ -29,12 +30,14 @@ from collections.abc import Callable
 import lmdb
 import posix_ipc
 
-from etha_ray.errors import ConfigError, QueueClosedError, QueueError, QueueFullError
+from etha_ray.config import FAILURE_TIMEOUT
+from etha_ray.errors import ConfigError, QueueClosedError, QueueError, QueueFullError, QueueHeldError
 from etha_ray.tensor_bus.commands import BaseCommand
 from etha_ray.tensor_bus.lmdb_file import open_file
 from etha_ray.tensor_bus.messages import Message
 from etha_ray.tensor_bus.queue_entry import CorruptEntry, cost_of, pack_entry, unpack_entry
 from etha_ray.tensor_bus.semaphores import acquire, open_semaphore, queue_semaphore_name, unlink_quietly
+from etha_ray.tensor_bus.write_lock import OPENING
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,9 @@ MAP_SIZE = 256 << 20
 _ENTRY_BYTES = MAP_SIZE * 3 // 4  # the rest is LMDB's own: even removing an entry takes free pages
 _DATABASE = b"command_queue"
 _SLICE_S = 0.2
+
+_MOMENT = 0.05
+"""Seconds that what does not wait waits for others' transactions, which take microseconds."""
 
 _FORMAT_KEY = b"\0\0"
 _FORMAT = b"1"
@@ -65,7 +71,8 @@ class CommandQueue:
     other out. A forked child may go on using the queue it inherited.
 
     Raises `ConfigError` for a capacity below 1, `UnsafePathError` for a path that is not safely ours, `QueueError` for a file
-    that holds something else. Every method but `close` raises `QueueClosedError` after `close`.
+    that holds something else. Every method but `close` raises `QueueClosedError` after `close`, and `QueueHeldError` if another process
+    is stopped in the midst of its transaction: after `FAILURE_TIMEOUT`, or when less time was given; the reader after 0.2 s.
     """
 
     def __init__(self, lmdb_path: str | os.PathLike[str] = "/tmp/tensor_bus.lmdb", capacity: int = 50000, *, create: bool = True) -> None:
@@ -112,17 +119,25 @@ class CommandQueue:
                 f"a {type(msg).__name__} of {len(entry)} bytes cannot fit into the command queue at {self.lmdb_path}, which holds "
                 f"{_ENTRY_BYTES} bytes; split it, for instance into batches of fewer tensors"
             )
-        position = self._append(entry, block=block, waited=False)
+        patience = _MOMENT if not block else FAILURE_TIMEOUT if timeout is None else max(_MOMENT, min(FAILURE_TIMEOUT, timeout))
+        position = self._append(entry, patience, block=block, waited=False)
         while position is None:
             if not block or not self._sleep(self._space, deadline):
                 raise self._full(entry, timeout if block else None)
-            position = self._append(entry, block=block, waited=True)
+            position = self._append(entry, patience, block=block, waited=True)
         return position
+
+    def check_free(self) -> None:
+        """Raise `QueueHeldError` if one process was in its transaction whenever somebody called this, for the failure timeout. Cheap."""
+        with self._lock:
+            if self._file.attached:
+                self._write_lock.check()
 
     def wake(self) -> None:
         """Let the reader's blocking call return early: the one waiting now, or else the next one."""
         with self._lock:
-            with self._transaction() as txn:
+            # Where that cannot be written, the reader looks by itself: a slice later.
+            with contextlib.suppress(QueueHeldError), self._transaction(_MOMENT) as txn:
                 flags, head, tail, capacity, used = self._read_state(txn)
                 _write_state(txn, flags | _WAKE, head, tail, capacity, used)
             _post(self._items)
@@ -236,23 +251,26 @@ class CommandQueue:
 
     # --- transactions ---
 
-    def _transaction(self) -> lmdb.Transaction[bytes]:
+    def _transaction(self, patience: float = FAILURE_TIMEOUT) -> lmdb.Transaction[bytes]:
         """Begin one, in a forked child too. Called with the lock held."""
         if not self._file.attached:
             self._attach()
+        self._write_lock.await_free(patience)
         return self._env.begin(self._db, write=True)
 
     def _attach(self) -> None:
         """Open the database here: at first, and again in a forked child. Called with the lock held."""
-        self._env = self._file.env
+        self._env, self._write_lock = self._file.env, self._file.write_lock
+        self._write_lock.await_free(OPENING)
         # In a transaction: without one open_db waits for LMDB's write lock with the GIL held, which a thread of this process
         # that has the lock may be waiting for.
         with self._env.begin(write=True) as txn:
+            self._write_lock.confirm()
             self._db = self._env.open_db(_DATABASE, txn=txn)
         self._sleepers = 0
 
     def _stored_capacity(self, capacity: int) -> int:
-        with self._env.begin(self._db, write=True) as txn:
+        with self._transaction(OPENING) as txn:
             stored = txn.get(_FORMAT_KEY)
             if stored is None:
                 txn.put(_FORMAT_KEY, _FORMAT)
@@ -271,14 +289,12 @@ class CommandQueue:
             raise QueueError(f"{self.lmdb_path} is not a command queue, or is damaged; remove it or choose another path") from error
         return state
 
-    def _append(self, entry: bytes, *, block: bool, waited: bool, tries: int = 4) -> int | None:
+    def _append(self, entry: bytes, patience: float, *, block: bool, waited: bool, tries: int = 4) -> int | None:
         """Commit the entry and return its position; None if it has no room, and then room is asked for if ``block``."""
         cost = cost_of(entry)
         with self._lock:
-            if not self._file.attached:
-                self._attach()
             try:
-                with self._env.begin(self._db, write=True) as txn:
+                with self._transaction(patience) as txn:
                     flags, head, tail, capacity, used = self._read_state(txn)
                     if tail - head >= capacity or used + cost > _ENTRY_BYTES:
                         if block and not flags & _SPACE_WANTED:
@@ -299,7 +315,7 @@ class CommandQueue:
                         f"a command of {len(entry)} bytes has no room in the LMDB map ({MAP_SIZE} bytes) of the command queue at "
                         f"{self.lmdb_path}, which is empty; split it, for instance into batches of fewer tensors"
                     ) from None
-                return self._append(entry, block=block, waited=waited, tries=tries - 1)
+                return self._append(entry, patience, block=block, waited=waited, tries=tries - 1)
             _post(self._items)
             if waited and not full_now:
                 _post(self._space)
@@ -313,7 +329,7 @@ class CommandQueue:
     def _take(self, max_count: int, block: bool) -> tuple[int, list[bytes | None]] | None:
         """The first position taken and what is stored from there on; None if there is nothing, but a wake-up was asked for."""
         with self._lock:
-            with self._transaction() as txn:
+            with self._transaction(_SLICE_S) as txn:
                 flags, head, tail, capacity, used = self._read_state(txn)
                 woken = block and flags & _WAKE
                 if head == tail:

@@ -10,7 +10,15 @@ import time
 from typing import Any
 
 from etha_ray.config import FAILURE_TIMEOUT
-from etha_ray.errors import AgentNotFoundError, BatchClosedError, EthaRayError, QueueClosedError, QueueFullError, TransferTimeoutError
+from etha_ray.errors import (
+    AgentNotFoundError,
+    BatchClosedError,
+    EthaRayError,
+    QueueClosedError,
+    QueueFullError,
+    QueueHeldError,
+    TransferTimeoutError,
+)
 from etha_ray.processes import pid_namespace, process_start_time
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, Goodbye, Hello
@@ -23,7 +31,7 @@ _GRACE = 0.5
 """Seconds that a client waits beyond a command's own timeout, for the agent to say who was missing."""
 
 _SLICE = 0.5
-"""Seconds after which a command that finds the queue full looks whether the agent still lives."""
+"""Seconds after which a command that finds the queue full, or held up, looks whether the agent still lives."""
 
 
 class Connection:
@@ -167,14 +175,17 @@ class Connection:
         self.state.close()
 
     def _enqueue(self, command: Message, patience: float | None) -> int:
-        deadline = None if patience is None else time.monotonic() + patience
+        began = time.monotonic()
+        deadline = None if patience is None else began + patience
         while True:
             remaining = _SLICE if deadline is None else max(0.0, min(_SLICE, deadline - time.monotonic()))
             try:
                 return self.queue.enqueue(command, timeout=remaining)
-            except QueueFullError:
-                self.watch.check()
-                if deadline is not None and time.monotonic() >= deadline:
+            except (QueueFullError, QueueHeldError) as error:
+                self.watch.check()  # it may be the agent that stands still
+                now = time.monotonic()
+                held = isinstance(error, QueueHeldError) and now - began > FAILURE_TIMEOUT + _SLICE
+                if held or (deadline is not None and now >= deadline):
                     raise
             except QueueClosedError:
                 raise BatchClosedError(self._gone()) from None

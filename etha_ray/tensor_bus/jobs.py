@@ -136,9 +136,13 @@ class Jobs:
             self._closed = True
         self.run(self.take())
 
-    def take(self) -> list[Callable[[], None]]:
-        """The callbacks that have come in, in order; hand them to `run`. On the loop only."""
-        return [self._results.popleft() for _ in range(len(self._results))]
+    def count(self) -> int:
+        """How many callbacks have come in."""
+        return len(self._results)
+
+    def take(self, count: int | None = None) -> list[Callable[[], None]]:
+        """The callbacks that have come in, in order, or the first ``count``; hand them to `run`. On the loop only."""
+        return [self._results.popleft() for _ in range(len(self._results) if count is None else count)]
 
     def run(self, callbacks: list[Callable[[], None]]) -> None:
         """Run callbacks; on the loop only."""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from etha_ray.config import FAILURE_TIMEOUT, HEARTBEAT_INTERVAL
-from etha_ray.errors import AgentDiedError, EthaRayError, NoTransportError, PeerLostError, QueueFullError
+from etha_ray.errors import AgentDiedError, EthaRayError, NoTransportError, PeerLostError, QueueFullError, QueueHeldError
 from etha_ray.net import Channel
 from etha_ray.processes import is_alive, pid_namespace
 from etha_ray.tensor_bus.command_queue import CommandQueue
@@ -96,8 +96,8 @@ class _QueueLink:
         while self._outbox:
             try:
                 self._queue.enqueue(self._outbox[0], block=False)
-            except QueueFullError:
-                return  # its agent is behind; the next tick tries again
+            except (QueueFullError, QueueHeldError):
+                return  # its agent is behind, or a worker of it stands still; the next tick tries again
             self._outbox.popleft()
 
 

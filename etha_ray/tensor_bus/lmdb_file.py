@@ -18,6 +18,7 @@ import os
 import pwd
 import stat
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,17 +26,29 @@ from types import TracebackType
 
 import lmdb
 
-from etha_ray.errors import QueueClosedError, QueueError, UnsafePathError
+from etha_ray.config import FAILURE_TIMEOUT
+from etha_ray.errors import QueueClosedError, QueueError, QueueHeldError, UnsafePathError
+from etha_ray.tensor_bus.write_lock import WriteLock
 
 _FileKey = tuple[int, int]
+_PAUSE = 0.002
 
 
 class _Shared:
     """One environment of this process, and how many `LmdbFile` use it."""
 
-    def __init__(self, env: lmdb.Environment) -> None:
+    def __init__(self, env: lmdb.Environment, path: Path) -> None:
         self.env = env
+        try:
+            self.write_lock = WriteLock(_lock_path(path))
+        except BaseException:
+            env.close()
+            raise
         self.users = 0
+
+    def close(self) -> None:
+        self.env.close()
+        self.write_lock.close()
 
 
 _registry: dict[_FileKey, _Shared] = {}
@@ -47,7 +60,7 @@ class LmdbFile:
     """One user's hold on an LMDB file; made by `open_file`.
 
     Any thread may use it. ``lock`` keeps a thread's transaction apart from `close` and from a fork in other threads: in a
-    program that does either, run transactions inside ``with file.lock:``, and read ``env`` there.
+    program that does either, run transactions inside ``with file.lock:``, and read ``env`` and ``write_lock`` there.
     """
 
     def __init__(self, path: Path, *, map_size: int, max_dbs: int) -> None:
@@ -60,6 +73,15 @@ class LmdbFile:
         self.closed = False
         self._key: _FileKey | None = None
         self._env: lmdb.Environment | None = None
+        self._write_lock: WriteLock | None = None
+
+    @property
+    def write_lock(self) -> WriteLock:
+        """To be awaited before a write transaction that must not hang. Raises what ``env`` does."""
+        if self._write_lock is None:
+            _ = self.env
+        assert self._write_lock is not None
+        return self._write_lock
 
     @property
     def env(self) -> lmdb.Environment:
@@ -89,12 +111,12 @@ class LmdbFile:
             self.attached = False
             if self._env is None or self._key is None:
                 return
-            self._env = None
+            self._env = self._write_lock = None
             shared = _registry[self._key]
             shared.users -= 1
             if shared.users == 0:
                 del _registry[self._key]
-                shared.env.close()
+                shared.close()
 
     def unlink(self, before: Callable[[], None] | None = None) -> bool:
         """Remove the file and its lock file, and tell whether they were still there; call it before `close`.
@@ -131,13 +153,13 @@ class LmdbFile:
                 raise QueueClosedError(f"{self.path} was replaced after this process forked; open it again to use the new file")
             shared = _registry.get(key)
             if shared is None:
-                shared = _registry[key] = _Shared(_open_env(self.path, found, self._map_size, self._max_dbs))
+                shared = _registry[key] = _Shared(_open_env(self.path, found, self._map_size, self._max_dbs), self.path)
             shared.users += 1
-            self._key, self._env, self.attached = key, shared.env, True
+            self._key, self._env, self._write_lock, self.attached = key, shared.env, shared.write_lock, True
             _files.add(self)
 
     def _leave_to_parent(self) -> None:
-        self._env = None
+        self._env = self._write_lock = None
         self.attached = False
 
     def __enter__(self) -> LmdbFile:
@@ -158,7 +180,8 @@ def open_file(path: str | os.PathLike[str], *, map_size: int, max_dbs: int, crea
     open already, its environment is shared and keeps the sizes it was opened with.
 
     Raises `UnsafePathError` if the path is a symlink, no regular file, another user's, or writable by others;
-    FileNotFoundError if it is not there and ``create`` is False, or its directory is missing; `QueueError` if it is no LMDB file.
+    FileNotFoundError if it is not there and ``create`` is False, or its directory is missing; `QueueError` if it is no LMDB file;
+    `QueueHeldError` if another process is stopped while it opens or removes it.
     """
     given = Path(path)
     # Only the last component may not be a symlink.
@@ -214,7 +237,7 @@ def _locked(path: Path, *, create: bool) -> Iterator[os.stat_result]:
     while True:
         fd = _open_checked(path, create)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _flock(fd, path)
             found = os.fstat(fd)
             _check(path, found)
             if _is_at(path, _key(found)):
@@ -223,6 +246,21 @@ def _locked(path: Path, *, create: bool) -> Iterator[os.stat_result]:
             # Removed or replaced while we waited for the lock: look again.
         finally:
             os.close(fd)
+
+
+def _flock(fd: int, path: Path) -> None:
+    deadline = time.monotonic() + FAILURE_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise QueueHeldError(
+                    f"{path}: a process is in the midst of opening or removing it, and was not done within {FAILURE_TIMEOUT:g} s:"
+                    f" continue it if it is stopped, or kill it (`fuser {path}` lists who has it open)"
+                ) from None
+            time.sleep(_PAUSE)
 
 
 def _open_checked(path: Path, create: bool) -> int:
@@ -317,7 +355,7 @@ def _after_fork_in_child() -> None:
     for file in _held_for_fork:
         file._leave_to_parent()
     for shared in _registry.values():
-        shared.env.close()
+        shared.close()
     _registry.clear()
     _after_fork()
 

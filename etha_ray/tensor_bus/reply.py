@@ -69,7 +69,8 @@ class Reply:
         """Wait until the outcome is there; False when ``timeout`` seconds are over.
 
         Raises `AgentDiedError` within seconds of the death of an agent that had taken the command, or if no other takes the place of
-        one that had not, and `BatchClosedError` once the client is closed.
+        one that had not, `BatchClosedError` once the client is closed, and `QueueHeldError` while another process that is stopped keeps
+        the agent from its queue.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         long: LongWait | None = None
@@ -128,6 +129,7 @@ class Reply:
             self._pool.outlive(self, error, time.monotonic() - died)
         else:
             self._agent_died = None
+            self._pool.queue.check_free()  # after the agent: it may be the one that stands still
         if self._watch is not self._pool.watch:
             self._pool.check_taken_up(self, self._watch.record)
             self._watch = self._pool.watch
@@ -191,7 +193,7 @@ class ReplyPool:
         self.state = state
         self.watch = watch
         self.client_id = client_id
-        self._queue = queue
+        self.queue = queue
         self._free: list[posix_ipc.Semaphore] = []
         self._names: set[str] = set()
         self._lock = threading.Lock()
@@ -221,7 +223,7 @@ class ReplyPool:
             return
         if self.state.stopped() or not self.watch.gone:
             raise error
-        head = self._queue.head()  # before looking who claims the place: one that does takes commands, too
+        head = self.queue.head()  # before looking who claims the place: one that does takes commands, too
         if reply.position < (self.state.first() if self.watch.replaced else head):
             raise _taken(reply, str(error))
         if not self.watch.record.restarts or not reply.patient:

@@ -28,6 +28,7 @@ import msgspec
 from etha_ray.decoding import Decoder
 from etha_ray.tensor_bus.lmdb_file import open_file
 from etha_ray.tensor_bus.records import AgentRecord, fingerprint
+from etha_ray.tensor_bus.write_lock import OPENING
 
 DATABASE = b"pair_state"
 _HEARTBEAT = b"agent:heartbeat"
@@ -51,7 +52,8 @@ class StateFile:
     Safe to use from several threads, one of which may close it meanwhile. Every method but `close` raises `QueueClosedError`
     after `close`.
 
-    Raises FileNotFoundError when it is opened to read and no agent has written there yet.
+    Raises FileNotFoundError when it is opened to read and no agent has written there yet, and `QueueHeldError` when its agent is stopped
+    in the midst of a write; who has it open can read on.
     """
 
     def __init__(self, path: str, *, create: bool = False) -> None:
@@ -192,9 +194,11 @@ class StateFile:
 
     def _attach(self) -> None:
         self.env = self._file.env
+        self._file.write_lock.await_free(OPENING)
         # In a transaction: without one open_db waits for LMDB's write lock with the GIL held, which a thread of this process
         # that has the lock may be waiting for.
         with self.env.begin(write=True) as txn:
+            self._file.write_lock.confirm()
             self.db = self.env.open_db(DATABASE, txn=txn, create=self._create)
 
     @contextmanager
