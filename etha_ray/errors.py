@@ -45,7 +45,7 @@ Each class also inherits the builtin a caller would catch without knowing etha_r
     │   └── AgentFailedError        RuntimeError      the agent met an error it did not expect
     ├── QueueError                  RuntimeError
     │   ├── QueueFullError          RuntimeError      no room in the command queue
-    │   ├── QueueHeldError          RuntimeError      no room in the command queue
+    │   ├── QueueHeldError          RuntimeError      a process is stopped in the midst of a write to it
     │   ├── QueueClosedError        RuntimeError      used after close
     │   └── UnsafePathError         PermissionError   the path belongs to someone else, or is a symlink
     └── StoreError                  RuntimeError

@@ -114,7 +114,8 @@ class BatchHandler:
         """Release the batch in the agent: a transfer under way is cancelled, the other side is told.
 
         May be called more than once; nothing is left to do once the agent is gone. Raises TimeoutError if ``blocking`` and the
-        agent does not answer in time, and RuntimeError if the client is gone.
+        agent does not answer in time, and `AgentDiedError` if it stands still: the batch is closed here then, but one that was being
+        received may still be written to. Raises RuntimeError if the client is gone.
         """
         self.client._batches.close(self.batch_id, blocking=blocking, timeout=timeout)
 

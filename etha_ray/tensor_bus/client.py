@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_COPIED = 30.0
+"""Seconds in which a copy that is under way when its client closes should be over."""
+
 __all__ = ["BatchHandler", "TensorBusClient", "generate_semaphore_name"]
 
 
@@ -283,6 +286,8 @@ class TensorBusClient:
             command.version = check_version(version)
         reply = self._connection.prepare(command, "transfer", batch_id, timeout if blocking else None)
         semaphore = OutcomeSemaphore.of(reply)
+        if transfer_type == "recv":
+            batch.receive = reply
         if blocking:
             self._connection.exchange(reply, command, timeout, CancelTransfer(batch_id=batch_id))
             reply.value()
@@ -346,6 +351,10 @@ class TensorBusClient:
         Args:
             because: who is lost, where this worker leaves for that: other members get `PeerLostError` with these words, as they may
                 hear of this before they hear who died.
+
+        Raises, once all is closed here:
+            AgentDiedError, TransferTimeoutError: a batch was being received, and the agent, which stands still or has not answered for
+                30 s, may still write to its tensors. Where it is dead nothing is raised.
         """
         connection = self._connection
         with self._batches.lock:
@@ -353,17 +362,20 @@ class TensorBusClient:
                 return
             connection.closed = True
             batches = self._batches.take_all()
+            written = self._batches.being_written(batches)
             try:
                 goodbye = connection.start(Goodbye(because=because), "goodbye", "agent", FAILURE_TIMEOUT, closing=True)
-                connection.finish(goodbye, FAILURE_TIMEOUT)
-            except AgentDiedError:
+                connection.finish(goodbye, _COPIED if written else FAILURE_TIMEOUT)
+            except AgentDiedError as error:
                 connection.say_goodbye(because)  # again, to the next agent there: the dead one may have taken it, and not come to it
-            except (EthaRayError, TimeoutError):
-                pass  # a stuck agent finds it in its queue
-            for batch in batches:
-                batch.exported.close()
-            self._finalizer.detach()
-            connection.release()
+                self._batches.check_written(written, error)
+            except (EthaRayError, TimeoutError) as error:  # a stuck agent finds it in its queue
+                self._batches.check_written(written, error)
+            finally:
+                for batch in batches.values():
+                    batch.exported.close()
+                self._finalizer.detach()
+                connection.release()
 
     def __repr__(self) -> str:
         state = "closed" if self._connection.closed else f"batches={self._batches.ids}"

@@ -6,10 +6,19 @@ import contextlib
 import logging
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 
 from etha_ray.config import check_timeout
 from etha_ray.cuda.marks import Mark, settle
-from etha_ray.errors import AgentDiedError, BatchClosedError, BatchExistsError, BatchUnmatchedError, EthaRayError, UnknownBatchError
+from etha_ray.errors import (
+    AgentDiedError,
+    BatchClosedError,
+    BatchExistsError,
+    BatchUnmatchedError,
+    EthaRayError,
+    TransferTimeoutError,
+    UnknownBatchError,
+)
 from etha_ray.memory import ExportedTensors
 from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, MakeDigest, WaitReady, WaitVersion
 from etha_ray.tensor_bus.connection import Connection
@@ -24,7 +33,7 @@ AT_ONCE = 0.1
 
 
 class OwnBatch:
-    """What is kept of one: the memory it exported, its mark on the GPU, and the registration's reply until it is read.
+    """What is kept of one: the memory it exported, its mark on the GPU, the registration's reply until it is read, and the last receive's.
 
     ``timed``: the agent ends the registration when its time is up; otherwise it goes on until the batch is closed.
     """
@@ -33,6 +42,7 @@ class OwnBatch:
         self.exported = exported
         self.mark = mark
         self.registration: Reply | None = registration
+        self.receive: Reply | None = None
         self.timed = timed
 
 
@@ -67,16 +77,33 @@ class OwnBatches:
             mark = free.pop() if free else Mark(exported.gpu)
         self._batches[batch_id] = OwnBatch(exported, mark, registration, timed=timed)
 
-    def take_all(self) -> list[OwnBatch]:
+    def take_all(self) -> dict[str, OwnBatch]:
         """All that there are, which are not known any more."""
         batches, self._batches = self._batches, {}
-        return list(batches.values())
+        return batches
 
     def holding(self, batch_id: str) -> Holding:
         """What its tensors hold, as the agent's state file says."""
         self.known(batch_id)
         data = self._connection.state.get(holding_key(self._connection.client_id, batch_id))
         return Holding() if data is None else Holding.decode(data)
+
+    def being_written(self, batches: Mapping[str, OwnBatch]) -> list[str]:
+        """Which of these their agent may be writing to, as far as is known here: one receives, or is torn."""
+        state, client = self._connection.state, self._connection.client_id
+        receiving = {batch_id for batch_id, batch in batches.items() if batch.receive is not None and not batch.receive.done}
+        held = {batch_id: state.get(holding_key(client, batch_id)) for batch_id in batches}
+        return sorted(receiving | {batch_id for batch_id, data in held.items() if data is not None and Holding.decode(data).torn})
+
+    def check_written(self, batch_ids: list[str], unanswered: Exception) -> None:
+        """Raise if the agent, which did not say that it is done with these batches, may go on to write to their tensors."""
+        watch, state = self._connection.watch, self._connection.state
+        if batch_ids and not (isinstance(unanswered, AgentDiedError) and (watch.gone or state.stopped())):
+            kind = type(unanswered) if isinstance(unanswered, AgentDiedError) else TransferTimeoutError
+            raise kind(
+                f"{', '.join(f'batch {batch_id!r}' for batch_id in batch_ids)}: closed, but the agent has not said that it is done with a"
+                f" receive, and may still write to these tensors until it goes on and sees it: let their memory be as long ({unanswered})"
+            ) from unanswered
 
     def digest(self, batch_id: str, timeout: float | None) -> list[str]:
         """See `BatchHandler.digest`."""
@@ -156,6 +183,7 @@ class OwnBatches:
             batch = self._batches.pop(batch_id, None)
         if batch is None or self._connection.closed:
             return
+        written = self.being_written({batch_id: batch})
         if batch.registration is not None and not batch.registration.done:
             batch.registration.abandon()
         try:
@@ -169,6 +197,7 @@ class OwnBatches:
             logger.debug("batch %r is closed by the next agent, if there is one: %s", batch_id, error)
             with contextlib.suppress(EthaRayError):
                 self._connection.start(CleanupBatch(batch_id=batch_id), "cleanup_batch", batch_id, None, AT_ONCE).abandon()
+            self.check_written(written, error)
         finally:
             self._let_go(batch)
 

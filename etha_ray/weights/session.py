@@ -7,19 +7,22 @@ one receiver is nothing to the others.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from etha_ray.errors import BatchClosedError, LayoutError, UnknownBatchError
+from etha_ray.errors import AgentDiedError, BatchClosedError, LayoutError, TransferTimeoutError, UnknownBatchError
 from etha_ray.layout import MeshSpec
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.tensors import Piece, Registrable
 from etha_ray.weights.agreement import Agreement, PairPlan
 from etha_ray.weights.shares import Rows, Share, Span
+
+logger = logging.getLogger(__name__)
 
 Direction = Literal["send", "recv"]
 
@@ -159,4 +162,7 @@ class Session:
 
     def close(self, because: str = "") -> None:
         """Leave; all others are told, and ``because`` of whose loss, where it is for that."""
-        self._client.close(because)
+        try:
+            self._client.close(because)
+        except (AgentDiedError, TransferTimeoutError) as error:
+            logger.warning("weights: %s", error)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from etha_ray.errors import EthaRayError
+from etha_ray.errors import AgentDiedError, EthaRayError
 from etha_ray.tensor_bus.inspection import inspect_agent
 from etha_ray.testing import eventually
 from tests.tensor_bus import cluster as acts
@@ -83,14 +83,14 @@ def test_ctrl_c_ends_what_waits_and_the_same_call_works_after(processes: Process
         worker.close()
 
 
-def until_it_waits(cluster: ProcessCluster, worker: Worker, what: str) -> None:
-    """Until the first agent says that it waits for the other side."""
+def until_it_waits(cluster: ProcessCluster, worker: Worker, what: str, rank: int = 0) -> None:
+    """Until its agent says that it waits for the other side."""
 
     def is_own(client_id: str) -> bool:
         return client_id.startswith(f"{worker.pid}-")
 
     def waits() -> bool:
-        seen = inspect_agent(0, cluster.paths[0])
+        seen = inspect_agent(rank, cluster.paths[rank])
         if seen is None or seen.status is None:
             return False
         if what == "init_pair":
@@ -108,6 +108,48 @@ def test_a_batch_that_is_closed_ends_its_transfer(processes: ProcessCluster, wha
     assert name == "BatchClosedError", message
     for worker in (one, two):
         worker.close()
+
+
+@pytest.mark.parametrize("closed", ["batch", "client"])
+def test_what_an_agent_that_stands_still_may_write_to_is_said(closed: str) -> None:
+    """A receive is not over with what was received into: the memory must stay what it is until the agent has gone on, or died."""
+    with process_cluster(2) as processes:
+        one, two = pair_of_workers(processes, "recv")
+        third = processes.worker()
+        third.call(acts.connect, 1, processes.paths[1])
+        two.call(acts.start_transfer, "batch", "recv")
+        until_it_waits(processes, two, "recv", rank=1)
+        processes.pause(processes.pids[1])
+        with pytest.raises(AgentDiedError, match=r"batch 'batch': closed, but .* may still write to these tensors"):
+            two.call(closing, closed)
+        third.call(closing, "client")  # nothing was received there
+        one.call(acts.start_transfer, "batch", "send")
+        os.kill(processes.pids[1], signal.SIGCONT)
+        assert one.call(outcome) in ("BatchClosedError", "PeerLostError")
+
+
+@pytest.mark.parametrize("closed", ["batch", "client"])
+def test_what_a_dead_agent_was_receiving_is_nobodys(closed: str) -> None:
+    with process_cluster(2) as processes:
+        _, two = pair_of_workers(processes, "recv")
+        two.call(acts.start_transfer, "batch", "recv")
+        processes.kill(processes.pids[1])
+        two.call(closing, closed)
+
+
+def closing(state: dict[str, Any], closed: str) -> None:
+    if closed == "batch":
+        state["handlers"]["batch"].close(timeout=LONG)
+    else:
+        state.pop("client").close()
+
+
+def outcome(state: dict[str, Any]) -> str:
+    try:
+        state["semaphore"].result(LONG)
+    except EthaRayError as error:
+        return type(error).__name__
+    return ""
 
 
 def closed_meanwhile(state: dict[str, Any], what: str) -> tuple[str, str]:
