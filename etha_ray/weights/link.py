@@ -18,7 +18,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from etha_ray.errors import AgentDiedError, BatchClosedError, PeerLostError, StoreUnavailableError, TransferTimeoutError
+from etha_ray.errors import (
+    AgentDiedError,
+    AgentNotFoundError,
+    BatchClosedError,
+    PeerLostError,
+    StoreUnavailableError,
+    TransferTimeoutError,
+)
 from etha_ray.report import TransferReport
 from etha_ray.weights.parties import Parties
 from etha_ray.weights.session import Session
@@ -38,6 +45,10 @@ _PASSING = (StoreUnavailableError, TimeoutError)
 """A store that is away, or a busy agent. What another version wrote, or a store that is full, is as it is at the next look too."""
 
 
+_NEXT_AGENT = (AgentDiedError, AgentNotFoundError)
+"""What the agent that comes next makes good; the second, where the last one had died before it was asked."""
+
+
 class LinkState(enum.Enum):
     """See the top of this file."""
 
@@ -55,9 +66,12 @@ class Link:
         late: what it means that a transfer was not over in time, in words.
         connect: makes a session with all ranks of both sides; does not wait for them.
         changed: notified, while it is held, when the state changes; several links may share it.
+        after: one that was retired, and has the same places in pairs: this one begins when that has left them.
     """
 
-    def __init__(self, name: str, late: str, connect: Callable[[Parties], Session], changed: threading.Condition) -> None:
+    def __init__(
+        self, name: str, late: str, connect: Callable[[Parties], Session], changed: threading.Condition, after: Link | None = None
+    ) -> None:
         self.name = name
         self._late = late
         self.state = LinkState.IDLE
@@ -66,6 +80,7 @@ class Link:
         self.session: Session | None = None
         self._connect = connect
         self._changed = changed
+        self._after = after
         self._wanted: Parties | None = None
         self._held: Parties | None = None
         self._busy = 0
@@ -83,6 +98,11 @@ class Link:
     def ready(self) -> Session | None:
         """The session, if it is READY and with those who are there now."""
         return self.session if self._wanted == self._held else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a transfer is under way."""
+        return self._busy > 0
 
     @property
     def alive(self) -> bool:
@@ -137,6 +157,9 @@ class Link:
         self._thread.join()
 
     def _run(self) -> None:
+        after, self._after = self._after, None
+        if after is not None:
+            after.join()
         while True:
             with self._changed:
                 self._changed.wait_for(self._has_to_do)
@@ -177,7 +200,7 @@ class Link:
                 self._settle(wanted, None, error)
             if session is not None:
                 session.close()
-            return not (passes or isinstance(error, AgentDiedError))
+            return not (passes or isinstance(error, _NEXT_AGENT))
         if not self._settle(wanted, session, None):
             session.close()
         else:

@@ -281,17 +281,22 @@ class Publisher:
                 self._roster.link.offer(Parties(found.senders, ()))
             for replica in found.receivers:
                 if replica not in self._links:
-                    self._links[replica] = Link(
-                        f"replica {replica!r}", "not all ranks have called update in time", self._connect_with(replica), self._changed
-                    )
+                    self._links[replica] = self._link_to(replica)
                 absent = found.missing.get(replica)
                 self._links[replica].offer(found.parties(replica), "" if absent is None else f"replica {replica!r}: {absent}")
             for replica in [replica for replica in self._links if replica not in found.receivers]:
+                if self._links[replica].busy:  # where only its agent died, it is back before that is over, and the same as before
+                    continue
                 link = self._links.pop(replica)
                 self._misfit = _misfit(link) or self._misfit
                 link.retire()
                 self._gone = [*(other for other in self._gone if other.alive), link]
             self._changed.notify_all()
+
+    def _link_to(self, replica: str) -> Link:
+        name = f"replica {replica!r}"
+        before = next((link for link in reversed(self._gone) if link.name == name), None)
+        return Link(name, "not all ranks have called update in time", self._connect_with(replica), self._changed, before)
 
     def _connect_with(self, replica: str) -> Callable[[Parties], Session]:
         member = self._member

@@ -12,6 +12,7 @@ import torch
 
 from etha_ray.errors import (
     AgentDiedError,
+    AgentNotFoundError,
     BatchUnmatchedError,
     EthaRayError,
     StoreError,
@@ -72,7 +73,8 @@ def test_what_will_be_so_at_the_next_try_is_raised_at_once(monkeypatch: pytest.M
     assert len(asked) == 2
 
 
-def test_one_whose_agent_died_while_it_connected_goes_on_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [AgentDiedError, AgentNotFoundError])
+def test_one_whose_agent_died_while_it_connected_goes_on_with_the_next(kind: type[EthaRayError], monkeypatch: pytest.MonkeyPatch) -> None:
     """The others only see that it has not registered yet: they are the same to it as before, and wait. Who pushes while it connects with
     the next hears of that one, not of the last."""
     heard, connecting, succeeds = threading.Event(), threading.Event(), threading.Event()
@@ -84,11 +86,11 @@ def test_one_whose_agent_died_while_it_connected_goes_on_with_the_next(monkeypat
         assert succeeds.wait(LONG)
         return False
 
-    agree_fails(monkeypatch, AgentDiedError("it was killed"), fails, "replica")
+    agree_fails(monkeypatch, kind("it was killed"), fails, "replica")
     with sides() as at:
         target = torch.zeros(2)
         sender, receiver = at.publish({"w": torch.ones(2)}), at.pull({"w": target}, blocking=False)
-        with pytest.raises(AgentDiedError, match="it was killed"):
+        with pytest.raises(kind, match="it was killed"):
             sender.push(timeout=LONG)
         heard.set()
         assert connecting.wait(LONG)
