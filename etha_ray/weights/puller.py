@@ -9,6 +9,7 @@ from types import TracebackType
 from etha_ray.config import check_name, check_timeout
 from etha_ray.errors import BatchClosedError, BatchUnmatchedError, PeerLostError
 from etha_ray.report import TransferReport
+from etha_ray.tensor_bus.versions import Holding
 from etha_ray.weights.agreement import agree
 from etha_ray.weights.link import Link, LinkState
 from etha_ray.weights.member import Given, Member, Patience, deadline_in, remaining
@@ -30,6 +31,7 @@ class Receiver:
         self._version = 0
         self._torn = False
         self._receiving: Session | None = None
+        self._unsure: Session | None = None  # of the last update, if it failed: its agent may write the tensors yet, or have done so
         self._report: TransferReport | None = None
         self._raised = ""
         self._closed = False
@@ -47,15 +49,15 @@ class Receiver:
 
     @property
     def version(self) -> int:
-        """The version that the tensors hold: the one received last. 0 until there was one, and while they are `torn`."""
-        return 0 if self.torn else self._version
+        """The version that the tensors hold: the one received last, which may be one that an `update` had given up waiting for. 0 until
+        there was one, and while they are `torn`."""
+        return self._holds()[0]
 
     @property
     def torn(self) -> bool:
         """Whether tensors may hold bytes of two versions: while a version is being received in place, and after an update that ended
         midway, or whose agent was killed meanwhile, until the next one that succeeds."""
-        receiving = self._receiving
-        return self._torn or (receiving is not None and receiving.torn)
+        return self._holds()[1]
 
     @property
     def report(self) -> TransferReport | None:
@@ -93,10 +95,12 @@ class Receiver:
             self._raised = self._link.id
             raise
         except BaseException:
-            self._torn = self._torn or session.torn
+            if self._unsure is not session:
+                self._version, self._torn = self._after(self._unsure)
+                self._unsure = session
             raise
         else:
-            self._report, self._version, self._torn = report, report.version, False
+            self._report, self._version, self._torn, self._unsure = report, report.version, False, None
         finally:
             self._receiving = None
         return report.version
@@ -126,6 +130,18 @@ class Receiver:
     def __repr__(self) -> str:
         state = "closed" if self._closed else self._link.state.value
         return f"Receiver({self.name!r}, replica={self.replica!r}, version={self.version}, {state})"
+
+    def _holds(self) -> tuple[int, bool]:
+        """The version, and whether the tensors are torn."""
+        version, torn = self._after(self._unsure)
+        receiving = self._receiving
+        torn = torn or (receiving is not None and bool(receiving.held.torn))
+        return 0 if torn else version, torn
+
+    def _after(self, session: Session | None) -> tuple[int, bool]:
+        """The same after what may have come in a session without that an update has said so."""
+        held = Holding() if session is None else session.held
+        return held.version or self._version, self._torn or bool(held.torn)
 
     # ------------------------------------------------------------------------------------------------- connecting
 

@@ -19,6 +19,7 @@ from etha_ray.layout import MeshSpec
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.tensors import Piece, Registrable
+from etha_ray.tensor_bus.versions import Holding
 from etha_ray.weights.agreement import Agreement, PairPlan
 from etha_ray.weights.shares import Rows, Share, Span
 
@@ -127,6 +128,7 @@ class Session:
 
     def __init__(self, address: AgentAddress, part: Part) -> None:
         self._direction = part.direction
+        self._last = Holding()
         self._client = address.client()
         local, remote = ("sender", "receiver") if part.direction == "send" else ("receiver", "sender")
         try:
@@ -154,14 +156,15 @@ class Session:
         return report
 
     @property
-    def torn(self) -> bool:
-        """Whether tensors may hold bytes of two versions: also while they are being received in place."""
+    def held(self) -> Holding:
+        """What its tensors hold, as its agent says, or said when this was closed."""
         with contextlib.suppress(BatchClosedError, UnknownBatchError):
-            return bool(self._handler.torn)
-        return False
+            return self._handler._holding()
+        return self._last
 
     def close(self, because: str = "") -> None:
         """Leave; all others are told, and ``because`` of whose loss, where it is for that."""
+        self._last = self.held
         try:
             self._client.close(because)
         except (AgentDiedError, TransferTimeoutError) as error:
