@@ -313,6 +313,10 @@ class Worker:
             raise value
         return value
 
+    def answers(self) -> bool:
+        """Whether the call is over."""
+        return bool(self._pipe.poll(0))
+
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         self.start(function, *args)
         return self.result()

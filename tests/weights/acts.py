@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import etha_ray
+from etha_ray.errors import EthaRayError
+from etha_ray.testing import eventually
+from etha_ray.weights import PushReport
 from tests.tensor_bus.cluster import LONG
 
 SIZES = {"vocabulary": 257, "layers": 2, "heads": 4, "head_size": 8, "mlp": 37}
@@ -56,3 +59,96 @@ def update(state: dict[str, Any]) -> int:
 
 def close(state: dict[str, Any], rank: int, size: int) -> None:
     state["sender"].close()
+
+
+# --- versions that can be told from one another, bit by bit
+
+
+def numbers(version: int) -> dict[str, Tensor]:
+    """What weights hold as ``version``: each element says which, and where it is."""
+    places = torch.arange(2 * 4096)
+    wide = {f"w{index}": places * 2**24 + version * 2**4 + index for index in range(6)}
+    return {**wide, "narrow": (places[:257] + version).to(torch.int16).view(torch.bfloat16)}
+
+
+def hold(tensors: dict[str, Tensor], version: int) -> bool:
+    """Whether they are these, bit for bit."""
+    return all(torch.equal(tensors[name].view(torch.uint8), right.view(torch.uint8)) for name, right in numbers(version).items())
+
+
+def publish_numbers(state: dict[str, Any], replicas: int) -> None:
+    state["weights"] = numbers(0)
+    state["sender"] = etha_ray.publish(state["weights"], "numbers", client=state["client"], min_replicas=replicas)
+
+
+def pull_numbers(state: dict[str, Any], replica: str, blocking: bool = True) -> None:
+    state["weights"] = numbers(0)
+    given: dict[str, Any] = {"replica": replica, "client": state["client"], "blocking": blocking, "timeout": LONG}
+    state["receiver"] = etha_ray.pull(state["weights"], "numbers", **given)
+
+
+def await_replicas(state: dict[str, Any], count: int) -> None:
+    eventually(lambda: len(state["sender"].replicas) == count)
+
+
+def push_numbers(state: dict[str, Any], version: int) -> PushReport:
+    for name, tensor in numbers(version).items():
+        state["weights"][name].copy_(tensor)
+    report: PushReport = state["sender"].push(version, LONG)
+    assert report.version == state["sender"].version == version
+    return report
+
+
+def update_numbers(state: dict[str, Any]) -> int:
+    """What came, which is right."""
+    receiver = state["receiver"]
+    version = int(receiver.update(LONG))
+    assert (receiver.version, receiver.torn) == (version, False)
+    assert hold(state["weights"], version), f"these are not the bits of version {version}"
+    return version
+
+
+def held(state: dict[str, Any]) -> tuple[int, bool]:
+    """Which version a receiver says that it holds, and whether it is torn; what it says is right."""
+    receiver = state["receiver"]
+    while True:
+        said = receiver.version, receiver.torn
+        right = said[1] or hold(state["weights"], said[0])
+        if said == (receiver.version, receiver.torn):  # else bytes came meanwhile
+            assert right, f"these are not the bits of version {said[0]}"
+            return said
+
+
+def push_on(state: dict[str, Any], version: int, final: int, tries: int) -> tuple[list[BaseException], int]:
+    """Push until all replicas have got one, each time as the next version, and then once more as ``final``.
+
+    Which errors came before, at most ``tries``, and the version that came through. A call whose time is up has hung.
+    """
+    errors: list[BaseException] = []
+    while True:
+        try:
+            report = push_numbers(state, version)
+            if not report.failed:
+                break
+            errors += report.failed.values()
+        except EthaRayError as error:
+            errors.append(error)
+        if len(errors) > tries or any(isinstance(error, TimeoutError) for error in errors):
+            raise AssertionError(f"pushes do not go on: {errors!r}")
+        version += 1
+    assert push_numbers(state, final).failed == {}
+    return errors, version
+
+
+def update_on(state: dict[str, Any], final: int, tries: int) -> tuple[list[BaseException], list[int]]:
+    """Take versions until ``final``. Which errors came, at most ``tries``, and which versions."""
+    errors: list[BaseException] = []
+    versions = [0]
+    while versions[-1] != final:
+        try:
+            versions.append(update_numbers(state))
+        except EthaRayError as error:
+            errors.append(error)
+            if len(errors) > tries or isinstance(error, TimeoutError):
+                raise AssertionError(f"updates do not go on: {errors!r}") from error
+    return errors, versions
