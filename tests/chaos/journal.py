@@ -16,12 +16,16 @@ class Entry:
     """One call of one player, as far as it got.
 
     Attributes:
-        who, life, pid: the player ("a0": rank 0 of side "a"), how often it was started, and its process.
-        number, call: of its calls in this life which, and what: "connect", "init_pair", "register", "send", "recv", "close".
+        who, life, pid: the player ("a0": rank 0 of side "a"; "p0" and "q0" publish and pull in the processes of "a0" and "b0"), how often
+            it was started, and its process.
+        number, call: of its calls in this life which, and what: "connect", "init_pair", "register", "send", "recv", "close", and
+            "publish", "pull", "push", "update".
         begin, end: monotonic seconds; no ``end`` as long as it has not returned.
         outcome: "ok", or the class of its error; ``detail`` is its message.
         version: of a transfer, as its report says.
         nonce: what a sender's tensors held.
+        reached: the receivers that a push says have it; None for a send, which all must have.
+        failed: the classes of errors that it gives for others.
         taken: for each sender, the nonce that a receiver's tensors held afterwards.
         through: those of its own side that passed on to a receiver what it took.
         wrong: what does not belong into a receiver's tensors; empty when all is well.
@@ -38,9 +42,16 @@ class Entry:
     detail: str = ""
     version: int = 0
     nonce: int = 0
+    reached: list[str] | None = None
+    failed: list[str] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
     through: list[str] = field(default_factory=list)
     wrong: str = ""
+
+    @property
+    def process(self) -> str:
+        """The player whose process it is: that of "p0" is the one of "a0"."""
+        return {"p": "a", "q": "b"}.get(self.who[0], self.who[0]) + self.who[1:]
 
 
 class Journal:

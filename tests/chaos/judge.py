@@ -25,6 +25,10 @@ _EXPECTED = (
     "VersionMismatchError",  # where one of several senders gave up a send that others have completed
 )
 """How a call may end where others are killed, stopped or cut off; None where its own process did not live to see it."""
+
+_KINDS = (("send", "recv", "register"), ("push", "update", "pull"))
+"""The calls that give, that take, and after which what is taken comes into other tensors."""
+
 _LONG = 60.0
 """Seconds that no call takes."""
 
@@ -32,13 +36,15 @@ _LONG = 60.0
 def violations(entries: Iterable[Entry]) -> list[str]:
     """What must never happen, each in a sentence."""
     entries = sorted(entries, key=lambda entry: (entry.who, entry.life, entry.number))
-    sends = {(int(entry.who[1:]), entry.nonce): entry for entry in entries if entry.call == "send"}
-    receives = [entry for entry in entries if entry.call == "recv"]
-    registrations = [entry for entry in entries if entry.call == "register" and entry.outcome == "ok"]
     found = [f"{_name(entry)}: {entry.wrong}" for entry in entries if entry.wrong]
     found += [f"{_name(entry)}: {entry.detail}" for entry in entries if entry.outcome not in _EXPECTED]
-    found += _what_was_taken(sends, receives, registrations)
-    found += _what_was_sent(sends, receives)
+    found += [f"{_name(entry)}: {each}, of {entry.detail}" for entry in entries for each in entry.failed if each not in _EXPECTED]
+    for sending, receiving, beginning in _KINDS:
+        sends = {(int(entry.who[1:]), entry.nonce): entry for entry in entries if entry.call == sending}
+        receives = [entry for entry in entries if entry.call == receiving]
+        registrations = [entry for entry in entries if entry.call == beginning and entry.outcome == "ok"]
+        found += _what_was_taken(sends, receives, registrations)
+        found += _what_was_sent(sends, receives)
     return found
 
 
@@ -57,7 +63,7 @@ def _what_was_taken(sends: dict[tuple[int, int], Entry], receives: list[Entry], 
         for sender, nonce in enumerate(entry.taken):
             sent = sends.get((sender, nonce))
             if sent is None:
-                yield f"{_name(entry)}: a{sender} never sent {nonce}"
+                yield f"{_name(entry)}: sender {sender} never sent {nonce}"
             elif sent.outcome == "ok" and sent.version != entry.version:
                 yield f"{_name(entry)}: version {entry.version} of what {_name(sent)} sent as version {sent.version}"
             elif sent.end is not None and sent.end < entry.begin and sent.outcome == "ok":
@@ -65,17 +71,19 @@ def _what_was_taken(sends: dict[tuple[int, int], Entry], receives: list[Entry], 
             key = entry.who, entry.life, sender
             before, of = last[key]
             if nonce < before or (nonce == before and registration == of):
-                yield f"{_name(entry)}: old data of a{sender}: {nonce} after {before}"
+                yield f"{_name(entry)}: old data of sender {sender}: {nonce} after {before}"
             last[key] = nonce, registration
 
 
 def _what_was_sent(sends: dict[tuple[int, int], Entry], receives: list[Entry]) -> Iterable[str]:
-    """After a good send each receiver has it, or did not live to say so, or was told of an error."""
+    """After a good send each receiver has it, or each that a push says it reached; or did not live to say so, or was told of an error."""
     calls = {who: _in_a_row(entry for entry in receives if entry.who == who) for who in {entry.who for entry in receives}}
     for (sender, nonce), sent in sends.items():
         if sent.outcome != "ok" or sent.end is None:
             continue
-        for receiver, (own, begins, ends) in calls.items():
+        reached = calls if sent.reached is None else sent.reached
+        for receiver in reached:
+            own, begins, ends = calls.get(receiver, ([], [], []))
             meanwhile = own[bisect.bisect_right(ends, sent.begin) : bisect.bisect_left(begins, sent.end)]
             good = [e for e in meanwhile if e.outcome == "ok"]
             if not meanwhile or (len(good) == len(meanwhile) and not any(e.taken[sender] == nonce for e in good)):
@@ -96,7 +104,7 @@ Pause = tuple[str, float, float]
 
 def lasted(entry: Entry, until: float, pauses: Iterable[Pause]) -> float:
     """Seconds from the call's begin, without those in which its own process stood still."""
-    still = (min(until, end) - max(entry.begin, begin) for who, begin, end in pauses if who == entry.who)
+    still = (min(until, end) - max(entry.begin, begin) for who, begin, end in pauses if who == entry.process)
     return until - entry.begin - sum(seconds for seconds in still if seconds > 0)
 
 

@@ -20,7 +20,10 @@ P = TypeVar("P", Part, RayPart, "Part | RayPart")
 PATIENCE = 60.0
 """Seconds within which everybody must have gone on after a strike."""
 
-_CALLS = ("connect", "init_pair", "register", "send", "recv", "close")
+_GIVES = {"recv": "send", "update": "push"}
+"""The call that gives, by the one that takes."""
+
+_CALLS = ("connect", "init_pair", "register", "send", "recv", "close", "publish", "pull", "push", "update")
 
 
 @dataclass
@@ -184,7 +187,7 @@ class Monkey:
         during, caller = "whatever", ""
         while time.monotonic() < deadline:
             self.stage.reader.poll()
-            callers = [entry.who for entry in self.stage.reader.latest.values() if entry.call == wanted and entry.end is None]
+            callers = [entry.process for entry in self.stage.reader.latest.values() if entry.call == wanted and entry.end is None]
             if callers:
                 during, caller = wanted, self.random.choice(callers)
                 break
@@ -215,13 +218,13 @@ class Monkey:
         while time.monotonic() < deadline:
             self._watch(0.02)
             entries = self.stage.reader.since(since)
-            sent = {(int(entry.who[1:]), entry.nonce) for entry in entries if entry.call == "send" and entry.begin > since}
+            sent = {(entry.call, int(entry.who[1:]), entry.nonce) for entry in entries if entry.nonce and entry.begin > since}
             got = {}
             for entry in entries:
-                fresh = entry.call == "recv" and entry.outcome == "ok" and entry.end is not None and entry.end > since
-                if fresh and all(each in sent for each in enumerate(entry.taken)):
+                fresh = entry.call in _GIVES and entry.outcome == "ok" and entry.end is not None and entry.end > since
+                if fresh and all((_GIVES[entry.call], *each) in sent for each in enumerate(entry.taken)):
                     got[entry.who] = min(got.get(entry.who, entry.end or 0.0), entry.end or 0.0)
-            if len(got) == sum(player.name.startswith("b") for player in self.stage.players):
+            if len(got) == 2 * sum(player.name.startswith("b") for player in self.stage.players):
                 return max(got.values()) - since
         return None
 
@@ -232,14 +235,14 @@ class Monkey:
             self.stage.reader.poll()
             now = time.monotonic()
             for entry in list(self.stage.reader.latest.values()):
-                if entry.end is None and entry.who != paused and now - entry.begin > self.limit:
+                if entry.end is None and entry.process != paused and now - entry.begin > self.limit:
                     self._hanging(entry, now)
             if now >= deadline:
                 return
             time.sleep(min(0.02, deadline - now))
 
     def _hanging(self, entry: Entry, now: float) -> None:
-        part = self.stage.part(entry.who)
+        part = self.stage.part(entry.process)
         seconds = lasted(entry, now, self.pauses)
         key = entry.who, entry.life, entry.number
         if part.lives_still(entry.life) and seconds > self.limit and key not in self._told:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import random
-import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +17,6 @@ from etha_ray.errors import EthaRayError
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from tests.chaos.journal import Entry, Journal
-from tests.cluster.hosts import enter
 
 TIMEOUT = 8.0
 """Seconds that every call is given."""
@@ -37,7 +33,8 @@ PATIENCE = 4
 
 @dataclass(frozen=True)
 class Seat:
-    """Which player this is: rank ``index`` of ``size`` of its side, "a" sends to "b", beside the agent at ``paths``."""
+    """Which player this is: rank ``index`` of ``size`` of its side, "a" sends to "b", beside the agent at ``paths``. In their processes "p"
+    publishes what "q" pulls (`weights`)."""
 
     side: str
     index: int
@@ -53,6 +50,11 @@ class Seat:
         """Its name."""
         return f"{self.side}{self.index}"
 
+    @property
+    def sends(self) -> bool:
+        """Whether its side is the one that sends."""
+        return self.side in "ap"
+
 
 class Player:
     """One life of a player."""
@@ -62,6 +64,7 @@ class Player:
         self.journal = Journal(seat.folder, seat.who, life)
         self.random = random.Random(f"{seat.who} {life}")
         self.leaving = threading.Event()
+        self.tensors: dict[str, torch.Tensor] = {}
         self.count = 0
         self.client: TensorBusClient | None = None
 
@@ -98,7 +101,7 @@ class Player:
             return
         good = failed = 0
         while good < TRANSFERS and failed < PATIENCE and not self.leaving.is_set():
-            ended = self.send(handler) if self.seat.side == "a" else self.receive(handler)
+            ended = self.send(handler) if self.seat.sends else self.receive(handler)
             good, failed = (good + 1, 0) if ended.outcome == "ok" else (good, failed + 1)
         closed = self.call("close", lambda: handler.close(timeout=TIMEOUT))
         if failed == PATIENCE or closed.outcome != "ok":
@@ -127,11 +130,16 @@ class Player:
 
     def send(self, handler: BatchHandler) -> Entry:
         """Fresh numbers."""
+        nonce = self.refill()
+        return self.call("send", lambda: handler.transfer("send", blocking=True, timeout=TIMEOUT).result(0), nonce)
+
+    def refill(self) -> int:
+        """Write fresh numbers into all tensors; what tells them from those before."""
         self.count += 1
         nonce = self.life * 65536 + self.count
         for pair, tensor in self.tensors.items():
             torch.add(self.expected(pair), nonce << 32, out=tensor)
-        return self.call("send", lambda: handler.transfer("send", blocking=True, timeout=TIMEOUT).result(0), nonce)
+        return nonce
 
     def receive(self, handler: BatchHandler) -> Entry:
         """Whatever comes; if that succeeds, it must be whole."""
@@ -152,11 +160,15 @@ class Player:
         except BaseException as error:
             self.journal.end(entry, outcome=type(error).__name__, detail=str(error), wrong="not an error of etha_ray")
             raise
+        return self.journal.end(entry, outcome="ok", **self.found(name, result))
+
+    def found(self, name: str, result: Any) -> dict[str, Any]:
+        """What is to be written down of a call that went well."""
         found: dict[str, Any] = {"version": result.version} if name in ("send", "recv") else {}
         if name == "recv":
             found["taken"], found["wrong"] = self.look()
             found["through"] = [f"{self.seat.side}{index}" for name, index in map(_member, result.peers) if name == self.seat.side]
-        return self.journal.end(entry, outcome="ok", **found)
+        return found
 
     def look(self) -> tuple[list[int], str]:
         """What each sender gave, and what is wrong with it."""
@@ -169,7 +181,7 @@ class Player:
                     return taken, f"{pair}: numbers of another place"
                 nonces |= set(torch.unique(tensor[rows] >> 32).tolist())
             if len(nonces) != 1:
-                return taken, f"a{sender} sent one version, and {len(nonces)} are here: {sorted(nonces)}"
+                return taken, f"sender {sender} sent one version, and {len(nonces)} are here: {sorted(nonces)}"
             taken += nonces
         return taken, ""
 
@@ -177,7 +189,7 @@ class Player:
         """This player's part of the numbers 0, 1, 2... in the pair's shape."""
         rows, columns = SHAPES[pair]
         whole = torch.arange(rows * columns).reshape(rows, columns)
-        if self.seat.side == "a":
+        if self.seat.sends:
             return whole[_rows(pair, self.seat.index, self.seat.size)]
         return whole.chunk(self.seat.size, 1)[self.seat.index] if pair == "columns" else whole
 
@@ -195,17 +207,3 @@ def _member(shown: str) -> tuple[str, int]:
 def _rows(pair: str, sender: int, senders: int) -> slice:
     each = -(-SHAPES[pair][0] // senders)
     return slice(sender * each, (sender + 1) * each)
-
-
-def run(seat: Seat, life: int) -> None:
-    """What the process of a player does."""
-    torch.set_num_threads(1)
-    if seat.host is not None:
-        enter(seat.host)
-    log = (seat.folder / f"{seat.who}.{life}.log").open("w")
-    sys.stderr = log
-    faulthandler.enable(log)
-    faulthandler.register(signal.SIGUSR1, log)
-    player = Player(seat, life)
-    signal.signal(signal.SIGTERM, lambda *_: player.leaving.set())
-    player.play()

@@ -21,8 +21,9 @@ from etha_ray.tensor_bus.inspection import inspect_agent
 from etha_ray.testing import eventually
 from etha_ray.testing.rays import start_ray
 from tests.chaos.journal import Reader
-from tests.chaos.player import Player, Seat
+from tests.chaos.player import Seat
 from tests.chaos.traces import traces
+from tests.chaos.weights import Life
 from tests.tensor_bus.cluster import LONG
 
 _PLAYERS = [(side, index) for side in "ab" for index in range(2)]
@@ -34,13 +35,13 @@ class _Worker:
 
     def __init__(self, seat: Seat) -> None:
         lives = len(list(seat.folder.glob(f"{seat.who}.*.jsonl")))
-        self._player = Player(seat, lives + 1)
+        self._life = Life(seat, lives + 1)
 
     def play(self) -> None:
-        self._player.play()
+        self._life.play()
 
     def leave(self) -> None:
-        self._player.leaving.set()
+        self._life.leave()
 
 
 @dataclass(frozen=True)

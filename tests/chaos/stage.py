@@ -19,7 +19,8 @@ from etha_ray.config import agent_paths
 from etha_ray.testing import eventually
 from etha_ray.testing.etcd_server import EtcdServer, free_ports
 from tests.chaos.journal import Reader
-from tests.chaos.player import Seat, run
+from tests.chaos.player import Seat
+from tests.chaos.process import run
 from tests.chaos.traces import traces
 from tests.cluster.hosts import enter
 from tests.fresh import fresh

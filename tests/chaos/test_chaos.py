@@ -21,6 +21,7 @@ def test_a_few_kills(kills: int, with_ray: bool, tmp_path: Path) -> None:
     assert result["bad"] == []
     assert result["kills"] >= kills
     assert result["outcomes"]["recv"]["ok"] > kills
+    assert result["outcomes"]["update"]["ok"] > kills
     if not with_ray:  # there all share one host
         assert result["passed_on"] > kills
         assert any(row["relays"] for row in result["strikes"].values())

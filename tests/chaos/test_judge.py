@@ -20,11 +20,11 @@ NEXT = [replace(SEND, number=2, begin=3.0, end=4.0, version=2, nonce=6), replace
     [
         ([REGISTER, SEND, RECV, *NEXT], ""),
         ([SEND, replace(RECV, wrong="numbers of another place")], "numbers of another place"),
-        ([SEND, replace(RECV, taken=[4])], "never sent 4"),
+        ([SEND, replace(RECV, taken=[4])], "sender 0 never sent 4"),
         ([SEND, replace(RECV, version=2)], "version 2 of what"),
         ([SEND, NEXT[0], replace(RECV, begin=2.5, end=3.0)], "without this receiver"),
-        ([SEND, RECV, NEXT[0], replace(RECV, number=3, begin=3.0, end=3.9)], "old data of a0: 5 after 5"),
-        ([NEXT[0], NEXT[1], SEND, replace(RECV, number=4)], "old data of a0: 5 after 6"),
+        ([SEND, RECV, NEXT[0], replace(RECV, number=3, begin=3.0, end=3.9)], "old data of sender 0: 5 after 5"),
+        ([NEXT[0], NEXT[1], SEND, replace(RECV, number=4)], "old data of sender 0: 5 after 6"),
         ([SEND], ""),
         ([replace(SEND, outcome="PeerLostError")], ""),
         ([replace(SEND, outcome="AgentFailedError", detail="KeyError: 'x'")], "KeyError: 'x'"),
@@ -47,6 +47,29 @@ NEXT = [replace(SEND, number=2, begin=3.0, end=4.0, version=2, nonce=6), replace
 def test_what_must_never_happen(entries: list[Entry], words: str) -> None:
     found = violations(entries)
     assert any(words in sentence for sentence in found) if words else not found
+
+
+PULL = replace(REGISTER, who="q0", call="pull")
+PUSH = replace(SEND, who="p0", call="push", reached=["q0"])
+UPDATE = replace(RECV, who="q0", call="update")
+LATER = [replace(PUSH, number=2, begin=3.0, end=4.0, nonce=6), replace(UPDATE, number=3, begin=3.0, end=3.9, version=2, taken=[6])]
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([PULL, PUSH, UPDATE, SEND, RECV], ""),
+        ([SEND, PUSH, replace(UPDATE, taken=[4])], "sender 0 never sent 4"),
+        ([PULL, PUSH, UPDATE, *LATER], "version 2 of what"),
+        ([PULL, UPDATE, replace(PUSH, reached=["q0", "q1"])], "q1 has received something else"),
+        ([PULL, UPDATE, replace(PUSH, reached=[], failed=["PeerLostError"])], ""),
+        ([PULL, UPDATE, replace(PUSH, failed=["CoordinateTakenError"], detail="q1")], "CoordinateTakenError, of q1"),
+    ],
+    ids=["all is well", "never sent", "version", "not reached", "reported", "reported, and not expected"],
+)
+def test_what_must_never_happen_to_weights(entries: list[Entry], words: str) -> None:
+    """They are nothing to what is sent beside them."""
+    test_what_must_never_happen(entries, words)
 
 
 @pytest.mark.parametrize("again", [False, True])
