@@ -212,13 +212,15 @@ class ProcessCluster:
         os.kill(pid, signal.SIGKILL)
         self.wait(pid)
 
-    def pause(self, pid: int) -> None:
-        """SIGSTOP; returns when all its threads stand still, none in the midst of a transaction: nobody could write until it ends."""
+    def pause(self, pid: int, agent: int | None = None) -> None:
+        """SIGSTOP, of an agent or of a worker of ``agent``; returns when all its threads stand still, none in the midst of a transaction:
+        nobody could write until it ends."""
+        paths = self.paths[self.pids.index(pid) if agent is None else agent]
         tasks = Path(f"/proc/{pid}/task")
         while True:
             os.kill(pid, signal.SIGSTOP)
             eventually(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()))
-            look = threading.Thread(target=self._write_nothing, args=(self.paths[self.pids.index(pid)],), daemon=True)
+            look = threading.Thread(target=self._write_nothing, args=(paths,), daemon=True)
             look.start()
             look.join(2.0)
             if not look.is_alive():
