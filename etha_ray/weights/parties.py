@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -127,12 +128,17 @@ class Watcher:
         self._on_seen = on_seen
         self._closed = False
         self._wake = threading.Event()
-        self.error: EthaRayError | None = None
-        """Why nobody can be seen: its agent is gone, and has no successor yet; or its client is closed, and this has ended."""
+        self._error: EthaRayError | None = None
+        self._looked = 0.0
         self.problem = ""
         """What kept it from looking the last time, in words."""
         self._thread = threading.Thread(target=self._run, name="etha-ray watch weights", daemon=True)
         self._thread.start()
+
+    def error_since(self, moment: float) -> EthaRayError | None:
+        """Why nobody can be seen: its client is closed, and this has ended; or its agent was gone, without a successor yet, at a look
+        that began after ``moment``, by the monotonic clock. What an earlier one saw may be over."""
+        return self._error if self._looked > moment or isinstance(self._error, BatchClosedError) else None
 
     def hurry(self) -> None:
         """Somebody waits: look often again."""
@@ -148,13 +154,14 @@ class Watcher:
     def _run(self) -> None:
         pause = _FIRST_PAUSE
         while not self._closed:
+            began = time.monotonic()
             try:
                 self._on_seen(seen(self._board.read()))
-                self.error, self.problem = None, ""
+                self._error, self.problem = None, ""
             except AgentDiedError as error:  # it may only have stood still, or has a successor soon
-                self.error = error
+                self._error, self._looked = error, began
             except BatchClosedError as error:
-                self.error = error
+                self._error = error
                 return
             except (EthaRayError, TimeoutError) as error:  # a store that is away: what is connected needs none
                 self.problem = str(error)

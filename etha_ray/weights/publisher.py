@@ -238,7 +238,7 @@ class Publisher:
 
     def _wait(self, look: Callable[[], _T | None], what: str, deadline: float | None, timeout: float | None) -> _T:
         """Wait until ``look``, called while the links stand still, finds something."""
-        patience = Patience(f"weights {self.name!r}: a push")
+        patience, began = Patience(f"weights {self.name!r}: a push"), time.monotonic()
         with self._changed:
             while True:
                 if self._closed:
@@ -246,8 +246,9 @@ class Publisher:
                 found = look()
                 if found is not None:
                     return found
-                if self._watcher.error is not None:
-                    raise self._watcher.error
+                unseen = self._watcher.error_since(began)
+                if unseen is not None:
+                    raise unseen
                 self._watcher.hurry()
                 if not patience.wait(self._changed, deadline, lambda: f"{what}; {self._state()}"):
                     raise TransferTimeoutError(

@@ -146,7 +146,7 @@ class Receiver:
     # ------------------------------------------------------------------------------------------------- connecting
 
     def _session(self, deadline: float | None, timeout: float | None) -> Session:
-        patience = Patience(f"weights {self.name!r}, replica {self.replica!r}")
+        patience, began = Patience(f"weights {self.name!r}, replica {self.replica!r}"), time.monotonic()
         stale = self._raised
         if stale and self._link.state is LinkState.FAILED and self._link.id == stale:
             self._begin_anew(stale)
@@ -160,8 +160,9 @@ class Receiver:
                 if self._link.state is LinkState.FAILED and self._link.id != stale and self._link.error is not None:
                     self._raised = self._link.id
                     raise self._link.error
-                if self._watcher.error is not None:
-                    raise self._watcher.error
+                unseen = self._watcher.error_since(began)
+                if unseen is not None:
+                    raise unseen
                 self._watcher.hurry()
                 if not patience.wait(self._changed, deadline, self._state):
                     raise BatchUnmatchedError(

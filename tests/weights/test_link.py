@@ -119,7 +119,8 @@ def test_an_agent_that_stood_still_is_no_end(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(AgentDiedError, match="gives no sign"):
             sender.push(timeout=LONG)
         gone.clear()
+        push = sender.start_push(timeout=LONG)  # it does not hear of what is over
         target = torch.zeros(2)
         receiver = at.pull({"w": target})
-        sync(sender, receiver)
+        assert receiver.update(LONG) == push.result(LONG).version
         assert torch.equal(target, torch.ones(2))
