@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.judge import longest, outcomes, told, violations
+from tests.chaos.judge import BESIDE, longest, outcomes, told, violations
 from tests.chaos.monkey import Monkey, Strike
 from tests.chaos.ray_stage import ray_stage
 from tests.chaos.stage import stage
@@ -38,7 +38,7 @@ def play(kills: int, seed: int, folder: Path, limit: float = LIMIT, progress: bo
     made.reader.poll()
     entries = made.reader.entries.values()
     times = longest(entries, monkey.pauses)
-    long = [f"a call took {seconds:.1f} s: {call}" for call, seconds in times.items() if seconds > limit]
+    long = [f"a call took {seconds:.1f} s: {call}" for call, seconds in times.items() if seconds > limit + BESIDE.get(call, 0.0)]
     bad = violations(entries) + long + monkey.hangs + made.odd_ends + made.faults() + [f"left behind: {name}" for name in made.left()]
     return {
         "kills": sum(strike.kills for strike in monkey.strikes),

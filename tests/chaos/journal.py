@@ -19,7 +19,7 @@ class Entry:
         who, life, pid: the player ("a0": rank 0 of side "a"; "p0" and "q0" publish and pull in the processes of "a0" and "b0"), how often
             it was started, and its process.
         number, call: of its calls in this life which, and what: "connect", "init_pair", "register", "send", "recv", "close", and
-            "publish", "pull", "push", "update".
+            "publish", "pull", "push", "update", "leave".
         begin, end: monotonic seconds; no ``end`` as long as it has not returned.
         outcome: "ok", or the class of its error; ``detail`` is its message.
         version: of a transfer, as its report says.

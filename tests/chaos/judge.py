@@ -21,6 +21,7 @@ _EXPECTED = (
     "BatchUnmatchedError",
     "PairTimeoutError",
     "StoreUnavailableError",
+    "TransferInProgressError",  # where an agent that stood still goes on with a call that its worker has given up
     "TransferTimeoutError",
     "VersionMismatchError",  # where one of several senders gave up a send that others have completed
 )
@@ -28,6 +29,10 @@ _EXPECTED = (
 
 _KINDS = (("send", "recv", "register"), ("push", "update", "pull"))
 """The calls that give, that take, and after which what is taken comes into other tensors."""
+
+BESIDE = {"publish": 30.0, "pull": 35.0, "push": 5.0, "update": 5.0, "leave": 45.0}
+"""Seconds that calls may take beyond their own time: for a store that is away there are 30, and for an agent that does not answer to a
+goodbye 5, which whoever leaves a lost session waits for."""
 
 _LONG = 60.0
 """Seconds that no call takes."""

@@ -32,7 +32,7 @@ class WeightsPlayer(Player):
         while good < TRANSFERS and failed < PATIENCE and not self.leaving.is_set():
             ended = self.push(self.end) if isinstance(self.end, Publisher) else self.update(self.end)
             good, failed = (good + 1, 0) if ended.outcome == "ok" else (good, failed + 1)
-        self.call("close", self.end.close)
+        self.call("leave", self.end.close)
         if failed == PATIENCE:
             self.give_up()
 
