@@ -8,42 +8,55 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.judge import BESIDE, longest, outcomes, told, violations
-from tests.chaos.monkey import Monkey, Strike
+from tests.chaos.judge import longest, outcomes, told, violations
+from tests.chaos.monkey import Monkey
 from tests.chaos.ray_stage import ray_stage
 from tests.chaos.stage import stage
+from tests.chaos.strikes import BESIDE, Strike
 
 LIMIT = 10.0
 """Seconds after which a call has hung: it is given 8."""
 
 
 def play(kills: int, seed: int, folder: Path, limit: float = LIMIT, progress: bool = False, with_ray: bool = False) -> dict[str, Any]:
-    """Strike until so many processes were killed; what happened, as JSON has it."""
+    """Strike until so many processes were killed, and in every way of the stage; what happened, as JSON has it."""
     begin = time.monotonic()
     with ray_stage(folder) if with_ray else stage(folder) as made:
         monkey = Monkey(made, seed, limit)
         monkey.settle()
-        while (killed := sum(strike.kills for strike in monkey.strikes)) < kills:
+        while (killed := sum(strike.kills for strike in monkey.strikes)) < kills or monkey.left:
             strike = monkey.strike()
             if progress:
                 after = "" if strike.recovery is None else f", all went on after {strike.recovery:.2f} s"
                 print(f"{killed + strike.kills}/{kills} {strike.kind} ({' and '.join(strike.victims)}) during {strike.during}{after}")
         still = monkey.settled()
+        monkey.rest()
+        acts = monkey.acts
     made.reader.poll()
     entries = made.reader.entries.values()
+    (folder / "acts.json").write_text(json.dumps(asdict(replace(acts, dead=sorted(acts.dead)))))
     times = longest(entries, monkey.pauses)
     long = [f"a call took {seconds:.1f} s: {call}" for call, seconds in times.items() if seconds > limit + BESIDE.get(call, 0.0)]
-    bad = violations(entries) + long + monkey.hangs + made.odd_ends + made.faults() + [f"left behind: {name}" for name in made.left()]
+    bad = (
+        violations(entries, acts, made.seats)
+        + long
+        + monkey.hangs
+        + made.odd_ends
+        + made.faults()
+        + [f"left behind: {name}" for name in made.left()]
+    )
     return {
         "kills": sum(strike.kills for strike in monkey.strikes),
         "seed": seed,
         "minutes": (time.monotonic() - begin) / 60,
+        "kinds": monkey.kinds,
         "strikes": _by_kind(monkey.strikes),
         "told": {
             kind: {"calls": len(times), "p50": statistics.median(times), "p99": _at_99(times), "max": times[-1]}

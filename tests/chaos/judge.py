@@ -8,42 +8,23 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from tests.chaos.journal import Entry
+from tests.chaos.strikes import EXPECTED, Acts, Seats, name, unexplained
 
 _GONE = ("PeerLostError", "AgentDiedError")
 _AWAITED = ("were not back within", "was not started again within")
-_EXPECTED = (
-    None,
-    "ok",
-    *_GONE,
-    "AgentNotFoundError",
-    "BatchClosedError",
-    "BatchTornError",
-    "BatchUnmatchedError",
-    "PairTimeoutError",
-    "StoreUnavailableError",
-    "TransferInProgressError",  # where an agent that stood still goes on with a call that its worker has given up
-    "TransferTimeoutError",
-    "VersionMismatchError",  # where one of several senders gave up a send that others have completed
-)
-"""How a call may end where others are killed, stopped or cut off; None where its own process did not live to see it."""
-
 _KINDS = (("send", "recv", "register"), ("push", "update", "pull"))
 """The calls that give, that take, and after which what is taken comes into other tensors."""
-
-BESIDE = {"publish": 30.0, "pull": 35.0, "push": 5.0, "update": 5.0, "leave": 45.0}
-"""Seconds that calls may take beyond their own time: for a store that is away there are 30, and for an agent that does not answer to a
-goodbye 5, which whoever leaves a lost session waits for."""
 
 _LONG = 60.0
 """Seconds that no call takes."""
 
 
-def violations(entries: Iterable[Entry]) -> list[str]:
-    """What must never happen, each in a sentence."""
+def violations(entries: Iterable[Entry], acts: Acts, seats: Seats) -> list[str]:
+    """What must never happen, each in a sentence: wrong successes, and errors that nothing explains which was done to others."""
     entries = sorted(entries, key=lambda entry: (entry.who, entry.life, entry.number))
-    found = [f"{_name(entry)}: {entry.wrong}" for entry in entries if entry.wrong]
-    found += [f"{_name(entry)}: {entry.detail}" for entry in entries if entry.outcome not in _EXPECTED]
-    found += [f"{_name(entry)}: {each}, of {entry.detail}" for entry in entries for each in entry.failed if each not in _EXPECTED]
+    found = [f"{name(entry)}: {entry.wrong}" for entry in entries if entry.wrong]
+    found += unexplained(entries, acts, seats)
+    found += [f"{name(entry)}: {each}, of {entry.detail}" for entry in entries for each in entry.failed if each not in EXPECTED]
     for sending, receiving, beginning in _KINDS:
         sends = {(int(entry.who[1:]), entry.nonce): entry for entry in entries if entry.call == sending}
         receives = [entry for entry in entries if entry.call == receiving]
@@ -68,15 +49,15 @@ def _what_was_taken(sends: dict[tuple[int, int], Entry], receives: list[Entry], 
         for sender, nonce in enumerate(entry.taken):
             sent = sends.get((sender, nonce))
             if sent is None:
-                yield f"{_name(entry)}: sender {sender} never sent {nonce}"
+                yield f"{name(entry)}: sender {sender} never sent {nonce}"
             elif sent.outcome == "ok" and sent.version != entry.version:
-                yield f"{_name(entry)}: version {entry.version} of what {_name(sent)} sent as version {sent.version}"
+                yield f"{name(entry)}: version {entry.version} of what {name(sent)} sent as version {sent.version}"
             elif sent.end is not None and sent.end < entry.begin and sent.outcome == "ok":
-                yield f"{_name(entry)}: took what {_name(sent)} had sent successfully before, so without this receiver"
+                yield f"{name(entry)}: took what {name(sent)} had sent successfully before, so without this receiver"
             key = entry.who, entry.life, sender
             before, of = last[key]
             if nonce < before or (nonce == before and registration == of):
-                yield f"{_name(entry)}: old data of sender {sender}: {nonce} after {before}"
+                yield f"{name(entry)}: old data of sender {sender}: {nonce} after {before}"
             last[key] = nonce, registration
 
 
@@ -92,7 +73,7 @@ def _what_was_sent(sends: dict[tuple[int, int], Entry], receives: list[Entry]) -
             meanwhile = own[bisect.bisect_right(ends, sent.begin) : bisect.bisect_left(begins, sent.end)]
             good = [e for e in meanwhile if e.outcome == "ok"]
             if not meanwhile or (len(good) == len(meanwhile) and not any(e.taken[sender] == nonce for e in good)):
-                yield f"{_name(sent)} succeeded, and {receiver} has received something else meanwhile: {meanwhile}"
+                yield f"{name(sent)} succeeded, and {receiver} has received something else meanwhile: {meanwhile}"
 
 
 def _in_a_row(calls: Iterable[Entry]) -> tuple[list[Entry], list[float], list[float]]:
@@ -140,10 +121,6 @@ def told(strikes: Iterable[tuple[str, float]], entries: Iterable[Entry]) -> dict
             ):
                 found[kind].append(entry.end - moment)
     return {kind: sorted(seconds) for kind, seconds in found.items()}
-
-
-def _name(entry: Entry) -> str:
-    return f"{entry.who} life {entry.life} call {entry.number} ({entry.call}, {entry.outcome})"
 
 
 def outcomes(entries: Iterable[Entry]) -> dict[str, Counter[str]]:

@@ -14,6 +14,21 @@ from tests.chaos.journal import Entry
 from tests.chaos.judge import BESIDE, Pause, lasted
 from tests.chaos.ray_stage import RayPart, RayStage
 from tests.chaos.stage import SEATS, Part, Stage
+from tests.chaos.strikes import (
+    CUT,
+    CUT_OFF,
+    DETECTION,
+    KILL_AGENT,
+    KILL_ETCD,
+    KILL_TWO,
+    KILL_WORKER,
+    STOP_AGENT,
+    STOP_ETCD,
+    STOP_WORKER,
+    Acts,
+    Strike,
+)
+from tests.tensor_bus.cluster import LONG
 
 P = TypeVar("P", Part, RayPart, "Part | RayPart")
 
@@ -25,24 +40,14 @@ _GIVES = {"recv": "send", "update": "push"}
 
 _CALLS = ("connect", "init_pair", "register", "send", "recv", "close", "publish", "pull", "push", "update", "leave")
 
+_STEADY = _CALLS[1:]
+"""Those that every player comes to again and again, also if nobody is struck."""
 
-@dataclass
-class Strike:
-    """One blow: what was done to whom during which call, and the seconds from its end to the next version that all receivers have."""
+_CALM = 5.0
+"""Seconds in which nobody is struck and all have heard of the last strike: no call may fail."""
 
-    kind: str
-    victims: list[str]
-    during: str
-    begin: float
-    end: float
-    kills: int = 0
-    relays: list[str] = field(default_factory=list)
-    """Which of the victims passed on to others what it received."""
-    caller: str = ""
-    """Who was in that call."""
-    struck_caller: bool = False
-    """Whether it, or its agent, is a victim."""
-    recovery: float | None = None
+_BETWEEN_CALMS = 60
+"""Strikes."""
 
 
 @dataclass
@@ -56,20 +61,39 @@ class Monkey:
     strikes: list[Strike] = field(default_factory=list)
     hangs: list[str] = field(default_factory=list)
     pauses: list[Pause] = field(default_factory=list)
+    begin: float = 0.0
+    """When the first versions had crossed."""
     _told: set[tuple[str, int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        weights: dict[Callable[[], Strike], int] = {
-            self._kill_player: 34,
-            self._kill_agent: 30,
-            self._kill_two: 10,
-            self._stop_player: 6,
-            self._stop_agent: 6,
+        self._blows: dict[str, tuple[Callable[[str], Strike], int]] = {
+            KILL_WORKER: (self._kill_player, 34),
+            KILL_AGENT: (self._kill_agent, 30),
+            KILL_TWO: (self._kill_two, 10),
+            STOP_WORKER: (self._stop_player, 6),
+            STOP_AGENT: (self._stop_agent, 6),
         }
         if isinstance(self.stage, Stage):
-            weights |= {self._kill_etcd: 6, self._pause_etcd: 3, self._cut: 3, self._cut_off: 3}
-        self._kinds, self._weights = list(weights), list(weights.values())
+            self._blows |= {
+                KILL_ETCD: (self._kill_etcd, 6),
+                STOP_ETCD: (self._pause_etcd, 3),
+                CUT: (self._cut, 3),
+                CUT_OFF: (self._cut_off, 3),
+            }
+        self.left = self.random.sample(self.kinds, len(self.kinds))
+        """Kinds of strikes that come first, as each comes once before any comes by chance."""
+        self._calls = self.random.sample(_STEADY, len(_STEADY))
+
+    @property
+    def kinds(self) -> list[str]:
+        """All kinds of strikes on this stage."""
+        return list(self._blows)
+
+    @property
+    def acts(self) -> Acts:
+        """All that was done, up to now."""
+        return Acts(self.strikes, self.begin, time.monotonic(), self.stage.dead)
 
     @property
     def _hosts(self) -> Stage:
@@ -79,70 +103,83 @@ class Monkey:
     def settle(self) -> None:
         """Wait until the first versions have crossed."""
         assert self.settled(), "nothing crossed, though nobody was touched"
+        self.begin = time.monotonic()
 
     def settled(self) -> bool:
         """Whether versions that are sent from now on cross."""
-        return self._recovered(time.monotonic(), PATIENCE) is not None
+        done = self._recovered(time.monotonic(), PATIENCE) is not None
+        if done and self.strikes:
+            self.strikes[-1].over = time.monotonic()
+        return done
+
+    def rest(self) -> None:
+        """Leave all alone, until what was done explains nothing any more, and a while longer."""
+        self._watch(DETECTION + _CALM)
 
     def strike(self) -> Strike:
-        """Once; mostly waits until all goes on, and sometimes only a moment."""
-        [kind] = self.random.choices(self._kinds, self._weights)
-        done = kind()
+        """Once; mostly waits until all goes on, and sometimes only a moment. Now and then all rest before it."""
+        if self.strikes and len(self.strikes) % _BETWEEN_CALMS == 0 and self.settled():
+            self.rest()
+        weights = [weight for _, weight in self._blows.values()]
+        kind = self.left.pop() if self.left else self.random.choices(self.kinds, weights)[0]
+        done = self._blows[kind][0](kind)
         self.strikes.append(done)
         if self.random.random() < 0.8:
             done.recovery = self._recovered(done.end, PATIENCE)
             if done.recovery is None:
                 self.stage.dump()
                 self.hangs.append(f"not recovered {PATIENCE:g} s after {done}: {self._state()}")
+            else:
+                done.over = done.end + done.recovery
         self._watch(self.random.uniform(0.0, 0.5))
         return done
 
     # ------------------------------------------------------------------------------------------------- blows
 
-    def _kill_player(self) -> Strike:
-        with self._moment("SIGKILL of a worker") as strike:
+    def _kill_player(self, kind: str) -> Strike:
+        with self._moment(kind) as strike:
             self._kill(strike, self._victim(strike, self.stage.players))
         return strike
 
-    def _kill_agent(self) -> Strike:
-        with self._moment("SIGKILL of an agent") as strike:
+    def _kill_agent(self, kind: str) -> Strike:
+        with self._moment(kind) as strike:
             self._kill(strike, self._victim(strike, self.stage.agents))
         return strike
 
-    def _kill_two(self) -> Strike:
-        with self._moment("SIGKILL of two at once") as strike:
+    def _kill_two(self, kind: str) -> Strike:
+        with self._moment(kind) as strike:
             for part in self.random.sample(self.stage.parts, 2):
                 self._kill(strike, part)
         return strike
 
-    def _stop_player(self) -> Strike:
-        return self._stop("SIGSTOP of a worker", self.stage.players)
+    def _stop_player(self, kind: str) -> Strike:
+        return self._stop(kind, self.stage.players)
 
-    def _stop_agent(self) -> Strike:
-        return self._stop("SIGSTOP of an agent", self.stage.agents)
+    def _stop_agent(self, kind: str) -> Strike:
+        return self._stop(kind, self.stage.agents)
 
-    def _kill_etcd(self) -> Strike:
-        with self._moment("SIGKILL of etcd") as strike:
+    def _kill_etcd(self, kind: str) -> Strike:
+        with self._moment(kind) as strike:
             strike.victims, strike.kills = ["etcd"], 1
             self._hosts.etcd.kill()
             self._watch(self.random.uniform(0.0, 3.0))
             self._hosts.etcd.restart()
         return strike
 
-    def _pause_etcd(self) -> Strike:
-        with self._moment("SIGSTOP of etcd") as strike:
+    def _pause_etcd(self, kind: str) -> Strike:
+        with self._moment(kind) as strike:
             strike.victims = ["etcd"]
             self._hosts.etcd.pause()
             self._watch(self.random.uniform(0.5, 6.0))
             self._hosts.etcd.resume()
         return strike
 
-    def _cut(self) -> Strike:
-        return self._without("link down", [self.random.choice(list(self._hosts.cables))])
+    def _cut(self, kind: str) -> Strike:
+        return self._without(kind, [self.random.choice(list(self._hosts.cables))])
 
-    def _cut_off(self) -> Strike:
+    def _cut_off(self, kind: str) -> Strike:
         host = self.random.randrange(1, 3)
-        return self._without("host cut off", [cable for cable in self._hosts.cables if host in cable])
+        return self._without(kind, [cable for cable in self._hosts.cables if host in cable])
 
     def _without(self, kind: str, cables: list[tuple[int, int]]) -> Strike:
         ends = [self.random.choice(self._hosts.cables[cable]) for cable in cables]
@@ -182,8 +219,9 @@ class Monkey:
 
     @contextmanager
     def _moment(self, kind: str) -> Iterator[Strike]:
-        """The midst of a call that is picked at random, if one is made in the next moments."""
-        wanted, deadline = self.random.choice(_CALLS), time.monotonic() + 1.0
+        """The midst of a call that is picked at random, if one is made in the next moments; each of `_STEADY` comes first."""
+        wanted, patience = (self._calls.pop(), LONG) if self._calls else (self.random.choice(_CALLS), 1.0)
+        deadline = time.monotonic() + patience
         during, caller = "whatever", ""
         while time.monotonic() < deadline:
             self.stage.reader.poll()

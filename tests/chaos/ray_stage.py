@@ -22,6 +22,7 @@ from etha_ray.testing import eventually
 from etha_ray.testing.rays import start_ray
 from tests.chaos.journal import Reader
 from tests.chaos.player import Seat
+from tests.chaos.strikes import Seats
 from tests.chaos.traces import traces
 from tests.chaos.weights import Life
 from tests.tensor_bus.cluster import LONG
@@ -75,11 +76,20 @@ class RayStage:
         self.agents = [RayPart(f"agent {rank}", lambda rank=rank: self._agent(rank)) for rank in range(4)]
         self.players = [RayPart(f"{side}{index}", lambda who=f"{side}{index}": self._player(who)) for side, index in _PLAYERS]
         self.odd_ends: list[str] = []
+        self.dead: set[int] = set()
+        """Processes that were killed."""
+        self._logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
         self._workers = [
             _Worker.remote(Seat(side, index, 2, 2, rank, self.paths[rank], None, folder)) for rank, (side, index) in enumerate(_PLAYERS)
         ]
         self._plays = [worker.play.remote() for worker in self._workers]
         eventually(lambda: self.reader.poll() is None and all(part.pid for part in self.parts), 2 * LONG)
+
+    @property
+    def seats(self) -> Seats:
+        """Who sits where: all on one host."""
+        pairs = list(zip(self.players, self.agents, strict=True))
+        return Seats({player.name: agent.name for player, agent in pairs}, {player.name: 0 for player, _ in pairs})
 
     @property
     def parts(self) -> list[RayPart]:
@@ -118,6 +128,7 @@ class RayStage:
     def kill(self, part: RayPart) -> None:
         """SIGKILL; Ray starts it again. Once this returns nobody takes the dead one for its present life."""
         pid = self.signal(part, signal.SIGKILL)
+        self.dead.add(pid)
         eventually(lambda: not psutil.pid_exists(pid), LONG)
 
     def end(self) -> None:
@@ -135,11 +146,15 @@ class RayStage:
                 ray.get(play, timeout=1.0)
             except Exception as error:
                 self.odd_ends.append(f"a player ended with {type(error).__name__}: {error}")
+        for seen in self.pool.describe(LONG):
+            if seen["state"] != "running":
+                self.odd_ends.append(f"agent {seen['rank']} (pid {seen['pid']}) is {seen['state']}, though nobody strikes any more")
         self.pool.shutdown()
 
     def faults(self) -> list[str]:
-        """Nothing: an error that is none of etha_ray's ends a player, and is found there."""
-        return []
+        """What agents and players wrote into Ray's logs that is nobody's doing but theirs."""
+        logs = sorted(self._logs.glob("worker-*.err"))
+        return [f"{log} has a traceback" for log in logs if "Traceback (most recent call last)" in log.read_text(errors="replace")]
 
     def left(self) -> list[str]:
         """What is still there after `end`: files, shared memory, semaphores."""

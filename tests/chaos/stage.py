@@ -21,6 +21,7 @@ from etha_ray.testing.etcd_server import EtcdServer, free_ports
 from tests.chaos.journal import Reader
 from tests.chaos.player import Seat
 from tests.chaos.process import run
+from tests.chaos.strikes import Seats
 from tests.chaos.traces import traces
 from tests.cluster.hosts import enter
 from tests.fresh import fresh
@@ -82,6 +83,8 @@ class Stage:
         self.agents = [Part(f"agent {rank}", self._agent(rank)) for rank in range(len(SEATS))]
         self.players = [Part(f"{side}{index}", self._player(rank)) for rank, (side, index, _) in enumerate(SEATS)]
         self.odd_ends: list[str] = []
+        self.dead: set[int] = set()
+        """Processes of agents and players that died, whoever killed them."""
         self._lock = threading.RLock()
         self._over = threading.Event()
         for far in self.far:
@@ -90,6 +93,12 @@ class Stage:
             self._start(part)
         self._supervisor = threading.Thread(target=self._supervise)
         self._supervisor.start()
+
+    @property
+    def seats(self) -> Seats:
+        """Who sits where."""
+        players = [(player.name, agent.name, host) for player, agent, (*_, host) in zip(self.players, self.agents, SEATS, strict=True)]
+        return Seats({player: agent for player, agent, _ in players}, {player: host for player, _, host in players})
 
     @property
     def parts(self) -> list[Part]:
@@ -133,6 +142,7 @@ class Stage:
                 for part in self.parts:
                     if not part.process.is_alive():
                         part.process.join()
+                        self.dead.add(part.pid)
                         # An agent that finds no store while it starts says so, and ends; what is worse leaves a traceback.
                         expected = (-signal.SIGKILL, 1) if part in self.agents else (-signal.SIGKILL,)
                         if part.process.exitcode not in expected:

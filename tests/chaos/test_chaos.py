@@ -20,6 +20,8 @@ def test_a_few_kills(kills: int, with_ray: bool, tmp_path: Path) -> None:
     result = play(kills=kills, seed=20261126, folder=tmp_path, limit=BUSY, with_ray=with_ray)
     assert result["bad"] == []
     assert result["kills"] >= kills
+    assert set(result["strikes"]) == set(result["kinds"])
+    assert set(result["during"]) >= {"init_pair", "register", "send", "recv", "close"}
     assert result["outcomes"]["recv"]["ok"] > kills
     assert result["outcomes"]["update"]["ok"] > kills
     if not with_ray:  # there all share one host
