@@ -175,7 +175,10 @@ class EtcdStore(KVStore):
         while (found := self._client.read(start, end_of(start))) is None:
             pass
         entries, revision = found
-        names = [entry.key.decode() for entry in entries]
+        try:
+            names = [entry.key.decode() for entry in entries]
+        except UnicodeDecodeError as error:
+            raise StoreError(f"a key below {prefix!r} in {self!r} is no text ({error}): another program writes there; remove it") from error
         values = {name: self._followed(name, entry, revision)[0] for name, entry in zip(names, entries, strict=True)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -218,7 +221,12 @@ class EtcdStore(KVStore):
         while entry is not None:
             if not entry.value.startswith(_MARK):
                 return entry.value, entry.mod_revision
-            _, version, size = _POINTER.unpack(entry.value)
+            try:
+                _, version, size = _POINTER.unpack(entry.value)
+            except struct.error as error:
+                raise StoreError(
+                    f"value of {full!r} in {self!r} is damaged ({error}): another program writes there; set it again"
+                ) from error
             start = self._chunks(full, version)
             found = self._client.read(start, end_of(start), revision)
             if found is not None:

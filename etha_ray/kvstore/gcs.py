@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
-from etha_ray.errors import OptionalDependencyError, StoreUnavailableError
+from etha_ray.errors import OptionalDependencyError, StoreError, StoreUnavailableError
 from etha_ray.kvstore.base import Change
 from etha_ray.kvstore.lease_records import RecordLeases
 
@@ -176,7 +176,11 @@ class GcsStore(RecordLeases):
 
     def _stored_list(self, prefix: str) -> dict[str, bytes]:
         with self._calls() as kv:
-            names = [key[len(_VALUE) :].decode() for key in kv.internal_kv_keys(_value_key(prefix), _TABLE, self.timeout)]
+            keys = kv.internal_kv_keys(_value_key(prefix), _TABLE, self.timeout)
+        try:
+            names = [key[len(_VALUE) :].decode() for key in keys]
+        except UnicodeDecodeError as error:
+            raise StoreError(f"a key below {prefix!r} in {self!r} is no text ({error}): another program writes there; remove it") from error
         values: dict[str, bytes | None] = {}
         for start in range(0, len(names), _LIST_CHUNK):
             values.update(self._values(names[start : start + _LIST_CHUNK]))

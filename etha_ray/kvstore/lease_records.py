@@ -26,6 +26,7 @@ remove what somebody has just put there. Nor can they compare and ask a third ke
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from abc import abstractmethod
@@ -34,7 +35,7 @@ from dataclasses import dataclass
 import msgspec
 
 from etha_ray.decoding import Decoder
-from etha_ray.errors import LeaseExpiredError
+from etha_ray.errors import LeaseExpiredError, StoreError
 from etha_ray.kvstore.base import Change, KVStore
 from etha_ray.kvstore.lease import Grant
 
@@ -138,13 +139,25 @@ class RecordLeases(KVStore):
         if data is None:  # the namespace was cleaned up
             return self._judge(lease)
         if sight is None or sight.record != data:
-            record = _records.decode(data)
+            record = self._record_of(lease, data)
             is_new = sight is None or now >= sight.verdict_at
             left = min(record.ttl, record.written + record.ttl - time.time()) if is_new else record.ttl
             self._seen[lease] = sight = _Sight(data, now + left, now + record.ttl)
         elif now >= sight.verdict_at:
             return self._judge(lease)
         return now < sight.believed_until
+
+    def _record_of(self, lease: bytes, data: bytes) -> _Record:
+        try:
+            record = _records.decode(data)
+            if not (0 < record.ttl < math.inf and math.isfinite(record.written)):
+                raise msgspec.ValidationError(f"{record} has times that are none")
+        except msgspec.DecodeError as error:
+            raise StoreError(
+                f"store key {self._record_key(lease)!r} does not hold the record of a lease ({error}): another program, or another version"
+                " of etha_ray, writes to this namespace; give each its own namespace"
+            ) from error
+        return record
 
     def _judge(self, lease: bytes) -> bool:
         self._set(self._verdict_key(lease), b"")

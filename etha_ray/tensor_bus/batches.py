@@ -113,7 +113,7 @@ class Batches:
             UnknownPairError, MemoryHandleError: the command does not fit.
         """
         data = self._state.get(holding_key(worker.client_id, command.batch_id))
-        holding = Holding() if data is None else Holding.decode(data)
+        holding = Holding() if data is None else Holding.decode(data, command.batch_id)
         request = self._request(worker, command, None, Standing(last=holding.last))
         batch = Batch(
             bus=self._bus,

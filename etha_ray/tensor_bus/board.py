@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import unquote
 
 from etha_ray.tensor_bus.client import TensorBusClient
@@ -13,7 +14,7 @@ class Board:
     """Announces and reads, as the worker of ``client``. May be used by several threads."""
 
     def __init__(self, client: TensorBusClient, topic: str) -> None:
-        self._call: Callable[..., object] = client._connection.call
+        self._call: Callable[..., Any] = client._connection.call
         self._topic = topic
 
     def announce(self, slot: str, data: bytes, body: bytes = b"", timeout: float = 30.0) -> None:
@@ -31,12 +32,9 @@ class Board:
 
     def read(self, timeout: float = 30.0) -> dict[str, bytes]:
         """What living workers have announced, by slot."""
-        found = self._call(ReadNotices(topic=self._topic), "read_notices", self._topic, timeout)
-        assert isinstance(found, dict)
+        found = self._call(ReadNotices(topic=self._topic), "read_notices", self._topic, timeout, dict[str, bytes])
         return {unquote(slot): data for slot, data in found.items()}
 
     def body(self, digest: str, timeout: float = 30.0) -> bytes:
         """The body with this digest. Raises `StoreError` where there is none."""
-        found = self._call(ReadBody(digest=digest), "read_body", digest, timeout)
-        assert isinstance(found, bytes)
-        return found
+        return bytes(self._call(ReadBody(digest=digest), "read_body", digest, timeout, bytes))

@@ -45,7 +45,7 @@ def shares_memory(agent: AgentRecord) -> bool:
         return False
     try:
         return path.read_text() == agent.nonce
-    except OSError:
+    except (OSError, ValueError):  # nobody left it there, or what its record says is no path
         return False
 
 

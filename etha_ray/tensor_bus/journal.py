@@ -90,7 +90,7 @@ class Journal:
         for key, value in sorted(entries.items(), key=lambda entry: b":hello" not in entry[0]):
             try:
                 self._restore(key, value, found)
-            except (msgspec.DecodeError, TypeError, KeyError) as error:
+            except (msgspec.DecodeError, TypeError, KeyError, ValueError) as error:
                 logger.error("journal entry %r cannot be read (%s): what it stood for must be registered again", key, error)
                 self._state.delete([key])
         return list(found.values())
@@ -105,7 +105,10 @@ class Journal:
         elif kind == "notice":
             found[client_id].notices.append(_command(value, Announce))
         else:
-            found[client_id] = ServedClient(_command(value, Hello))
+            hello = _command(value, Hello)
+            if hello.client_id != client_id:
+                raise ValueError(f"it is that of client {hello.client_id!r}")
+            found[client_id] = ServedClient(hello)
 
 
 def _kept(command: Announce | Hello | InitPair | RegisterTensors) -> bytes:

@@ -86,7 +86,7 @@ class OwnBatches:
         """What its tensors hold, as the agent's state file says."""
         self.known(batch_id)
         data = self._connection.state.get(holding_key(self._connection.client_id, batch_id))
-        return Holding() if data is None else Holding.decode(data)
+        return Holding() if data is None else Holding.decode(data, batch_id)
 
     def being_written(self, batches: Mapping[str, OwnBatch]) -> list[str]:
         """Which of these their agent may be writing to, as far as is known here: one receives, or is torn."""

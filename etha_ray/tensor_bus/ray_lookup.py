@@ -8,11 +8,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import msgspec
 
 from etha_ray.decoding import Decoder
+from etha_ray.errors import StoreError
 from etha_ray.kvstore.gcs import GcsStore, in_local_mode
+
+T = TypeVar("T")
 
 COMPONENT = "pool"
 _TABLE = "agents"
@@ -72,14 +76,14 @@ def read_settings(namespace: str) -> PoolSettings | None:
     """The settings of a pool that `write_pool` published; None when there is none. Needs an initialised Ray."""
     with _opened(namespace) as store:
         settings = store.get_bytes(_SETTINGS)
-    return None if settings is None else _settings.decode(settings)
+    return None if settings is None else _decoded(settings, _settings, namespace)
 
 
 def read_pool(namespace: str) -> list[PoolEntry]:
     """The agents of a pool that `write_pool` published, by rank; empty when there is none. Needs an initialised Ray."""
     with _opened(namespace) as store:
         table = store.get_bytes(_TABLE)
-    return [] if table is None else _entries.decode(table)
+    return [] if table is None else _decoded(table, _entries, namespace)
 
 
 def find_agent_on_node(namespace: str) -> PoolEntry | None:
@@ -96,13 +100,23 @@ def find_agent_on_node(namespace: str) -> PoolEntry | None:
         if table is None:
             return None
         node_id = ray.get_runtime_context().get_node_id()
-        here = [entry for entry in _entries.decode(table) if entry.node_id == node_id]
+        here = [entry for entry in _decoded(table, _entries, namespace) if entry.node_id == node_id]
         gpus = ray.get_gpu_ids()
         if gpus and not in_local_mode():  # where it gives the machine's, whatever an actor asked for
             return next((entry for entry in here if entry.device == f"cuda:{gpus[0]}"), None)
         if not here:
             return None
         return here[(store.add(f"turn/{node_id}", 1) - 1) % len(here)]
+
+
+def _decoded(data: bytes, decoder: Decoder[T], namespace: str) -> T:
+    try:
+        return decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise StoreError(
+            f"what Ray's GCS says of pool {namespace!r} cannot be read ({error}): another version of etha_ray launched it; run one version"
+            " on the whole cluster, and launch the pool again"
+        ) from error
 
 
 @contextmanager

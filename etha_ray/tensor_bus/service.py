@@ -6,9 +6,10 @@ Nothing here waits: whatever takes time is a job (see `jobs`), and pairs, batche
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -165,14 +166,14 @@ class BusService:
                 self._forget(worker.client_id)
                 continue
             for command, slot in client.pairs:
-                self._pairing.restore(worker, command, slot)
+                with _restoring("pair", command.pair_name):
+                    self._pairing.restore(worker, command, slot)
             for announced in client.notices:
-                self._notices.announce(worker, announced)
+                with _restoring("notice", announced.slot):
+                    self._notices.announce(worker, announced)
             for registered in client.batches:
-                try:
+                with _restoring("batch", registered.batch_id):
                     self._batches.restore(worker, registered)
-                except EthaRayError as error:
-                    logger.error("batch %r cannot be taken up again: %s", registered.batch_id, error)
 
     def handle_left_over(self, message: Message) -> None:
         """Do what the agent that died here had not taken up, unless its sender has given up waiting."""
@@ -393,3 +394,12 @@ class BusService:
     def _on_agent_lost(self, incarnation: str, reason: str) -> None:
         for batch in self._batches.all():
             batch.lose_agent(incarnation, reason)
+
+
+@contextlib.contextmanager
+def _restoring(what: str, name: str) -> Iterator[None]:
+    """What was damaged, or does not fit any more, is not taken up, and keeps nothing else from it."""
+    try:
+        yield
+    except (EthaRayError, ValueError) as error:
+        logger.error("%s %r cannot be taken up again: %s", what, name, error)

@@ -18,6 +18,7 @@ One writer, the agent; any number of readers. It holds
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,9 +122,10 @@ class StateFile:
     def _seconds(self, key: bytes) -> float | None:
         value = self.get(key)
         try:
-            return float(value) if value is not None else None
+            seconds = float(value) if value is not None else math.nan
         except ValueError:
             return None
+        return seconds if math.isfinite(seconds) else None
 
     def record(self) -> AgentRecord | None:
         """Who the agent is, None when it has not said or the bytes are not a record."""
@@ -159,8 +161,11 @@ class StateFile:
         self.put(_FIRST, str(position).encode())
 
     def first(self) -> int:
-        """What `put_first` said; 0 while the agent is starting up."""
-        return int(self.get(_FIRST) or b"0")
+        """What `put_first` said; 0 while the agent is starting up, or where that is no number."""
+        try:
+            return int(self.get(_FIRST) or b"0")
+        except ValueError:
+            return 0
 
     def under(self, prefix: bytes) -> dict[bytes, bytes]:
         """All keys that begin with ``prefix``, and their values."""

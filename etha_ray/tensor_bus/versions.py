@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from etha_ray.decoding import Decoder
-from etha_ray.errors import BatchTornError, ConfigError, VersionMismatchError, VersionTimeoutError
+from etha_ray.errors import AgentFailedError, BatchTornError, ConfigError, VersionMismatchError, VersionTimeoutError
 from etha_ray.tensor_bus.commands import HIGHEST_VERSION, WaitVersion
 from etha_ray.tensor_bus.waits import Waits
 
@@ -40,9 +40,15 @@ class Holding(msgspec.Struct, frozen=True, omit_defaults=True):
     why: str = ""
 
     @classmethod
-    def decode(cls, data: bytes) -> Holding:
-        """Back from `encode`."""
-        return _decoder.decode(data)
+    def decode(cls, data: bytes, batch_id: str) -> Holding:
+        """Back from `encode`; raises `AgentFailedError` for bytes that are none."""
+        try:
+            return _decoder.decode(data)
+        except msgspec.DecodeError as error:
+            raise AgentFailedError(
+                f"batch {batch_id!r}: what its agent's state file says of its version cannot be read ({error}): another program, or another"
+                " version of etha_ray, writes to that file; close the batch, and register it again"
+            ) from error
 
     def encode(self) -> bytes:
         """As it stands in the state file."""

@@ -97,6 +97,13 @@ def find_agent(agent_rank: int, state_path: str, queue_path: str, timeout: float
         time.sleep(_PAUSE)
 
 
+def _same(path: str, other: str) -> bool:
+    try:
+        return os.path.realpath(path) == os.path.realpath(other)
+    except ValueError:  # what the file says is no path
+        return False
+
+
 def _live_agent(agent_rank: int, state_path: str, queue_path: str) -> tuple[StateFile, AgentWatch] | str:
     """Open the state file of a live agent, or say why there is none."""
     try:
@@ -109,7 +116,7 @@ def _live_agent(agent_rank: int, state_path: str, queue_path: str) -> tuple[Stat
             reason = "the agent has not said who it is"
         elif record.rank != agent_rank:
             reason = f"agent {record.rank} serves there"
-        elif os.path.realpath(record.command_queue_path) != os.path.realpath(queue_path):
+        elif not _same(record.command_queue_path, queue_path):
             reason = f"that agent's queue is {record.command_queue_path}"
         elif abs(time.time() - beat) > FAILURE_TIMEOUT:
             reason = f"the last heartbeat of agent {record.rank} (pid {record.pid}) is {time.time() - beat:.1f} s old"

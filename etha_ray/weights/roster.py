@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from etha_ray.decoding import Decoder
-from etha_ray.errors import ConfigError
+from etha_ray.errors import ConfigError, TransferError
 from etha_ray.layout import Layout, MeshSpec
 from etha_ray.weights.layouts import Seat
 from etha_ray.weights.link import Link
@@ -68,7 +68,12 @@ class Roster:
         """Wait for what rank 0 says. On the others."""
         self.link.transfer(session, timeout)
         data = bytes(self._said.tolist())
-        return _decoder.decode(data[4 : 4 + int.from_bytes(data[:4], "little")])
+        try:
+            return _decoder.decode(data[4 : 4 + int.from_bytes(data[:4], "little")])
+        except msgspec.DecodeError as error:
+            raise TransferError(
+                f"{self._batch_id}: what rank 0 says of its push cannot be read ({error}): run the same version of etha_ray on all ranks"
+            ) from error
 
     def _connect(self, parties: Parties) -> Session:
         leads = self._seat.rank == 0
