@@ -54,6 +54,8 @@ class Outcomes:
             logger.error("agent failed on %s", type(command).__name__, exc_info=error)
         kind = type(error).__name__ if known else "AgentFailedError"
         self._history.failed(kind)
+        if command.semaphore_name is None:
+            logger.debug("nobody waits for a %s that failed: %s", type(command).__name__, error)
         outcome = Failed(
             kind=kind,
             message=str(error) if known else f"{type(error).__name__}: {error}",

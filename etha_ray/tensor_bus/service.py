@@ -78,6 +78,8 @@ from etha_ray.tensor_bus.workers import Worker, Workers
 
 logger = logging.getLogger(__name__)
 
+_IGNORED = "a %s is ignored: there is no registration %r here"
+
 _LAST_BREATH = 10.0
 """Seconds in which a process that is dead lets go of all its memory, and so do those that it has forked, if they end with it."""
 
@@ -378,14 +380,17 @@ class BusService:
         else:
             own = message.source if isinstance(message, (DataRead, DataTaken, DataRefused)) else message.target
         batch = self._batches.find(own)
-        if batch is None:
-            return  # closed meanwhile, and the sender has been told
+        if batch is None:  # closed meanwhile, and the sender has been told
+            logger.debug(_IGNORED, type(message).__name__, own)
+            return
         batch.hear(message)
 
     def _on_registration_closed(self, message: RegistrationClosed) -> None:
         batch = self._batches.find(message.target)
-        if batch is not None:
-            batch.lose(message)
+        if batch is None:
+            logger.debug(_IGNORED, type(message).__name__, message.target)
+            return
+        batch.lose(message)
 
     def _loop_back(self, message: Message) -> None:
         # As a job's result, not through the queue: that may be full, and only this loop empties it.

@@ -12,7 +12,7 @@ import pytest
 
 from etha_ray.errors import ConfigError, StoreError, StoreTimeoutError, StoreUnavailableError
 from etha_ray.kvstore import EtcdStore, KVStore
-from etha_ray.kvstore.etcd import _CHUNK
+from etha_ray.kvstore.etcd import _CHUNK, _MARK
 from etha_ray.testing.etcd_server import EtcdAddress, EtcdServer
 from tests.contracts.kvstore import KVStoreContract, MakeStore, StoreInAProcess, in_processes
 from tests.kvstore.etcd_server import open_store
@@ -55,6 +55,16 @@ def test_small_values_are_stored_as_they_are(store: EtcdStore, raw: Any, namespa
     raw.put(f"{namespace}/tensorbus/empty", b"")
     assert store.list() == {"k": b"\xfe\0", "empty": b""}
     assert store.compare_and_set("k", b"\xfe\0", b"1") == b"1"
+
+
+def test_what_another_program_wrote_there_is_told(store: EtcdStore, raw: Any, namespace: str) -> None:
+    raw.put(f"{namespace}/tensorbus/k", _MARK + b"x")
+    with pytest.raises(StoreError, match="/k' in .* is damaged"):
+        store.get("k")
+    raw.delete(f"{namespace}/tensorbus/k")
+    raw.put(f"{namespace}/tensorbus/".encode() + b"\xff", b"1")
+    with pytest.raises(StoreError, match="is no text"):
+        store.list()
 
 
 def test_nothing_is_left_after_close(etcd: EtcdAddress, raw: Any, namespace: str) -> None:
