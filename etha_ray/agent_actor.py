@@ -20,7 +20,7 @@ from etha_ray.metrics import RayMetrics
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.inspection import encode_seen, inspect_agent
 from etha_ray.tensor_bus.leftovers import remove_dead_agents
-from etha_ray.tensor_bus.ray_lookup import PoolEntry, PoolSettings
+from etha_ray.tensor_bus.ray_lookup import PoolEntry, PoolSettings, encoded, pool_settings
 
 RAY_NAMESPACE = "etha_ray"
 """Ray namespace of the agents' names, ``{pool namespace}/agent{rank}``."""
@@ -31,13 +31,15 @@ _START_TIMEOUT = 120.0
 class AgentActor:
     """The Ray actor around one agent. Its loop runs on a thread, so `health` and `describe` answer during transfers.
 
+    What Ray carries between processes it pickles. So what goes in and comes out here is of Python's own types alone.
+
     Args:
         rank: the agent's rank in its pool.
         namespace: the pool.
         device: "cpu" or "cuda:N", N being the node's own number of the GPU.
         neighbours: ranks of the agents on this node, who share its cores.
         pool_size: agents in the pool.
-        settings: what it has in common with the others.
+        settings: what it has in common with the others, `encoded`.
     """
 
     has_process = True
@@ -50,13 +52,14 @@ class AgentActor:
         device: str,
         neighbours: Sequence[int],
         pool_size: int,
-        settings: PoolSettings,
+        settings: bytes,
     ) -> None:
+        common = pool_settings(namespace, settings)
         ordinal = self._take_process(device)
         if rank == min(neighbours):
             remove_dead_agents(namespace, first_rank=pool_size)
         cores = len(os.sched_getaffinity(0))
-        self._store = create_store(settings.store, namespace=namespace)
+        self._store = create_store(common.store, namespace=namespace)
         self._agent = TensorBusAgent(
             rank,
             self._store,
@@ -65,9 +68,9 @@ class AgentActor:
             ordinal=ordinal,
             threads=max(1, cores // len(neighbours)),
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
-            memory_budget=settings.memory_budget,
-            integrity=settings.integrity,
-            transport=settings.transport,
+            memory_budget=common.memory_budget,
+            integrity=common.integrity,
+            transport=common.transport,
             observer=RayMetrics(namespace, rank),
             restarts=True,
         )
@@ -159,7 +162,7 @@ def start_actors(namespace: str, entries: Sequence[PoolEntry], settings: PoolSet
                 scheduling_strategy=NodeAffinitySchedulingStrategy(entry.node_id, soft=False),
             )
             size = entries[-1].rank + 1
-            actors.append(options.remote(entry.rank, namespace, entry.device, neighbours[entry.node_id], size, settings))
+            actors.append(options.remote(entry.rank, namespace, entry.device, neighbours[entry.node_id], size, encoded(settings)))
     except ValueError as error:
         for actor in actors:
             ray.kill(actor)

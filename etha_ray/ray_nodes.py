@@ -24,7 +24,10 @@ _T = TypeVar("_T")
 
 
 def on_cluster(call: Callable[..., _T], *args: Any) -> _T:
-    """The call's result, made where Ray's GCS can be reached: here, or in a task if this driver is a Ray Client (ray://)."""
+    """The call's result, made where Ray's GCS can be reached: here, or in a task if this driver is a Ray Client (ray://).
+
+    Give and return Python's own types alone: Ray pickles them.
+    """
     if not ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
         return call(*args)
     result: _T = ray.get(ray.remote(call).options(num_cpus=0).remote(*args))
@@ -76,9 +79,9 @@ def clean_nodes(entries: Sequence[PoolEntry]) -> None:
     """Remove the files of these agents on the nodes that still live."""
     alive = {node["NodeID"] for node in live_nodes()}
     remote = ray.remote(_clean)
-    by_node: dict[str, list[AgentPaths]] = {}
+    by_node: dict[str, list[tuple[str, str]]] = {}
     for entry in entries:
-        by_node.setdefault(entry.node_id, []).append(AgentPaths(entry.command_queue_path, entry.state_path))
+        by_node.setdefault(entry.node_id, []).append((entry.command_queue_path, entry.state_path))
     calls = [
         remote.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(paths)
         for node_id, paths in by_node.items()
@@ -87,9 +90,9 @@ def clean_nodes(entries: Sequence[PoolEntry]) -> None:
     ray.wait(calls, num_returns=len(calls), timeout=START_TIMEOUT)
 
 
-def _clean(paths: list[AgentPaths]) -> None:
-    """Remove the files of killed agents, whose processes may take a moment to end."""
+def _clean(paths: list[tuple[str, str]]) -> None:
+    """Remove the files of killed agents (queue and state), whose processes may take a moment to end."""
     deadline = time.monotonic() + STOP_TIMEOUT / 2
-    for each in paths:
-        while not remove_files(each) and time.monotonic() < deadline:
+    for queue, state in paths:
+        while not remove_files(AgentPaths(queue, state)) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -24,7 +24,17 @@ from etha_ray.kvstore import create_store
 from etha_ray.net import no_listener
 from etha_ray.ray_nodes import START_TIMEOUT, STOP_TIMEOUT, clean_nodes, live_nodes, on_cluster, places
 from etha_ray.tensor_bus.inspection import SeenAgent, decode_seen
-from etha_ray.tensor_bus.ray_lookup import PoolEntry, PoolSettings, extend_pool, read_pool, read_settings, withdraw_pool, write_pool
+from etha_ray.tensor_bus.ray_lookup import (
+    PoolEntry,
+    PoolSettings,
+    encoded,
+    extend_pool,
+    pool_entries,
+    pool_settings,
+    stored_pool,
+    withdraw_pool,
+    write_pool,
+)
 from etha_ray.transport.network import DEFAULT_MEMORY_BUDGET
 
 logger = logging.getLogger(__name__)
@@ -89,9 +99,10 @@ class AgentPool:
             AgentFailedError: an agent did not start; then none was added.
         """
         with self._lock:
-            known, settings = on_cluster(read_pool, self.namespace), on_cluster(read_settings, self.namespace)
-            if self._down or settings is None:
+            table, stored = on_cluster(stored_pool, self.namespace)
+            if self._down or stored is None:
                 raise AgentNotFoundError(f"pool {self.namespace!r} was shut down: launch another one")
+            known, settings = pool_entries(self.namespace, table), pool_settings(self.namespace, stored)
             self._adopt(known)
             served = {entry.node_id for entry in known}
             joined = [place for place in (places("auto") if settings.auto else []) if place[0] not in served]
@@ -100,7 +111,7 @@ class AgentPool:
             actors = start_actors(self.namespace, new, settings)
             _wait_or_end(self.namespace, new, actors)
             if new:
-                on_cluster(extend_pool, self.namespace, new)
+                on_cluster(extend_pool, self.namespace, encoded(new))
             self._entries, self._actors = (*self._entries, *new), (*self._actors, *actors)
             return [entry.rank for entry in new]
 
@@ -184,7 +195,7 @@ def launch_agents(
     entries = [entry_of(namespace, rank, node_id, device) for rank, (node_id, device) in enumerate(placed)]
     actors = start_actors(namespace, entries, settings)
     _wait_or_end(namespace, entries, actors)
-    on_cluster(write_pool, namespace, entries, settings)
+    on_cluster(write_pool, namespace, encoded(entries), encoded(settings))
     return AgentPool(namespace, entries, actors)
 
 
@@ -212,7 +223,7 @@ def find_pool(namespace: str | None = None) -> AgentPool:
         AgentNotFoundError: (a ConnectionError) there is none.
     """
     namespace = _pool_name(namespace)
-    entries = on_cluster(read_pool, namespace)
+    entries = pool_entries(namespace, on_cluster(stored_pool, namespace)[0])
     found = [(entry, actor) for entry in entries if (actor := find_actor(namespace, entry.rank)) is not None]
     if not found:
         raise AgentNotFoundError(f"no pool named {namespace!r} runs on this Ray cluster: start one with `etha-ray up`")
@@ -223,7 +234,7 @@ def seen_agents(namespace: str, timeout: float = 5.0) -> list[SeenAgent]:
     """What the agents of a pool of this Ray cluster show; those that do not say so within ``timeout`` seconds are unreachable."""
     calls: dict[Any, PoolEntry] = {}
     found = []
-    for entry in on_cluster(read_pool, namespace):
+    for entry in pool_entries(namespace, on_cluster(stored_pool, namespace)[0]):
         actor = find_actor(namespace, entry.rank)
         if actor is None:
             found.append(_unreachable(entry))

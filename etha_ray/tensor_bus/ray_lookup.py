@@ -51,19 +51,34 @@ _entries = Decoder(list[PoolEntry])
 _settings = Decoder(PoolSettings)
 
 
-def write_pool(namespace: str, entries: list[PoolEntry], settings: PoolSettings) -> None:
+def encoded(value: list[PoolEntry] | PoolSettings) -> bytes:
+    """As the GCS has it, and as it goes through Ray, which pickles what it is given."""
+    return msgspec.msgpack.encode(value)
+
+
+def pool_entries(namespace: str, stored: bytes | None) -> list[PoolEntry]:
+    """The agents of a pool, by rank, as `stored_pool` gave them; empty when there is none. Raises `StoreError` for what is none."""
+    return [] if stored is None else _decoded(stored, _entries, namespace)
+
+
+def pool_settings(namespace: str, stored: bytes) -> PoolSettings:
+    """The settings of a pool, as `stored_pool` gave them. Raises `StoreError` for what is none."""
+    return _decoded(stored, _settings, namespace)
+
+
+def write_pool(namespace: str, entries: bytes, settings: bytes) -> None:
     """Publish a new pool. Needs an initialised Ray."""
     withdraw_pool(namespace)
     with _opened(namespace) as store:
-        store.set_bytes(_SETTINGS, msgspec.msgpack.encode(settings))
-        store.set_bytes(_TABLE, msgspec.msgpack.encode(entries))
+        store.set_bytes(_SETTINGS, settings)
+        store.set_bytes(_TABLE, entries)
 
 
-def extend_pool(namespace: str, entries: list[PoolEntry]) -> None:
+def extend_pool(namespace: str, entries: bytes) -> None:
     """Publish agents that have joined a pool; workers find the others all the while."""
-    table = [*read_pool(namespace), *entries]
     with _opened(namespace) as store:
-        store.set_bytes(_TABLE, msgspec.msgpack.encode(table))
+        table = [*pool_entries(namespace, store.get_bytes(_TABLE)), *pool_entries(namespace, entries)]
+        store.set_bytes(_TABLE, encoded(table))
 
 
 def withdraw_pool(namespace: str) -> None:
@@ -72,18 +87,10 @@ def withdraw_pool(namespace: str) -> None:
         store.delete_prefix("")
 
 
-def read_settings(namespace: str) -> PoolSettings | None:
-    """The settings of a pool that `write_pool` published; None when there is none. Needs an initialised Ray."""
+def stored_pool(namespace: str) -> tuple[bytes | None, bytes | None]:
+    """The agents and the settings that `write_pool` published; None where there is no pool. Needs an initialised Ray."""
     with _opened(namespace) as store:
-        settings = store.get_bytes(_SETTINGS)
-    return None if settings is None else _decoded(settings, _settings, namespace)
-
-
-def read_pool(namespace: str) -> list[PoolEntry]:
-    """The agents of a pool that `write_pool` published, by rank; empty when there is none. Needs an initialised Ray."""
-    with _opened(namespace) as store:
-        table = store.get_bytes(_TABLE)
-    return [] if table is None else _decoded(table, _entries, namespace)
+        return store.get_bytes(_TABLE), store.get_bytes(_SETTINGS)
 
 
 def find_agent_on_node(namespace: str) -> PoolEntry | None:
@@ -100,7 +107,7 @@ def find_agent_on_node(namespace: str) -> PoolEntry | None:
         if table is None:
             return None
         node_id = ray.get_runtime_context().get_node_id()
-        here = [entry for entry in _decoded(table, _entries, namespace) if entry.node_id == node_id]
+        here = [entry for entry in pool_entries(namespace, table) if entry.node_id == node_id]
         gpus = ray.get_gpu_ids()
         if gpus and not in_local_mode():  # where it gives the machine's, whatever an actor asked for
             return next((entry for entry in here if entry.device == f"cuda:{gpus[0]}"), None)

@@ -59,7 +59,7 @@ def test_small_values_are_stored_as_they_are(store: EtcdStore, raw: Any, namespa
 
 def test_what_another_program_wrote_there_is_told(store: EtcdStore, raw: Any, namespace: str) -> None:
     raw.put(f"{namespace}/tensorbus/k", _MARK + b"x")
-    with pytest.raises(StoreError, match="/k' in .* is damaged"):
+    with pytest.raises(StoreError, match=r"/k' in .* is damaged"):
         store.get("k")
     raw.delete(f"{namespace}/tensorbus/k")
     raw.put(f"{namespace}/tensorbus/".encode() + b"\xff", b"1")

@@ -221,8 +221,14 @@ def _pool() -> dict[str, Input]:
 
     seen = SeenAgent(3, "running", 1.5, ("/q", "/s"), 0.5, AGENT, STATUS_VALUE, (PAST,))
     return {
-        "GCS: pool": Input(msgspec.msgpack.encode(entries), reader(ray_lookup._TABLE, ray_lookup.read_pool)),
-        "GCS: settings": Input(msgspec.msgpack.encode(settings), reader(ray_lookup._SETTINGS, ray_lookup.read_settings)),
+        "GCS: pool": Input(
+            msgspec.msgpack.encode(entries),
+            reader(ray_lookup._TABLE, lambda pool: ray_lookup.pool_entries(pool, ray_lookup.stored_pool(pool)[0])),
+        ),
+        "GCS: settings": Input(
+            msgspec.msgpack.encode(settings),
+            reader(ray_lookup._SETTINGS, lambda pool: ray_lookup.pool_settings(pool, ray_lookup.stored_pool(pool)[1] or b"")),
+        ),
         "Ray: what an agent shows": Input(encode_seen(seen), _bare(decode_seen), "nothing"),
     }
 
