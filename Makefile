@@ -73,7 +73,7 @@ chaos: $(STAMP)  ## Kill, stop and cut off 500 times while weights cross; half a
 soak: $(STAMP)  ## 10,000 syncs between two processes and two agents: memory and open files must not grow
 	$(BIN)/python -m tests.soak --syncs 10000
 
-fuzz: $(STAMP)  ## 100,000 commands and many store values that are nearly right
+fuzz: $(STAMP)  ## 100,000 commands and as many replies that are nearly right, and 20,000 values for each kind of place where bytes are read
 	ETHA_RAY_FUZZ=100000 $(BIN)/python -m pytest -q tests/security --timeout 3600
 
 lint: $(STAMP)  ## ruff: style and format
