@@ -7,12 +7,15 @@ The commands themselves are kept, so that the next agent does what the first one
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 
 from etha_ray.decoding import Decoder
+from etha_ray.errors import EthaRayError
 from etha_ray.tensor_bus.commands import Announce, BaseCommand, Hello, InitPair, RegisterTensors
 from etha_ray.tensor_bus.messages import decode_command, encode_command
 from etha_ray.tensor_bus.records import fingerprint
@@ -109,6 +112,15 @@ class Journal:
             if hello.client_id != client_id:
                 raise ValueError(f"it is that of client {hello.client_id!r}")
             found[client_id] = ServedClient(hello)
+
+
+@contextmanager
+def restoring(what: str, name: str) -> Iterator[None]:
+    """What is taken up in this block: where it was damaged, or does not fit any more, it is left, and keeps nothing else from it."""
+    try:
+        yield
+    except (EthaRayError, ValueError) as error:
+        logger.error("%s %r cannot be taken up again: %s", what, name, error)
 
 
 def _kept(command: Announce | Hello | InitPair | RegisterTensors) -> bytes:

@@ -6,10 +6,9 @@ Nothing here waits: whatever takes time is a job (see `jobs`), and pairs, batche
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,7 +47,7 @@ from etha_ray.tensor_bus.commands import (
 )
 from etha_ray.tensor_bus.history import History
 from etha_ray.tensor_bus.jobs import Jobs
-from etha_ray.tensor_bus.journal import Journal
+from etha_ray.tensor_bus.journal import Journal, restoring
 from etha_ray.tensor_bus.leftovers import sweep
 from etha_ray.tensor_bus.links import Links
 from etha_ray.tensor_bus.messages import (
@@ -77,8 +76,6 @@ from etha_ray.tensor_bus.withdrawals import Withdrawals
 from etha_ray.tensor_bus.workers import Worker, Workers
 
 logger = logging.getLogger(__name__)
-
-_IGNORED = "a %s is ignored: there is no registration %r here"
 
 _LAST_BREATH = 10.0
 """Seconds in which a process that is dead lets go of all its memory, and so do those that it has forked, if they end with it."""
@@ -168,13 +165,13 @@ class BusService:
                 self._forget(worker.client_id)
                 continue
             for command, slot in client.pairs:
-                with _restoring("pair", command.pair_name):
+                with restoring("pair", command.pair_name):
                     self._pairing.restore(worker, command, slot)
             for announced in client.notices:
-                with _restoring("notice", announced.slot):
+                with restoring("notice", announced.slot):
                     self._notices.announce(worker, announced)
             for registered in client.batches:
-                with _restoring("batch", registered.batch_id):
+                with restoring("batch", registered.batch_id):
                     self._batches.restore(worker, registered)
 
     def handle_left_over(self, message: Message) -> None:
@@ -379,18 +376,20 @@ class BusService:
             own = message.relay
         else:
             own = message.source if isinstance(message, (DataRead, DataTaken, DataRefused)) else message.target
-        batch = self._batches.find(own)
-        if batch is None:  # closed meanwhile, and the sender has been told
-            logger.debug(_IGNORED, type(message).__name__, own)
-            return
-        batch.hear(message)
+        batch = self._found(own, message)
+        if batch is not None:
+            batch.hear(message)
 
     def _on_registration_closed(self, message: RegistrationClosed) -> None:
-        batch = self._batches.find(message.target)
-        if batch is None:
-            logger.debug(_IGNORED, type(message).__name__, message.target)
-            return
-        batch.lose(message)
+        batch = self._found(message.target, message)
+        if batch is not None:
+            batch.lose(message)
+
+    def _found(self, registration: str, message: Message) -> Batch | None:
+        batch = self._batches.find(registration)
+        if batch is None:  # closed meanwhile, and the sender has been told
+            logger.debug("a %s is ignored: there is no registration %r here", type(message).__name__, registration)
+        return batch
 
     def _loop_back(self, message: Message) -> None:
         # As a job's result, not through the queue: that may be full, and only this loop empties it.
@@ -399,12 +398,3 @@ class BusService:
     def _on_agent_lost(self, incarnation: str, reason: str) -> None:
         for batch in self._batches.all():
             batch.lose_agent(incarnation, reason)
-
-
-@contextlib.contextmanager
-def _restoring(what: str, name: str) -> Iterator[None]:
-    """What was damaged, or does not fit any more, is not taken up, and keeps nothing else from it."""
-    try:
-        yield
-    except (EthaRayError, ValueError) as error:
-        logger.error("%s %r cannot be taken up again: %s", what, name, error)

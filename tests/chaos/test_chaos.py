@@ -14,7 +14,7 @@ BUSY = 20.0
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("kills", "with_ray"), [pytest.param(12, False, id="hosts"), pytest.param(4, True, id="Ray's actors", marks=pytest.mark.slow)]
+    ("kills", "with_ray"), [pytest.param(9, False, id="hosts"), pytest.param(4, True, id="Ray's actors", marks=pytest.mark.slow)]
 )
 def test_a_few_kills(kills: int, with_ray: bool, tmp_path: Path) -> None:
     result = play(kills=kills, seed=20261126, folder=tmp_path, limit=BUSY, with_ray=with_ray)

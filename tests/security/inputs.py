@@ -32,9 +32,11 @@ from etha_ray.tensor_bus.journal import JoinedPair, Journal
 from etha_ray.tensor_bus.manifests import Manifests
 from etha_ray.tensor_bus.members import gone_among, members_of, raise_if_refused, release
 from etha_ray.tensor_bus.messages import decode_command, encode_command
+from etha_ray.tensor_bus.network import _pool_secret
 from etha_ray.tensor_bus.queue_entry import _AFTER_CHECKSUM, _CHECKSUM, pack_entry, unpack_entry
 from etha_ray.tensor_bus.ray_lookup import PoolEntry, PoolSettings
 from etha_ray.tensor_bus.records import (
+    SECRET_KEY,
     AgentRecord,
     BatchRecord,
     Differences,
@@ -143,6 +145,40 @@ def _store(store: KVStore) -> dict[str, Input]:
 
         return Input(encode(value), put_and_read)
 
+    def records(prefix: str, kind: type[Any]) -> list[Any]:
+        return [decode(value, kind, key) for key, value in store.list(prefix).items()]
+
+    def secret(data: bytes) -> object:
+        store.set_bytes(SECRET_KEY, data)
+        try:
+            return handshake.check_secret(_pool_secret(store))
+        finally:
+            store.delete_prefix("")
+
+    notice = NoticeRecord("attempt", "77-c", 77, 1.5, AGENT, b"data")
+    slot = notice_prefix("topic") + "slot"
+    return {
+        **_bodies(store),
+        "store: AgentRecord": at(agent_key(3), AGENT, lambda: gone_among(store, [MEMBER])),
+        "store: MemberRecord": at(pair_prefix("p", "a") + "0", MEMBER, lambda: members_of(store, "p", "a")),
+        "store: MemberRecord, one's own place": at("place", MEMBER, lambda: release(store, "place", MEMBER)),
+        "store: NoticeRecord": at(slot, notice, lambda: gone_among(store, records(notice_prefix("topic"), NoticeRecord))),
+        "store: ReplicaRecord": at(
+            replica_key("p", "a", "x", 0),
+            ReplicaRecord(MEMBER, 0, 2, 5),
+            lambda: gone_among(store, (record.member for record in records(replica_prefix("p"), ReplicaRecord))),
+        ),
+        "store: BatchRecord": at("batch/x/p/a/attempt", BATCH, lambda: records("batch/x/p/a/", BatchRecord)),
+        "store: Verdict": at(verdict_key("attempt"), Verdict("PairError", "why", ("x",)), lambda: raise_if_refused(store, "attempt")),
+        "store: secret": Input(bytes(handshake.SECRET_BYTES), secret, "nothing"),
+        "store: weights' table": Input(msgspec.msgpack.encode(TABLE), lambda data: tables.decode_table(zlib.compress(data))),
+        "store: weights' notice": Input(tables.encode_notice(tables.Notice("token", 2, "digest")), tables.decode_notice),
+    }
+
+
+def _bodies(store: KVStore) -> dict[str, Input]:
+    """What is stored under its digest."""
+
     def by_digest(value: Manifest | Differences | PlanInputs) -> Input:
         def put_and_read(data: bytes) -> object:
             digest = fingerprint(data)
@@ -165,29 +201,11 @@ def _store(store: KVStore) -> dict[str, Input]:
         finally:
             store.delete_prefix("")
 
-    def records(prefix: str, kind: type[Any]) -> list[Any]:
-        return [decode(value, kind, key) for key, value in store.list(prefix).items()]
-
-    notice = NoticeRecord("attempt", "77-c", 77, 1.5, AGENT, b"data")
-    slot = notice_prefix("topic") + "slot"
     return {
-        "store: AgentRecord": at(agent_key(3), AGENT, lambda: gone_among(store, [MEMBER])),
-        "store: MemberRecord": at(pair_prefix("p", "a") + "0", MEMBER, lambda: members_of(store, "p", "a")),
-        "store: MemberRecord, one's own place": at("place", MEMBER, lambda: release(store, "place", MEMBER)),
-        "store: NoticeRecord": at(slot, notice, lambda: gone_among(store, records(notice_prefix("topic"), NoticeRecord))),
-        "store: ReplicaRecord": at(
-            replica_key("p", "a", "x", 0),
-            ReplicaRecord(MEMBER, 0, 2, 5),
-            lambda: gone_among(store, (record.member for record in records(replica_prefix("p"), ReplicaRecord))),
-        ),
-        "store: BatchRecord": at("batch/x/p/a/attempt", BATCH, lambda: records("batch/x/p/a/", BatchRecord)),
-        "store: Verdict": at(verdict_key("attempt"), Verdict("PairError", "why", ("x",)), lambda: raise_if_refused(store, "attempt")),
         "store: Manifest": by_digest(Manifest((SPEC, TensorSpec("int8", (3,))))),
         "store: Differences": by_digest(Differences({1: SPEC})),
         "store: Differences, applied": Input(encode(Differences({1: SPEC})), differing),
         "store: PlanInputs": by_digest(PlanInputs(("planner",), ("tensor",))),
-        "store: weights' table": Input(msgspec.msgpack.encode(TABLE), lambda data: tables.decode_table(zlib.compress(data))),
-        "store: weights' notice": Input(tables.encode_notice(tables.Notice("token", 2, "digest")), tables.decode_notice),
     }
 
 
