@@ -11,7 +11,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeAlias, TypeVar
 
 from etha_ray.errors import ConfigError, StoreClosedError, StoreTimeoutError, ValueTooLargeError
@@ -271,7 +271,7 @@ class KVStore(ABC):
     def _wait(self, prefix: str, look: Callable[[], T | None], timeout: float, missing: Callable[[], str]) -> T:
         """Calls ``look`` now and after every change under ``prefix`` until it returns something else than None."""
         deadline = time.monotonic() + timeout
-        with self._changes(prefix) as wait_for_change:
+        with self._within(deadline), self._changes(prefix) as wait_for_change:
             while True:
                 found = look()
                 if found is not None:
@@ -280,6 +280,13 @@ class KVStore(ABC):
                     raise StoreTimeoutError(f"{missing()} within {timeout:g} s in {self!r}")
                 wait_for_change(deadline)
                 self._check_open()
+
+    def _within(self, deadline: float) -> AbstractContextManager[None]:
+        """Has requests that this thread makes in the block give a silent backend up about at the deadline (of `time.monotonic`).
+
+        What can be silent overrides it, with `patience.Patience`; without a wait a request has at most `patience.OUTAGE`.
+        """
+        return nullcontext()
 
     def _changes(self, prefix: str) -> AbstractContextManager[Sleep]:
         """What a wait sleeps on; a backend that can tell of changes overrides it.

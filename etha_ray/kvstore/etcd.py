@@ -22,9 +22,9 @@ import random
 import struct
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 from etha_ray.errors import ConfigError, LeaseExpiredError, StoreError
 from etha_ray.kvstore.base import Change, KVStore, Sleep
@@ -42,16 +42,13 @@ from etha_ray.kvstore.etcd_client import (
 from etha_ray.kvstore.etcd_txn import Commit, Transactions, delete_op, exists, put_op, unchanged
 from etha_ray.kvstore.etcd_watch import Watches
 from etha_ray.kvstore.lease import Grant
+from etha_ray.kvstore.patience import OUTAGE
 from etha_ray.kvstore.url import host_and_port
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-OUTAGE = 30.0
-"""Seconds that a request keeps trying while no endpoint answers."""
 CONNECT = 5.0
-"""The same for the first request, which is more likely to have a wrong address."""
+"""Seconds that the first request keeps trying while no endpoint answers: it is more likely to have a wrong address."""
 
 _MARK = bytes.fromhex("a3c4f2d90b6e4e5c8f17d85b20619e74")
 """Random, once: no value begins with it by chance. One that does is cut into chunks, however small."""
@@ -138,9 +135,8 @@ class EtcdStore(KVStore):
     def _where(self) -> str:
         return self._client.where
 
-    def _wait(self, prefix: str, look: Callable[[], T | None], timeout: float, missing: Callable[[], str]) -> T:
-        with self._client.no_longer_than(time.monotonic() + timeout):
-            return super()._wait(prefix, look, timeout, missing)
+    def _within(self, deadline: float) -> AbstractContextManager[None]:
+        return self._client.no_longer_than(deadline)
 
     def _get(self, full: str) -> bytes | None:
         return self._followed(full, *self._entry(full))[0]

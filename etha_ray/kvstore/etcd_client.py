@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from etha_ray.errors import ConfigError, OptionalDependencyError, StoreClosedError, StoreError, StoreUnavailableError
+from etha_ray.kvstore.patience import ATTEMPT, LEAVE
 
 try:
     import grpc
@@ -44,12 +45,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ATTEMPT = 5.0
-"""Seconds that one attempt may take; an endpoint that is silent for so long is left for the next."""
 _PAUSE = 0.1
 """Seconds between two rounds through the endpoints."""
-_LEAVE = 2.0
-"""Seconds that an attempt may take once the store is being closed."""
 _PAGE = 64
 """Keys read in one request, so that their values come within `ATTEMPT` on a slow network, too."""
 _OPTIONS = (
@@ -251,7 +248,7 @@ class EtcdClient:
 
     def _how(self, at: int) -> dict[str, Any]:
         """Metadata and deadline of a request, with a token if this client needs one."""
-        timeout = min(_LEAVE if self.closing.is_set() else ATTEMPT, self._patience)
+        timeout = min(LEAVE if self.closing.is_set() else ATTEMPT, self._patience)  # who is silent for so long is left for the next
         token = self._token
         if token is None and self._security.user is not None:
             asked = etcdrpc.AuthenticateRequest(name=self._security.user, password=self._security.password)

@@ -33,7 +33,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -41,6 +41,7 @@ from typing import Protocol
 from etha_ray.errors import OptionalDependencyError, StoreError, StoreUnavailableError
 from etha_ray.kvstore.base import Change
 from etha_ray.kvstore.lease_records import RecordLeases
+from etha_ray.kvstore.patience import OUTAGE, Patience
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ _MARK = 16
 _VALUE, _FLAG, _SLOT = b"v/", b"f/", b"s/"
 _BACK_OFF = 0.002
 _LIST_CHUNK = 64
+_TOO_LARGE = 8  # gRPC's RESOURCE_EXHAUSTED: together the values are more than one message holds
 _FILLED, _EMPTIED = b"\x01", b"\x00"
 # Slots looked at in one round trip: the next few, which is where the end is when others update too, then ever farther ones, which
 # finds the end of a long row in a logarithmic number of trips.
@@ -69,21 +71,25 @@ class GcsStore(RecordLeases):
     """A `KVStore` on Ray's GCS, for drivers, tasks and actors of one cluster; the keys live as long as the cluster.
 
     `set`, `get` and `exists` are one round trip to the GCS (about 0.3 ms on one host), `delete` is two; a key that `add`, `append` or
-    `compare_and_set` has updated takes two to read. A wait polls every 1 to 10 ms. Survives the death of any process but the GCS's.
-    Leases are kept by records, see `lease_records`.
+    `compare_and_set` has updated takes two to read. A wait polls every 1 to 10 ms. Leases are kept by records, see `lease_records`.
+
+    **Outages.** Survives the death of any process but the GCS's. A request that the GCS does not answer for ``timeout`` seconds raises
+    `StoreUnavailableError`, and what it was to change was changed or not; a wait raises it when its own time ends meanwhile, or some
+    seconds later. Once the GCS answers again, so does the store. Without one, Ray itself ends all processes of the cluster after 60 s.
+
     In Ray's local_mode, where all is one process, the keys are in its memory.
     """
 
     # The GCS's gRPC takes 512 MiB a message, and reading an updated key may bring its first and its last value in one.
     max_value_bytes = 250 * 2**20
 
-    def __init__(self, namespace: str = "default", component: str = "tensorbus", timeout: float = 3600.0) -> None:
-        """``timeout`` bounds, in seconds, how long one request waits for a GCS that does not answer.
+    def __init__(self, namespace: str = "default", component: str = "tensorbus", timeout: float = OUTAGE) -> None:
+        """``timeout`` bounds, in seconds, how long one request waits for a GCS that does not answer; `OUTAGE` at most.
 
         Raises `OptionalDependencyError` without Ray, `StoreUnavailableError` if Ray is not initialised in this process.
         """
         super().__init__(namespace, component)
-        self.timeout = timeout
+        self._patience = Patience(timeout, self._closing)
         self._ends: dict[str, tuple[bytes, int]] = {}  # per updated key: the mark, and a slot known to be there
         with self._calls():
             pass
@@ -91,17 +97,20 @@ class GcsStore(RecordLeases):
     def _where(self) -> str:
         return "gcs://"
 
+    def _within(self, deadline: float) -> AbstractContextManager[None]:
+        return self._patience.until(deadline)
+
     def _stored_get(self, full: str) -> bytes | None:
         read = self._read(full)
         return None if read is None else read.value
 
     def _set(self, full: str, data: bytes) -> None:
         with self._calls() as kv:
-            kv.internal_kv_put(_value_key(full), os.urandom(_MARK) + data, True, _TABLE, self.timeout)
+            kv.internal_kv_put(_value_key(full), os.urandom(_MARK) + data, True, _TABLE, self._patience.seconds)
 
     def _stored_delete(self, full: str) -> bool:
         with self._calls() as kv:
-            return kv.internal_kv_del(_value_key(full), False, _TABLE, self.timeout) == 1
+            return kv.internal_kv_del(_value_key(full), False, _TABLE, self._patience.seconds) == 1
 
     def _stored_update(self, full: str, change: Change) -> bytes | None:
         for losses in count():
@@ -119,21 +128,21 @@ class GcsStore(RecordLeases):
         """Puts the slot after the one that was read; whether this process won it."""
         with self._calls() as kv:
             if not read.flagged:
-                kv.internal_kv_put(_flag_key(full), b"", True, _TABLE, self.timeout)
+                kv.internal_kv_put(_flag_key(full), b"", True, _TABLE, self._patience.seconds)
             if not self._put_new(self._slot_key(read.mark, read.slot + 1), value, _FILLED):
                 return False
             self._ends[full] = (read.mark, read.slot + 1)
             if read.slot:
                 emptied = self._slot_key(read.mark, read.slot)
-                kv.internal_kv_put(emptied, read.slot_mark + _EMPTIED, True, _TABLE, self.timeout)
+                kv.internal_kv_put(emptied, read.slot_mark + _EMPTIED, True, _TABLE, self._patience.seconds)
         return True
 
     def _put_new(self, key: bytes, value: bytes, kind: bytes) -> bool:
         mark = os.urandom(_MARK)
         with self._calls() as kv:
-            if kv.internal_kv_put(key, mark + kind + value, False, _TABLE, self.timeout) == 1:
+            if kv.internal_kv_put(key, mark + kind + value, False, _TABLE, self._patience.seconds) == 1:
                 return True
-            there = kv.internal_kv_get(key, _TABLE, self.timeout)
+            there = kv.internal_kv_get(key, _TABLE, self._patience.seconds)
         return there is not None and there.startswith(mark)
 
     def _read(self, full: str) -> _Read | None:
@@ -169,14 +178,14 @@ class GcsStore(RecordLeases):
 
     def _multi_get(self, keys: list[bytes]) -> dict[bytes, bytes]:
         with self._calls() as kv:
-            return kv.internal_kv_multi_get(keys, _TABLE, self.timeout)
+            return kv.internal_kv_multi_get(keys, _TABLE, self._patience.seconds)
 
     def _slot_key(self, mark: bytes, number: int) -> bytes:
         return _SLOT + b"%s%s/%d" % (self._home.encode(), mark.hex().encode(), number)
 
     def _stored_list(self, prefix: str) -> dict[str, bytes]:
         with self._calls() as kv:
-            keys = kv.internal_kv_keys(_value_key(prefix), _TABLE, self.timeout)
+            keys = kv.internal_kv_keys(_value_key(prefix), _TABLE, self._patience.seconds)
         try:
             names = [key[len(_VALUE) :].decode() for key in keys]
         except UnicodeDecodeError as error:
@@ -189,8 +198,9 @@ class GcsStore(RecordLeases):
     def _values(self, names: list[str]) -> dict[str, bytes | None]:
         try:
             found = self._multi_get([key for name in names for key in (_value_key(name), _flag_key(name))])
-        except StoreUnavailableError:
-            # Together they may be more than one message holds; if that is not the cause, the first of these raises it again.
+        except StoreUnavailableError as error:
+            if getattr(error.__cause__, "rpc_code", None) != _TOO_LARGE:
+                raise  # a GCS that is silent is not asked again
             return {name: self._stored_get(name) for name in names}
         heads = {name: found.get(_value_key(name)) for name in names}
         return {
@@ -200,7 +210,7 @@ class GcsStore(RecordLeases):
 
     def _stored_delete_prefix(self, prefix: str) -> int:
         with self._calls() as kv:
-            return kv.internal_kv_del(_value_key(prefix), True, _TABLE, self.timeout)
+            return kv.internal_kv_del(_value_key(prefix), True, _TABLE, self._patience.seconds)
 
     def _close(self, cleanup_prefix: str | None) -> None:
         self._ends.clear()
@@ -209,7 +219,7 @@ class GcsStore(RecordLeases):
         try:
             with self._calls() as kv:
                 for kind in (_VALUE, _FLAG, _SLOT):
-                    kv.internal_kv_del(kind + cleanup_prefix.encode(), True, _TABLE, self.timeout)
+                    kv.internal_kv_del(kind + cleanup_prefix.encode(), True, _TABLE, self._patience.seconds)
         except StoreUnavailableError as error:
             logger.debug("nothing to clean in %r: %s", self, error)
 
@@ -230,7 +240,9 @@ class GcsStore(RecordLeases):
         try:
             yield client
         except ray.exceptions.RayError as error:
-            raise StoreUnavailableError(f"Ray's GCS did not answer: {error}. Is the cluster's head still running?") from error
+            raise StoreUnavailableError(
+                f"Ray's GCS did not answer ({error}): see that the cluster's head runs and that this host reaches it, then call again"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from etha_ray.errors import LeaseExpiredError, StoreClosedError, StoreError, StoreUnavailableError
 from etha_ray.kvstore.keys import text_as_bytes
+from etha_ray.kvstore.patience import ATTEMPT
 
 if TYPE_CHECKING:
     from etha_ray.kvstore.base import KVStore
@@ -61,7 +62,7 @@ class Lease:
         self._lock = threading.Lock()
         self._renewing = threading.Lock()  # so that nothing of a lease is written after `close`
         self._end = ""  # why it is over; empty while it is not
-        self._closed = False
+        self._closed = self._revoked = False
         self._stop = threading.Event()
         asked = time.monotonic()
         self._grant = store._grant(ttl)
@@ -113,38 +114,27 @@ class Lease:
     def renew(self) -> None:
         """Starts the time to live again. Raises `LeaseExpiredError` if it is over already."""
         self._store._check_open()
-        with self._renewing:
-            self._check_alive()
-            asked = time.monotonic()
-            self._unanswered = self._unanswered or asked
-            try:
-                self._grant.renew()
-            except LeaseExpiredError:
-                self._unanswered = None
-                self._lose("the store says so")
-                raise
-            except StoreUnavailableError:
-                raise
-            except StoreError:
-                self._unanswered = None  # an answer, if not the one that was wanted
-                raise
-            self._unanswered = None
+        try:
+            with self._renewing:
+                asked = self._ask()
+        finally:
+            if self._closed:
+                self._revoke()
         self._check_alive()  # an answer that came too late does not bring back what this process has taken for lost
         with self._lock:
             self._good_until = max(self._good_until, asked + self.ttl)
 
     def close(self) -> None:
-        """Removes the lease's keys now. Closing twice is fine; a backend that cannot be reached is no error, time ends the lease."""
+        """Removes the lease's keys now. Closing twice is fine; a backend that cannot be reached is no error, time ends the lease.
+
+        Where a renewal has been unanswered for some seconds it is not waited for any longer: the keys go when that is over.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
         self._lose("it was closed")
-        try:
-            with self._renewing:
-                self._grant.revoke()
-        except StoreError as error:
-            logger.debug("%r runs out by itself: %s", self, error)
+        self._revoke()
 
     def __enter__(self) -> Lease:
         return self
@@ -158,6 +148,39 @@ class Lease:
     def _check_alive(self) -> None:
         if not self.alive:
             raise LeaseExpiredError(f"{self!r} has ended ({self._end}) and its keys are gone; take a new one with KVStore.lease")
+
+    def _ask(self) -> float:
+        """Renews; when that was asked for. Holds `_renewing`."""
+        self._check_alive()
+        asked = time.monotonic()
+        self._unanswered = self._unanswered or asked
+        try:
+            self._grant.renew()
+        except LeaseExpiredError:
+            self._unanswered = None
+            self._lose("the store says so")
+            raise
+        except StoreUnavailableError:
+            raise
+        except StoreError:
+            self._unanswered = None  # an answer, if not the one that was wanted
+            raise
+        self._unanswered = None
+        return asked
+
+    def _revoke(self) -> None:
+        """Once the lease is closed; who renews it meanwhile does it afterwards, if it takes longer than who closes it waits."""
+        if not self._renewing.acquire(timeout=ATTEMPT):
+            logger.debug("%r is being renewed in a store that does not answer", self)
+            return
+        try:
+            if not self._revoked:
+                self._revoked = True
+                self._grant.revoke()
+        except StoreError as error:
+            logger.debug("%r runs out by itself: %s", self, error)
+        finally:
+            self._renewing.release()
 
     def _lose(self, why: str) -> None:
         with self._lock:

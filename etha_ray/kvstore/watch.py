@@ -53,11 +53,11 @@ class Watch:
     def next(self, timeout: float = 3600.0) -> KeyEvent:
         """The next event; ``timeout`` is in seconds, and 0 looks once.
 
-        Raises `StoreTimeoutError` (a `TimeoutError`) naming the prefix and the seconds, and `StoreClosedError` when the watch or the store
-        is closed, also while it waits.
+        Raises `StoreTimeoutError` (a `TimeoutError`) naming the prefix and the seconds, `StoreUnavailableError` when the backend cannot be
+        reached, and `StoreClosedError` when the watch or the store is closed, also while it waits.
         """
         deadline = time.monotonic() + timeout
-        with self._taking:
+        with self._taking, self._store._within(deadline):
             while True:
                 if self._closed:
                     raise StoreClosedError(f"{self!r} was closed; make a new one with KVStore.watch")

@@ -67,17 +67,17 @@ def bootstrap_client(
     Args:
         path_naming_fn: gives (command queue path, state path) for a rank. Default: TENSOR_BUS_COMMAND_QUEUE_PATH and
             TENSOR_BUS_STATE_PATH, else the paths of the pool's convention.
-        connection_timeout: seconds to wait for the agent.
+        connection_timeout: seconds to wait for the agent; and, inside a Ray worker, for the GCS before.
 
     Returns:
         (client, info).
 
     Raises:
         ValueError: the environment names no agent, and this is no Ray worker with a pool.
-        ConnectionError: no agent answers in time.
+        ConnectionError: no agent answers in time, or Ray's GCS does not say which it is.
     """
     environment = worker_environment()
-    rank, offset, method, paths = _find_agent(environment)
+    rank, offset, method, paths = _find_agent(environment, connection_timeout)
     if path_naming_fn is not None:
         paths = AgentPaths(*path_naming_fn(rank))
     client = TensorBusClient(
@@ -101,7 +101,7 @@ def bootstrap_client(
     return client, info
 
 
-def _find_agent(environment: WorkerEnvironment) -> tuple[int, int | None, Literal["direct", "offset", "ray"], AgentPaths]:
+def _find_agent(environment: WorkerEnvironment, timeout: float) -> tuple[int, int | None, Literal["direct", "offset", "ray"], AgentPaths]:
     if environment.agent_rank is not None:
         return environment.agent_rank, None, "direct", _paths(environment.agent_rank, environment)
     if environment.local_rank is not None:
@@ -110,7 +110,7 @@ def _find_agent(environment: WorkerEnvironment) -> tuple[int, int | None, Litera
         return rank, offset, "offset", _paths(rank, environment)
     from etha_ray.tensor_bus.ray_lookup import find_agent_on_node  # imports ray only if this process already did
 
-    found = find_agent_on_node(environment.namespace)
+    found = find_agent_on_node(environment.namespace, timeout)
     if found is None:
         raise ValueError(
             "cannot tell which agent serves this worker: set AGENT_RANK, or LOCAL_RANK (torchrun does) with AGENT_RANK_OFFSET,"

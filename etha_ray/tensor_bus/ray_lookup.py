@@ -15,6 +15,7 @@ import msgspec
 from etha_ray.decoding import Decoder
 from etha_ray.errors import StoreError
 from etha_ray.kvstore.gcs import GcsStore, in_local_mode
+from etha_ray.kvstore.patience import ATTEMPT, OUTAGE
 
 T = TypeVar("T")
 
@@ -93,16 +94,19 @@ def stored_pool(namespace: str) -> tuple[bytes | None, bytes | None]:
         return store.get_bytes(_TABLE), store.get_bytes(_SETTINGS)
 
 
-def find_agent_on_node(namespace: str) -> PoolEntry | None:
+def find_agent_on_node(namespace: str, timeout: float | None = None) -> PoolEntry | None:
     """The agent of this Ray worker's node and device, or None outside Ray and on nodes without agents.
 
     A worker with a GPU takes the agent of its first GPU. Others take the node's agents in turn: the count is kept in the
     GCS, so workers of different jobs share them evenly.
+
+    Raises `StoreUnavailableError` when the GCS has not answered for ``timeout`` seconds; it has some seconds at least, and `OUTAGE` at
+    most.
     """
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
-    with _opened(namespace) as store:
+    with _opened(namespace, OUTAGE if timeout is None else max(ATTEMPT, timeout)) as store:
         table = store.get_bytes(_TABLE)
         if table is None:
             return None
@@ -127,8 +131,8 @@ def _decoded(data: bytes, decoder: Decoder[T], namespace: str) -> T:
 
 
 @contextmanager
-def _opened(namespace: str) -> Iterator[GcsStore]:
-    store = GcsStore(namespace=namespace, component=COMPONENT)
+def _opened(namespace: str, timeout: float = OUTAGE) -> Iterator[GcsStore]:
+    store = GcsStore(namespace, COMPONENT, timeout)
     try:
         yield store
     finally:

@@ -289,7 +289,7 @@ def test_listing_more_than_one_message_holds(steps: Steps, monkeypatch: pytest.M
 
     def small(keys: list[bytes], *args: Any) -> dict[bytes, bytes]:
         if len(keys) > 20:
-            raise ray.exceptions.RpcError("Sent message larger than max")
+            raise ray.exceptions.RpcError("Sent message larger than max", rpc_code=8)
         return multi_get(keys, *args)
 
     monkeypatch.setattr(steps.kv, "internal_kv_multi_get", small)
