@@ -10,7 +10,7 @@ Five facts of torch's store shape this file.
 - Its ``append`` and ``add`` know nothing of leases. A key under one is made an ordinary key before, see `_of_no_lease`; one that comes
   under a lease between that and the append stays under it, with what was appended.
 - One client object runs one call at a time, so a ``wait`` inside torch would hold up every other thread. Waits are short looks with
-  pauses between them.
+  pauses between them. `tcp_client` has what else follows for a server that is silent.
 
 Why not ``wait`` on a second connection? It wakes 0.3 ms after the put (p50). Polling wakes 0.8 ms after it in waits of 20 ms at most, 2 ms
 in ones of 100 ms, and 6 ms in longer ones (torch 2.13, two processes, 2 cores). But nothing ends a ``wait`` before its timeout, so `close`
@@ -23,12 +23,10 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import cast
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
@@ -36,6 +34,8 @@ from etha_ray.errors import ConfigError, StoreClosedError, StoreUnavailableError
 from etha_ray.kvstore.base import Change
 from etha_ray.kvstore.keys import added
 from etha_ray.kvstore.lease_records import LEASE_OVERHEAD, RecordLeases, split
+from etha_ray.kvstore.patience import OUTAGE, Patience
+from etha_ray.kvstore.tcp_client import Torch, TorchClient, connect, knock
 
 logger = logging.getLogger(__name__)
 
@@ -47,21 +47,6 @@ _EMPTY = bytes.fromhex("c0ffd5e1b29a4f0e8a4771c63fe2089d")
 _ABSENT = os.urandom(16)
 _LIBUV_MAX_PAYLOAD = 8 * 2**20
 _LIBUV_MAX_KEY = 8 * 2**10 - 1  # torch puts a slash in front of each key
-_CONNECT_RETRY = 0.05
-
-
-class _Torch(Protocol):
-    """What torch's TCPStore takes; its type stubs know values as str only."""
-
-    port: int
-
-    def set(self, key: str, value: bytes) -> None: ...
-    def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes: ...
-    def append(self, key: str, value: bytes) -> None: ...
-    def add(self, key: str, n: int) -> int: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def delete_key(self, key: str) -> bool: ...
-    def list_keys(self) -> list[str]: ...
 
 
 class TorchTCPStore(RecordLeases):
@@ -71,6 +56,11 @@ class TorchTCPStore(RecordLeases):
     where 0 was asked), ``world_size`` and ``is_master`` are attributes. With ``use_libuv`` torch takes keys up to 8 KiB and values up to
     8 MiB, of which 32 bytes are kept for a lease; without it there is no such limit. `append` may grow a value beyond it. Pass the same
     ``use_libuv`` on the master and on the others: the server is not asked.
+
+    **Outages.** A request that the master does not answer for ``timeout`` seconds, `patience.OUTAGE` at most, raises
+    `StoreUnavailableError`, and what it was to change was changed or not; a wait raises it when its own time ends meanwhile, or some
+    seconds later. Once the master answers again, so does the store. Where the master has died that is raised at once; another one that
+    is started at the same address is found by the next request, and has none of the keys.
     """
 
     poll_from = POLL_INTERVAL
@@ -110,68 +100,48 @@ class TorchTCPStore(RecordLeases):
         self.max_key_bytes = _LIBUV_MAX_KEY if use_libuv else None
         deadline = time.monotonic() + timeout
         if not is_master:
-            self._knock(deadline, timeout)
-        left = timedelta(seconds=max(0.001, deadline - time.monotonic()))
-        with self._translated(f"within {timeout:g} s; is the address right and free, and did all {world_size} processes start?"):
-            waits = wait_for_workers and world_size is not None
-            store = TCPStore(host, port, world_size, is_master, left, waits, multi_tenant, master_listen_fd, use_libuv)
-        self._torch: _Torch | None = cast(_Torch, store)
-        self.port = self._store.port
+            knock(host, port, timeout, deadline)
+        waits = wait_for_workers and world_size is not None
+        seconds = max(0.001, deadline - time.monotonic())
+        left = timedelta(seconds=seconds if waits else min(seconds, OUTAGE))  # something listens: what it does not answer now it never will
 
-    def _knock(self, deadline: float, timeout: float) -> None:
-        """Waits until something listens: torch's own retries run well over the timeout, and fill the log with traces."""
-        while True:
-            try:
-                socket.create_connection((self.host, self.port), max(0.001, deadline - time.monotonic())).close()
-                return
-            except OSError as error:
-                if time.monotonic() + _CONNECT_RETRY >= deadline:
-                    raise StoreUnavailableError(
-                        f"no TorchTCPStore listens at {self.host}:{self.port} (tried for {timeout:g} s): {error}. "
-                        "Start the process that serves it (is_master=True; in a URL ?master=1; the agent of rank 0), or check the address"
-                    ) from error
-                time.sleep(_CONNECT_RETRY)
+        def make() -> TCPStore:
+            return TCPStore(host, port, world_size, is_master, left, waits, multi_tenant, master_listen_fd, use_libuv)
 
-    @property
-    def _store(self) -> _Torch:
-        store = self._torch
-        if store is None:
-            self._check_open()
-            raise AssertionError("a TorchTCPStore without a connection is closed")
-        return store
-
-    @contextmanager
-    def _translated(self, hint: str = "is the process with is_master=True still there?") -> Iterator[None]:
         try:
-            yield
+            store = cast(Torch, make()) if is_master else connect(make, host, port, left.total_seconds())
         except DistError as error:
-            self._check_open()  # an error because the store is closed meanwhile is that
             reason = str(error).splitlines()[0]
-            raise StoreUnavailableError(f"TorchTCPStore at {self.host}:{self.port} cannot be reached ({reason}); {hint}") from error
+            raise StoreUnavailableError(
+                f"TorchTCPStore at {host}:{port} cannot be reached ({reason}) within {timeout:g} s; is the address right and free, and did"
+                f" all {world_size} processes start?"
+            ) from error
+        self.port = store.port
+        self._patience = Patience(timeout, self._closing)
+        self._client = TorchClient(store, host, self.port, use_libuv, self._patience)
 
     def _where(self) -> str:
         return f"tcp://{self.host}:{self.port}"
 
+    def _within(self, deadline: float) -> AbstractContextManager[None]:
+        return self._patience.until(deadline)
+
     def _raw(self, full: str) -> bytes | None:
-        with self._translated():
-            stored = self._store.compare_set(full, _ABSENT, _ABSENT)
+        with self._client.asking() as torch:
+            stored = torch.compare_set(full, _ABSENT, _ABSENT)
         return None if stored == _ABSENT else stored
 
     def _stored_get(self, full: str) -> bytes | None:
         return _decoded(self._raw(full))
 
     def _set(self, full: str, data: bytes) -> None:
-        with self._translated():
-            self._store.set(full, data or _EMPTY)
-            self._settle(full)
-
-    def _settle(self, full: str) -> None:
-        """Returns when what was sent before has been done: torch's server works off a connection in order, but answers no write."""
-        self._store.check([full])
+        with self._client.asking() as torch:
+            torch.set(full, data or _EMPTY)
+            _settle(torch, full)
 
     def _stored_delete(self, full: str) -> bool:
-        with self._translated():
-            return self._store.delete_key(full)
+        with self._client.asking() as torch:
+            return torch.delete_key(full)
 
     def _stored_update(self, full: str, change: Change) -> bytes | None:
         while True:
@@ -181,30 +151,30 @@ class TorchTCPStore(RecordLeases):
             if value is None or value == stored:
                 return stored
             after = value or _EMPTY
-            with self._translated():
+            with self._client.asking() as torch:
                 # Torch answers the value now stored (or the expected one, if the key is missing), so of two writers that store the same
                 # both believe they won. That is what compare_and_set promises; adding and appending cannot go this way.
-                if self._store.compare_set(full, raw or b"", after) == after:
+                if torch.compare_set(full, raw or b"", after) == after:
                     return value
 
     def _add(self, key: str, full: str, n: int) -> int:
         # Torch's server drops the connection when the value is not a number, so look first.
         raw = self._of_no_lease(full, missing=b"0")
-        with self._translated():
+        with self._client.asking() as torch:
             if raw is not None and raw != _EMPTY and raw.startswith(_EMPTY):
-                raw = self._store.compare_set(full, raw, raw[len(_EMPTY) :])
+                raw = torch.compare_set(full, raw, raw[len(_EMPTY) :])
         added(key, _decoded(raw), n)
-        with self._translated():
-            return self._store.add(full, n)
+        with self._client.asking() as torch:
+            return torch.add(full, n)
 
     def _append(self, key: str, full: str, data: bytes) -> None:
         if not data:
             self._update(full, lambda stored: stored or b"")
             return
         self._of_no_lease(full, missing=_EMPTY)
-        with self._translated():
-            self._store.append(full, data)
-            self._settle(full)
+        with self._client.asking() as torch:
+            torch.append(full, data)
+            _settle(torch, full)
 
     def _of_no_lease(self, full: str, missing: bytes) -> bytes | None:
         """Makes a key that is under a lease an ordinary one, of the same value, or ``missing`` if the lease is over; what is stored."""
@@ -213,8 +183,8 @@ class TorchTCPStore(RecordLeases):
             if raw is None or split(raw)[1] is None:
                 return raw
             value = self._get(full)
-            with self._translated():
-                self._store.compare_set(full, raw, missing if value is None else value or _EMPTY)
+            with self._client.asking() as torch:
+                torch.compare_set(full, raw, missing if value is None else value or _EMPTY)
 
     def _stored_list(self, prefix: str) -> dict[str, bytes]:
         values = {name: self._stored_get(name) for name in self._names(prefix)}
@@ -224,8 +194,8 @@ class TorchTCPStore(RecordLeases):
         return sum(self._stored_delete(name) for name in self._names(prefix))
 
     def _names(self, prefix: str) -> list[str]:
-        with self._translated():
-            return [name for name in self._store.list_keys() if name.startswith(prefix)]
+        with self._client.asking() as torch:
+            return [name for name in torch.list_keys() if name.startswith(prefix)]
 
     def _close(self, cleanup_prefix: str | None) -> None:
         try:
@@ -233,7 +203,12 @@ class TorchTCPStore(RecordLeases):
                 self._stored_delete_prefix(cleanup_prefix)
         except (StoreUnavailableError, StoreClosedError) as error:
             logger.debug("nothing to clean in %r: %s", self, error)
-        self._torch = None
+        self._client.close()
+
+
+def _settle(torch: Torch, full: str) -> None:
+    """Returns when what was sent before has been done: torch's server works off a connection in order, but answers no write."""
+    torch.check([full])
 
 
 def _decoded(raw: bytes | None) -> bytes | None:
