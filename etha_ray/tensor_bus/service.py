@@ -217,7 +217,7 @@ class BusService:
             for pair in worker.pairs.values():
                 self._pairing.expire_waiting(pair, store_silent_since)
         self._batches.renew_lost(self._workers.all(), time.monotonic())
-        self._withdrawals.again()
+        self._withdrawals.again(bool(store_silent_since))
         self._outcomes.clean(time.monotonic())
 
     def agent_left(self, incarnation: str, reason: str) -> None:

@@ -27,6 +27,13 @@ class _Owed:
     done: Callable[[], None]
 
 
+@dataclass(frozen=True, eq=False)
+class _Begun:
+    """A first time that is under way, and who is told when it is over."""
+
+    tell: Callable[[], None]
+
+
 class Withdrawals:
     """What has to be taken back. ``jobs`` do it."""
 
@@ -34,11 +41,14 @@ class Withdrawals:
         self._jobs = jobs
         self._owed: list[_Owed] = []
         self._job: Job[None] | None = None
+        self._begun: list[_Begun] = []
+        self._silent = False
 
     def start(self, name: str, withdraw: Callable[[], None], tried: Callable[[], None], done: Callable[[], None] = _nothing) -> None:
         """Run ``withdraw`` on a thread, again and again while the store is away.
 
-        The loop runs ``done`` once nothing is left there, and ``tried`` after the first time: nobody waits for a store that is away.
+        The loop runs ``done`` once nothing is left there, and ``tried`` after the first time, or once the store is known to be silent:
+        nobody waits for a store that is away.
         """
 
         def over(job: Job[None]) -> None:
@@ -50,12 +60,21 @@ class Withdrawals:
             else:
                 logger.error("%s failed", name, exc_info=job.error)
                 done()
-            tried()
+            if begun in self._begun:
+                self._begun.remove(begun)
+                begun.tell()
 
+        begun = _Begun(tried)
+        self._begun.append(begun)
         self._jobs.start(name, lambda _: withdraw(), over)
+        if self._silent:
+            self._jobs.post(self._tell)
 
-    def again(self) -> None:
-        """Try what is owed once more, in order, if that is not under way."""
+    def again(self, silent: bool = False) -> None:
+        """Try what is owed once more, in order, if that is not under way. ``silent``: the store has not answered for a while."""
+        self._silent = silent
+        if silent:
+            self._tell()
         if self._job is not None or not self._owed:
             return
         withdrawn: list[_Owed] = []
@@ -77,3 +96,8 @@ class Withdrawals:
                 each.done()
 
         self._job = self._jobs.start("withdraw what is owed", work, over)
+
+    def _tell(self) -> None:
+        begun, self._begun = self._begun, []
+        for each in begun:
+            each.tell()

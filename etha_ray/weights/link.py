@@ -152,9 +152,10 @@ class Link:
             self._wanted = None
             self._changed.notify_all()
 
-    def join(self) -> None:
-        """Wait until everything is left, after `close` or `retire`."""
-        self._thread.join()
+    def join(self, seconds: float) -> None:
+        """Wait until everything is left, after `close` or `retire`; what takes longer than that, for a store that does not answer, is left
+        all the same when that is over."""
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         after, self._after = self._after, None

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 _FIRST_WORD = 10.0
 _NEXT_WORD = 60.0
 
+LEAVE = 10.0
+"""Seconds for which who leaves waits for an agent, or for threads of its own, in each step: what is late then is done without it."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -117,8 +120,9 @@ class Member:
         """Be there no more. First of all when leaving: nobody then connects anew with who is about to be gone."""
         if self._announced:
             self._announced = False
-            with contextlib.suppress(EthaRayError, TimeoutError):  # what an agent that is gone knew is gone with it
-                self.board.withdraw(self._slot)
+            # What an agent that is gone knew is gone with it, and one whose store is away takes this back later.
+            with contextlib.suppress(EthaRayError, TimeoutError):
+                self.board.withdraw(self._slot, LEAVE)
 
     def close(self) -> None:
         """Leave."""

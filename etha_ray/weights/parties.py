@@ -24,6 +24,8 @@ _LISTED = 16
 _FIRST_PAUSE = 0.005
 LONGEST_PAUSE = 1.0
 """Seconds after which everybody has looked again who is there."""
+_LAST_LOOK = 2.0
+"""Seconds that the end of a look is waited for."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +147,21 @@ class Watcher:
         self._wake.set()
 
     def close(self) -> None:
-        """End it; it is over when this returns."""
+        """End it. It is over when this returns, unless a store that does not answer holds up its last look: that tells nobody any more."""
         self._closed = True
         self._wake.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_LAST_LOOK)
 
     def _run(self) -> None:
         pause = _FIRST_PAUSE
         while not self._closed:
             began = time.monotonic()
             try:
-                self._on_seen(seen(self._board.read()))
+                found = seen(self._board.read())
+                if self._closed:
+                    return
+                self._on_seen(found)
                 self._error, self.problem = None, ""
             except AgentDiedError as error:  # it may only have stood still, or has a successor soon
                 self._error, self._looked = error, began

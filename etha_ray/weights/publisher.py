@@ -21,7 +21,7 @@ from etha_ray.errors import (
 from etha_ray.report import TransferReport, format_seconds
 from etha_ray.weights.agreement import agree
 from etha_ray.weights.link import Link, LinkState
-from etha_ray.weights.member import Given, Member, Patience, deadline_in, remaining
+from etha_ray.weights.member import LEAVE, Given, Member, Patience, deadline_in, remaining
 from etha_ray.weights.parties import SENDER, Parties, Seen, Tables, Watcher, seen, sender_slot
 from etha_ray.weights.reports import PushReport
 from etha_ray.weights.roster import Call, Roster, replica_ids
@@ -114,7 +114,10 @@ class Publisher:
         return in_background("push", lambda: self.push(version, timeout))
 
     def close(self) -> None:
-        """Leave: receivers get `BatchClosedError`. May be called more than once."""
+        """Leave: receivers get `BatchClosedError`. May be called more than once.
+
+        Also while the store is away: the agent takes back what is said there of this rank once it answers again.
+        """
         with self._changed:
             if self._closed:
                 return
@@ -126,8 +129,9 @@ class Publisher:
         for link in links:
             link.close()
         self._watcher.close()
+        deadline = time.monotonic() + LEAVE
         for link in links:
-            link.join()
+            link.join(max(0.0, deadline - time.monotonic()))
         self._member.close()
 
     def __enter__(self) -> Publisher:

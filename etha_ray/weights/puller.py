@@ -12,7 +12,7 @@ from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.versions import Holding
 from etha_ray.weights.agreement import agree
 from etha_ray.weights.link import Link, LinkState
-from etha_ray.weights.member import Given, Member, Patience, deadline_in, remaining
+from etha_ray.weights.member import LEAVE, Given, Member, Patience, deadline_in, remaining
 from etha_ray.weights.parties import LONGEST_PAUSE, SENDER, Parties, Seen, Tables, Watcher, receiver_slot, seen
 from etha_ray.weights.session import Session, part_of
 
@@ -110,7 +110,7 @@ class Receiver:
         time.sleep(2 * LONGEST_PAUSE)
 
     def close(self) -> None:
-        """Leave: the publisher goes on without this replica. May be called more than once."""
+        """Leave: the publisher goes on without this replica. May be called more than once, also while the store is away."""
         with self._changed:
             if self._closed:
                 return
@@ -118,7 +118,7 @@ class Receiver:
         self._member.withdraw()
         self._link.close()
         self._watcher.close()
-        self._link.join()
+        self._link.join(LEAVE)
         self._member.close()
 
     def __enter__(self) -> Receiver:

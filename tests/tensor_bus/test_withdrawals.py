@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +69,31 @@ def test_a_store_that_is_away_is_asked_again_and_nobody_waits_for_it(jobs: Jobs,
     withdrawals.again()
     assert withdrawals._job is None
     assert store.asked == []
+
+
+def test_nobody_waits_for_a_store_that_is_known_to_be_silent(jobs: Jobs) -> None:
+    """And who waits is told once, whatever comes of it."""
+    answers, said = threading.Event(), list[str]()
+    withdrawals = Withdrawals(jobs)
+
+    def start(name: str) -> None:
+        withdrawals.start(name, partial(_wait, answers), lambda: said.append(f"{name} tried"), lambda: said.append(name))
+
+    start("before")
+    withdrawals.again(silent=False)
+    jobs.run(jobs.take())
+    assert said == []
+    withdrawals.again(silent=True)
+    assert said == ["before tried"]
+    start("after")
+    assert said == ["before tried"]
+    settled(jobs, lambda: said == ["before tried", "after tried"])
+    answers.set()
+    settled(jobs, lambda: len(said) >= 4)
+    assert sorted(said[2:]) == ["after", "before"]
+    withdrawals.again(silent=False)
+    start("later")
+    settled(jobs, lambda: said[4:] == ["later", "later tried"])
 
 
 def test_one_that_fails_for_another_reason_keeps_no_other_from_being_taken_back(jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
@@ -191,6 +218,10 @@ def test_a_place_taken_as_the_store_went_away_is_given_back(cluster: LocalCluste
             one.init_pair("pair", "a", "b", 1, timeout=LONG)
         assert cluster.store.exists("pair/pair/a/00000000.00000001")
     cluster.pair("pair")
+
+
+def _wait(event: threading.Event) -> None:
+    assert event.wait(LONG)
 
 
 def _away(*_: object, **__: object) -> bool:
