@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,7 +14,10 @@ from hypothesis import HealthCheck, settings
 from etha_ray.config import agent_paths
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 from etha_ray.testing import plugin
-from etha_ray.testing.etcd_server import EtcdServer
+from etha_ray.testing.etcd_server import EtcdServer, free_ports
+
+if TYPE_CHECKING:
+    from tests.kvstore.tcp_master import Master
 
 # Torch and Ray look up the names of both ends of a connection: a resolver that loses questions must not cost 5 s for each of
 # them. A process reads this at its first lookup, which importing Ray already makes.
@@ -45,6 +49,17 @@ def own_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
     server.restart()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def master() -> Iterator[Master]:
+    """A process of this test's own that serves a TCPStore."""
+    from tests.kvstore.tcp_master import Master
+
+    made = Master(free_ports(1)[0])
+    made.start()
+    yield made
+    made.kill()
 
 
 @pytest.fixture

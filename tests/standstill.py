@@ -25,3 +25,10 @@ def standing_still(pid: int) -> Iterator[None]:
 
 def _state(task: Path) -> str:
     return (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def gcs_pid() -> int:
+    """Of the cluster that this process has started."""
+    from ray._private import worker  # here, as not all who stop processes have Ray
+
+    return int(worker._global_node.all_processes["gcs_server"][0].process.pid)

@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 
 import pytest
 import ray
-from ray._private import worker
 
 from etha_ray.errors import StoreUnavailableError
 from etha_ray.kvstore import GcsStore, KVStore, create_store
@@ -23,12 +22,7 @@ from etha_ray.testing import RayUnderTest
 from etha_ray.testing.rays import OPTIONS, start_ray
 from tests.contracts.kvstore_silence import LONG, SilenceContract, operations
 from tests.fresh import fresh
-from tests.standstill import standing_still
-
-
-def gcs_pid() -> int:
-    """Of the cluster that this process has started."""
-    return int(worker._global_node.all_processes["gcs_server"][0].process.pid)
+from tests.standstill import gcs_pid, standing_still
 
 
 @pytest.mark.usefixtures("ray_cluster")

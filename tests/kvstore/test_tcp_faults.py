@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 
 import pytest
 
@@ -17,49 +13,9 @@ from etha_ray.errors import StoreUnavailableError
 from etha_ray.kvstore import KVStore, TorchTCPStore, create_store, tcp_client
 from etha_ray.kvstore.patience import OUTAGE
 from etha_ray.testing import eventually
-from etha_ray.testing.etcd_server import free_ports
 from tests.contracts.kvstore_silence import LONG, SilenceContract, operations
-from tests.fresh import fresh
+from tests.kvstore.tcp_master import HOST, Master
 from tests.standstill import standing_still
-
-HOST = "127.0.0.1"
-
-
-def serve(port: int, pipe: Connection) -> None:
-    store = TorchTCPStore(HOST, port, None, True, 60.0)
-    pipe.send(store.port)
-    threading.Event().wait(600)
-
-
-@dataclass
-class Master:
-    """A process that serves at a port of its own."""
-
-    port: int
-
-    def start(self) -> None:
-        ours, theirs = multiprocessing.Pipe()
-        self._process = fresh.Process(target=serve, args=(self.port, theirs), daemon=True)
-        self._process.start()
-        assert ours.poll(LONG)
-        ours.recv()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-
-@pytest.fixture
-def master() -> Iterator[Master]:
-    made = Master(free_ports(1)[0])
-    made.start()
-    yield made
-    made.kill()
 
 
 class TestSilence(SilenceContract):

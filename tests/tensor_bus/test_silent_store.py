@@ -2,100 +2,62 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from etha_ray.config import AgentPaths, agent_paths
 from etha_ray.errors import StoreUnavailableError
-from etha_ray.kvstore import create_store
-from etha_ray.status.overview import overview
-from etha_ray.tensor_bus import connection
-from etha_ray.tensor_bus.agent import TensorBusAgent
-from etha_ray.tensor_bus.board import Board
-from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
-from etha_ray.tensor_bus.inspection import inspect_agent
 from etha_ray.testing import eventually, succeed
-from etha_ray.testing.bus import fresh_namespace
 from etha_ray.testing.etcd_server import EtcdServer
+from tests.kvstore.tcp_master import HOST, Master
+from tests.standstill import standing_still
 from tests.tensor_bus.cluster import LONG, registered
-
-TIME = 6.0
-"""Seconds that calls are given: more than a silence takes to be noticed, and less than a store tries for."""
+from tests.tensor_bus.silence import crosses, meeting, what_needs_it_says_so_and_transfers_go_on
 
 
-@pytest.fixture
-def paths() -> list[AgentPaths]:
-    namespace = fresh_namespace()
-    return [agent_paths(rank, namespace) for rank in range(2)]
+@contextmanager
+def killed(server: EtcdServer) -> Iterator[None]:
+    """Until the end of the block."""
+    server.kill()
+    yield
+    server.restart()
 
 
-@pytest.fixture
-def clients(own_etcd: EtcdServer, paths: list[AgentPaths]) -> Iterator[tuple[TensorBusClient, TensorBusClient]]:
-    """Of two agents that meet in that etcd."""
-    stores = [create_store(own_etcd.url) for _ in range(2)]
-    agents = [TensorBusAgent(rank, stores[rank], paths=paths[rank], threads=1) for rank in range(2)]
-    for agent in agents:
-        agent.start()
-    one, two = (TensorBusClient(rank, paths[rank].command_queue, paths[rank].state, LONG) for rank in range(2))
-    yield one, two
-    succeed(one.close, two.close)
-    succeed(*[agent.stop for agent in agents])
-    for store in stores:
-        store.close()
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_etcd(how: str, own_etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    away = killed(own_etcd) if how == "killed" else standing_still(own_etcd.pid)
+    with meeting(own_etcd.url) as at:
+        what_needs_it_says_so_and_transfers_go_on(at, away, monkeypatch, caplog)
 
 
-def crosses(first: BatchHandler, second: BatchHandler) -> None:
-    succeed(*[lambda way=way, end=end: end.transfer(way, blocking=True, timeout=LONG) for way, end in (("send", first), ("recv", second))])
+def test_a_tcp_store_whose_master_stands_still(master: Master, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with meeting(f"tcp://{HOST}:{master.port}") as at:
+        what_needs_it_says_so_and_transfers_go_on(at, standing_still(master.pid), monkeypatch, caplog)
 
 
-@pytest.mark.parametrize("away", ["killed", "stopped"])
-def test_what_needs_it_says_so_and_transfers_go_on(
-    monkeypatch: pytest.MonkeyPatch,
-    away: str,
-    own_etcd: EtcdServer,
-    paths: list[AgentPaths],
-    clients: tuple[TensorBusClient, TensorBusClient],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(connection, "_GRACE", 0.5)  # clients give up here, while their agent waits
-    one, two = clients
-    succeed(lambda: one.init_pair("p", "a", "b", 1, timeout=LONG), lambda: two.init_pair("p", "b", "a", 1, timeout=LONG))
-    source, target = torch.arange(5.0), torch.zeros(5)
-    first, second = registered(one, two, "p", source, target)
-    (own_etcd.kill if away == "killed" else own_etcd.pause)()
-
-    calls: dict[str, Callable[[], object]] = {
-        "init_pair for 'q'": lambda: one.init_pair("q", "a", "b", 1, timeout=TIME),
-        "register_tensors for 'y'": lambda: one.register_tensors("y", [(torch.ones(1), "p")], timeout=TIME),
-        "ready_replicas for 'p'": lambda: one.ready_replicas("p", 1, timeout=TIME),
-        "announce for 'topic'": lambda: Board(one, "topic").announce("slot", b"data", timeout=TIME),
-        "read_notices for 'topic'": lambda: Board(one, "topic").read(timeout=TIME),
-    }
-    with ThreadPoolExecutor(len(calls)) as pool:
-        ends = {what: pool.submit(call) for what, call in calls.items()}
+def test_a_tcp_store_whose_master_dies(master: Master) -> None:
+    """What was in it is gone with it. Who asks for it hears so at once; what is registered goes on; and once another is started at its
+    address agents are known there, and new pairs are made."""
+    with meeting(f"tcp://{HOST}:{master.port}") as at:
+        one, two = at.one, at.two
+        succeed(lambda: one.init_pair("p", "a", "b", 1, timeout=LONG), lambda: two.init_pair("p", "b", "a", 1, timeout=LONG))
+        first, second = registered(one, two, "p", torch.ones(2), torch.zeros(2))
+        master.kill()
+        with pytest.raises(StoreUnavailableError, match="Start"):
+            one.init_pair("q", "a", "b", 1, timeout=LONG)
         crosses(first, second)
-        assert torch.equal(source, target)
-        for what, end in ends.items():
-            silent = rf"^{re.escape(what)}: .* of its agent has not answered for \d+\.\d s: see that it runs"
-            with pytest.raises(StoreUnavailableError, match=silent):
-                end.result(LONG)
-    monkeypatch.setattr(connection, "_GRACE", LONG)  # the agent says so, too, to one that joins the init_pair which it still tries
-    with pytest.raises(
-        StoreUnavailableError, match=r"^init_pair for 'q': no answer within 0\.1 s: the store of its agent has not answered"
-    ):
-        one.init_pair("q", "a", "b", 1, timeout=0.1)
-    assert "agent 0: the store has not answered for" in caplog.text
-    seen = inspect_agent(0, paths[0])
-    assert seen is not None
-    assert seen.status is not None
-    problems = overview("test", [seen], seen.status.store_silent_since + 7).problems
-    assert problems[0].startswith("agent 0 has had no answer of its store for 7 s: transfers go on")
+        master.start()
 
-    (own_etcd.restart if away == "killed" else own_etcd.resume)()
-    eventually(lambda: "agent 0: the store answers again" in caplog.text)
-    succeed(lambda: one.init_pair("r", "a", "b", 1, timeout=LONG), lambda: two.init_pair("r", "b", "a", 1, timeout=LONG))
-    crosses(first, second)
+        def meets_again() -> bool:
+            try:
+                one.ready_replicas("p", 1, timeout=LONG)
+            except StoreUnavailableError:
+                return False
+            return True
+
+        eventually(meets_again)
+        succeed(lambda: one.init_pair("r", "a", "b", 1, timeout=LONG), lambda: two.init_pair("r", "b", "a", 1, timeout=LONG))
+        crosses(*registered(one, two, "r", torch.ones(2), torch.zeros(2), "another"))
+        crosses(first, second)
