@@ -12,6 +12,7 @@ from etha_ray.config import check_timeout
 from etha_ray.cuda.marks import Mark, settle
 from etha_ray.errors import (
     AgentDiedError,
+    AgentFailedError,
     BatchClosedError,
     BatchExistsError,
     BatchUnmatchedError,
@@ -92,8 +93,7 @@ class OwnBatches:
         """Which of these their agent may be writing to, as far as is known here: one receives, or is torn."""
         state, client = self._connection.state, self._connection.client_id
         receiving = {batch_id for batch_id, batch in batches.items() if batch.receive is not None and not batch.receive.done}
-        held = {batch_id: state.get(holding_key(client, batch_id)) for batch_id in batches}
-        return sorted(receiving | {batch_id for batch_id, data in held.items() if data is not None and Holding.decode(data).torn})
+        return sorted(receiving | {batch_id for batch_id in batches if _may_be_torn(state.get(holding_key(client, batch_id)), batch_id)})
 
     def check_written(self, batch_ids: list[str], unanswered: Exception) -> None:
         """Raise if the agent, which did not say that it is done with these batches, may go on to write to their tensors."""
@@ -212,6 +212,13 @@ class OwnBatches:
                 f" Known batches: {sorted(self._batches) or 'none'}"
             )
         return batch
+
+
+def _may_be_torn(data: bytes | None, batch_id: str) -> bool:
+    try:
+        return data is not None and bool(Holding.decode(data, batch_id).torn)
+    except AgentFailedError:
+        return True
 
 
 def _answered(registration: Reply) -> bool:

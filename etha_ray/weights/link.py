@@ -152,7 +152,7 @@ class Link:
             self._wanted = None
             self._changed.notify_all()
 
-    def join(self, seconds: float) -> None:
+    def join(self, seconds: float | None = None) -> None:
         """Wait until everything is left, after `close` or `retire`; what takes longer than that, for a store that does not answer, is left
         all the same when that is over."""
         self._thread.join(seconds)
