@@ -106,7 +106,7 @@ class Sent:
         entry = entry if rng.random() < 0.95 else other_bytes(entry, rng)
         found = unpack_entry(0, entry)
         self._expect(found, reply)
-        self._queue._append(entry, block=False, waited=False)
+        self._queue._append(entry, LONG, block=False, waited=False)
 
     def _expect(self, found: Message | CorruptEntry, reply: Reply | None) -> None:
         corrupt, says_nothing = isinstance(found, CorruptEntry), isinstance(found, CancelTransfer)

@@ -109,14 +109,14 @@ def test_in_the_queue_and_in_answers(bomb: Bomb) -> None:
         replies = cluster.client(0)._connection.pool
         first, _, _, _ = cluster.batch(batch_id="x")
         for form in bomb.forms():
-            queue._append(form, block=False, waited=False)
+            queue._append(form, LONG, block=False, waited=False)
             reply = replies.take("pickle", "x", 1)
-            queue._append(entry_of(form, reply.name.encode(), 1), block=False, waited=False)
+            queue._append(entry_of(form, reply.name.encode(), 1), LONG, block=False, waited=False)
             assert reply.wait(LONG)
             assert type(ended(reply.value)) is QueueError
             for command in COMMANDS:
                 for body in encodings(encode_command(of_client(command, first.client, "x", None, 1)), form):
-                    while queue._append(entry_of(body, b"", 1), block=False, waited=False) is None:
+                    while queue._append(entry_of(body, b"", 1), LONG, block=False, waited=False) is None:
                         eventually(lambda: queue.size() == 0)
             eventually(lambda: queue.size() == 0)
             reply = replies.take("pickle", "x", 2)
