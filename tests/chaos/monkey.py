@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from tests.chaos.journal import Entry
-from tests.chaos.judge import BESIDE, Pause, lasted
+from tests.chaos.judge import Pause, lasted
 from tests.chaos.ray_stage import RayPart, RayStage
 from tests.chaos.stage import SEATS, Part, Stage
 from tests.chaos.strikes import (
+    BESIDE,
     CUT,
     CUT_OFF,
     DETECTION,
