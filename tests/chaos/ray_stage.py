@@ -154,6 +154,7 @@ class RayStage:
     def faults(self) -> list[str]:
         """What agents and players wrote into Ray's logs that is nobody's doing but theirs."""
         logs = sorted(self._logs.glob("worker-*.err"))
+        assert logs, f"Ray writes its workers' logs into {self._logs} no more"
         return [f"{log} has a traceback" for log in logs if "Traceback (most recent call last)" in log.read_text(errors="replace")]
 
     def left(self) -> list[str]:
