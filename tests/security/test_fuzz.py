@@ -86,20 +86,19 @@ def ended(call: Callable[[], object]) -> object:
 class Sent:
     """Damaged commands to one queue, and what has to come of them: each is answered, or there is a line in the log, or it was no damage."""
 
-    def __init__(self, queue: CommandQueue, listener: TensorBusClient, rng: random.Random) -> None:
+    def __init__(self, queue: CommandQueue, rng: random.Random) -> None:
         self._queue, self._rng = queue, rng
-        self._replies = listener._connection.pool
         self._awaited: list[tuple[Reply, Message | CorruptEntry]] = []
         self._ids = itertools.count(1000, 1000)  # far apart: a damaged CancelTransfer must not be that of another command
         self.corrupt = self.unanswerable = self.misnumbered = self.ignored = 0
         self.refused = Counter[str]()
 
-    def send(self, client: TensorBusClient, batch_id: str) -> None:
-        """One of any kind; somebody waits for four fifths of those that have an answer."""
+    def send(self, client: TensorBusClient, batch_id: str, listener: TensorBusClient) -> None:
+        """One of any kind; for four fifths of those that have an answer the listener waits."""
         rng, command, number = self._rng, self._rng.choice(COMMANDS), next(self._ids)
         reply = None
         if not isinstance(command, NOT_ANSWERED) and rng.random() < 0.8:
-            reply = self._replies.take("fuzz", batch_id, number)
+            reply = listener._connection.pool.take("fuzz", batch_id, number)
         name = "" if reply is None else reply.name
         body = mutated(encode_command(of_client(command, client, batch_id, name or None, number)), rng)
         entry = entry_of(body, name.encode() if rng.random() < 0.95 else rng.choice(NO_NAMES), number)
@@ -143,22 +142,26 @@ def assert_capacity_is_whole(queue: CommandQueue, capacity: int) -> None:
     assert (now, used) == (capacity, 0)
 
 
-def test_commands() -> None:
+def test_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outcomes, "_LINGER", 10 * LONG)  # they are read after the clients have left
     rng = random.Random(20261126)
     with listening() as heard, local_cluster(2) as cluster:
-        queue, listener = CommandQueue(cluster.paths[0].command_queue), cluster.client(0)
-        capacity, sent = queue.capacity, Sent(queue, listener, rng)
+        queue = CommandQueue(cluster.paths[0].command_queue)
+        capacity, sent = queue.capacity, Sent(queue, rng)
         for start in range(0, COUNT, _ROUND):
             name = f"round {start}"
             first, second, source, target = cluster.batch(torch.randn(12), batch_id=name)
             cross(first, second, source, target)  # after all that came before
+            listener = cluster.client(0)  # a name of a semaphore is one client's, and is not used again once that has left
             for _ in range(min(_ROUND, COUNT - start)):
-                sent.send(first.client, name)
+                sent.send(first.client, name, listener)
             for handler in (first, second):
                 with contextlib.suppress(EthaRayError):  # it was closed by one of the messages
                     handler.client.close()
                 cluster.clients.remove(handler.client)
             sent.hear()
+            listener.close()
+            cluster.clients.remove(listener)
             assert_capacity_is_whole(queue, capacity)
         works(cluster, "at last")
         assert_capacity_is_whole(queue, capacity)
