@@ -81,10 +81,9 @@ def publish_numbers(state: dict[str, Any], replicas: int) -> None:
     state["sender"] = etha_ray.publish(state["weights"], "numbers", client=state["client"], min_replicas=replicas)
 
 
-def pull_numbers(state: dict[str, Any], replica: str, blocking: bool = True) -> None:
+def pull_numbers(state: dict[str, Any], replica: str) -> None:
     state["weights"] = numbers(0)
-    given: dict[str, Any] = {"replica": replica, "client": state["client"], "blocking": blocking, "timeout": LONG}
-    state["receiver"] = etha_ray.pull(state["weights"], "numbers", **given)
+    state["receiver"] = etha_ray.pull(state["weights"], "numbers", replica=replica, client=state["client"], blocking=False)
 
 
 def await_replicas(state: dict[str, Any], count: int) -> None:

@@ -63,7 +63,7 @@ class Scene:
     All have version 1."""
 
     def __init__(self, cluster: ProcessCluster, folder: Path, replicas: int, waits_for: int) -> None:
-        self.cluster, self._folder, self._waits_for, self._first = cluster, folder, waits_for, 100
+        self.cluster, self._folder, self._waits_for, self._first = cluster, folder, waits_for, 110
         self.publisher = self.published()
         self.receivers = [self.pulled(index) for index in range(replicas)]
         self.publisher.call(acts.await_replicas, replicas)
@@ -80,8 +80,7 @@ class Scene:
 
     def pulled(self, index: int) -> Worker:
         worker = self._worker(index + 1)
-        worker.start(acts.pull_numbers, str(index), False)
-        worker.result()
+        worker.call(acts.pull_numbers, str(index))
         return worker
 
     def _worker(self, rank: int) -> Worker:
@@ -130,7 +129,7 @@ class Scene:
 
     def goes_on(self, *already: Worker) -> None:
         """All call again, but those that are ``already`` at it (`call_on`). What a push brings to all is the next thing that they take, and
-        the one after that meets no error at all."""
+        the push after that fails for nobody. Uses the versions from 110 to 199, then those from 210 to 299."""
         for worker in (self.publisher, *self.receivers):
             if worker not in already:
                 self.call_on(worker)
@@ -151,7 +150,7 @@ class Scene:
 
     @property
     def _final(self) -> int:
-        return self._first + 99
+        return self._first + 89
 
 
 Stage = Callable[..., Scene]
