@@ -25,6 +25,8 @@ from etha_ray.errors import (
     PeerLostError,
     StoreUnavailableError,
     TransferTimeoutError,
+    UnknownBatchError,
+    UnknownPairError,
 )
 from etha_ray.report import TransferReport
 from etha_ray.weights.parties import Parties
@@ -41,9 +43,9 @@ _CAUSE = 400
 _AGAIN = 1.0
 """Seconds after which what could not be done for a reason that passes is tried again."""
 
-_PASSING = (StoreUnavailableError, TimeoutError)
-"""A store that is away, or a busy agent. What another version wrote, or a store that is full, is as it is at the next look too."""
-
+_PASSING = (StoreUnavailableError, TimeoutError, UnknownPairError, UnknownBatchError)
+"""A store that is away, a busy agent, or one that does not know what the one before it died of hearing. What another version wrote, or a
+store that is full, is as it is at the next look too."""
 
 _NEXT_AGENT = (AgentDiedError, AgentNotFoundError)
 """What the agent that comes next makes good; the second, where the last one had died before it was asked."""
@@ -83,6 +85,7 @@ class Link:
         self._after = after
         self._wanted: Parties | None = None
         self._held: Parties | None = None
+        self._failed_at = 0.0
         self._busy = 0
         self._retired = self._closed = False
         self._absent = ""
@@ -98,6 +101,11 @@ class Link:
     def ready(self) -> Session | None:
         """The session, if it is READY and with those who are there now."""
         return self.session if self._wanted == self._held else None
+
+    def error_since(self, moment: float) -> BaseException | None:
+        """Why it is FAILED. An agent's death counts only after ``moment``, by the monotonic clock: with the next one it is tried again."""
+        stale = isinstance(self.error, _NEXT_AGENT) and self._failed_at < moment
+        return None if stale or self.state is not LinkState.FAILED else self.error
 
     @property
     def busy(self) -> bool:
@@ -214,5 +222,6 @@ class Link:
                 return False
             self.session, self.error, self.trouble = session, error, ""
             self.state = LinkState.FAILED if session is None else LinkState.READY
+            self._failed_at = time.monotonic()
             self._changed.notify_all()
             return True

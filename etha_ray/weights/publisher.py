@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from etha_ray.errors import (
 )
 from etha_ray.report import TransferReport, format_seconds
 from etha_ray.weights.agreement import agree
-from etha_ray.weights.link import Link, LinkState
+from etha_ray.weights.link import Link
 from etha_ray.weights.member import LEAVE, Given, Member, Patience, deadline_in, remaining
 from etha_ray.weights.parties import SENDER, Parties, Seen, Tables, Watcher, seen, sender_slot
 from etha_ray.weights.reports import PushReport
@@ -48,6 +49,7 @@ class Publisher:
         self._gone: list[Link] = []
         self._seen = seen({})
         self._version = self._tried = 0
+        self._began = 0.0  # the push that is under way
         self._misfit: BaseException | None = None  # of a replica that has left, until a push has raised it
         self._closed = False
         self._member = Member(given, sender_slot)
@@ -154,7 +156,7 @@ class Publisher:
             )
 
     def _push(self, version: int | None, deadline: float | None, timeout: float | None) -> PushReport:
-        began = time.monotonic()
+        began = self._began = time.monotonic()
         self._member.check_unmoved()
         call = self._decide(version, deadline, timeout)
         self._tried = call.version  # also if it fails: other ranks may have sent it
@@ -181,7 +183,7 @@ class Publisher:
         for replica, error in failed.items():
             logger.warning("weights %r: version %d did not reach replica %r: %s", self.name, call.version, replica, error)
         with self._changed:
-            misfits = {replica: _misfit(link) for replica, link in self._links.items()}
+            misfits = {replica: _misfit(link, began) for replica, link in self._links.items()}
         failed.update({replica: error for replica, error in misfits.items() if error is not None})
         return PushReport(call.version, time.monotonic() - began, reports, failed)
 
@@ -210,7 +212,7 @@ class Publisher:
             ready = replica_ids(self._links)
             if len(ready) >= self._min_replicas:
                 return ready
-            misfits = [_misfit(link) for link in self._links.values()]
+            misfits = [_misfit(link, self._began) for link in self._links.values()]
             if misfits and all(error is not None for error in misfits):
                 raise next(error for error in misfits if error is not None)
             if not misfits and self._misfit is not None:
@@ -236,8 +238,9 @@ class Publisher:
         return link.transfer(session, remaining(deadline), version)
 
     def _session_of(self, link: Link) -> Session | None:
-        if link.state is LinkState.FAILED and link.error is not None:
-            raise link.error
+        error = link.error_since(self._began)
+        if error is not None:
+            raise error
         return link.ready
 
     def _wait(self, look: Callable[[], _T | None], what: str, deadline: float | None, timeout: float | None) -> _T:
@@ -293,7 +296,7 @@ class Publisher:
                 if self._links[replica].busy:  # where only its agent died, it is back before that is over, and the same as before
                     continue
                 link = self._links.pop(replica)
-                self._misfit = _misfit(link) or self._misfit
+                self._misfit = _misfit(link, math.inf) or self._misfit
                 link.retire()
                 self._gone = [*(other for other in self._gone if other.alive), link]
             self._changed.notify_all()
@@ -314,9 +317,11 @@ class Publisher:
         return connect
 
 
-def _misfit(link: Link) -> BaseException | None:
-    """Why a replica cannot be connected with. One that is lost may come back; one that does not fit will not fit later either."""
-    return None if isinstance(link.error, (PeerLostError, BatchClosedError)) else link.error
+def _misfit(link: Link, began: float) -> BaseException | None:
+    """Why a replica cannot be connected with, for a push that ``began`` then. One that is lost may come back; one that does not fit will
+    not fit later either."""
+    error = link.error_since(began)
+    return None if isinstance(error, (PeerLostError, BatchClosedError)) else error
 
 
 def in_background(what: str, call: Callable[[], _T]) -> Future[_T]:

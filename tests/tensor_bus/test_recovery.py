@@ -148,7 +148,7 @@ class TestAgents:
             works(one, two)
 
 
-def _die_at_the_first(handler: str, arguments: list[str]) -> None:
+def die_at_the_first(handler: str, arguments: list[str]) -> None:
     """An agent that takes the first command for this handler, and dies of it; the next one does not."""
     from etha_ray.tensor_bus import agent
     from etha_ray.tensor_bus.service import BusService
@@ -168,7 +168,7 @@ def _die_at_the_first(handler: str, arguments: list[str]) -> None:
 
 
 def test_a_batch_whose_agent_dies_as_it_closes_is_closed() -> None:
-    with process_cluster(2, restarts=True, run=partial(_die_at_the_first, "_on_cleanup")) as cluster:
+    with process_cluster(2, restarts=True, run=partial(die_at_the_first, "_on_cleanup")) as cluster:
         one, two = cluster.worker(), cluster.worker()
         settled(cluster, one, two)
         one.start(acts.close_batch, "x")
@@ -224,7 +224,7 @@ def leave(state: dict[str, Any]) -> None:
 
 def test_a_client_whose_agent_dies_as_it_leaves_leaves_its_place() -> None:
     """Its process lives, so the next agent would take it for one that is still there."""
-    with process_cluster(2, restarts=True, run=partial(_die_at_the_first, "_on_goodbye")) as cluster:
+    with process_cluster(2, restarts=True, run=partial(die_at_the_first, "_on_goodbye")) as cluster:
         one, two = cluster.worker(), cluster.worker()
         settled(cluster, one, two)
         one.start(leave)

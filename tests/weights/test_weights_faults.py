@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import etha_ray
-from etha_ray.errors import AgentDiedError, BatchTornError, EthaRayError, PeerLostError
+from etha_ray.errors import AgentDiedError, BatchClosedError, BatchTornError, EthaRayError, PeerLostError
 from etha_ray.tensor_bus import pinned
 from etha_ray.tensor_bus.inspection import SeenAgent, inspect_agent
 from etha_ray.testing import eventually
@@ -24,6 +25,7 @@ from etha_ray.transport import Copy
 from etha_ray.weights import PushReport
 from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, connect, process_cluster, run_agent
 from tests.tensor_bus.test_atomic import Stop, Stopping
+from tests.tensor_bus.test_recovery import die_at_the_first
 from tests.weights import acts
 
 TRIES = 3
@@ -290,6 +292,33 @@ def test_a_replica_whose_agent_is_replaced_during_a_push_is_who_it_was() -> None
                 assert torch.equal(source, target)
         for client in clients:
             client.close()
+
+
+def deaf_agent(handler: str, arguments: list[str]) -> None:
+    """The first agent of rank 0 dies of the first command for this handler."""
+    if arguments[arguments.index("--rank") + 1] == "0":
+        die_at_the_first(handler, arguments)
+    else:
+        run_agent(arguments)
+
+
+@pytest.mark.parametrize("handler", ["_on_init_pair", "_on_register"])
+def test_the_publishers_agent_dies_of_what_it_hears_as_they_connect(handler: str) -> None:
+    """The next one does not know of it, and nobody waits for an answer to that."""
+    with process_cluster(2, restarts=True, run=partial(deaf_agent, handler)) as cluster:
+        publisher, receiver = cluster.worker(), cluster.worker()
+        for rank, worker in enumerate((publisher, receiver)):
+            worker.call(connect, rank, cluster.paths[rank])
+        publisher.call(acts.publish_numbers, 1)
+        receiver.call(acts.pull_numbers, "0")
+        cluster.wait(cluster.pids[0])
+        cluster.start_agent(0)
+        publisher.start(acts.push_on, 1, 9, TRIES)
+        receiver.start(acts.update_on, 9, TRIES)
+        for worker in (publisher, receiver):
+            errors, _ = worker.result(2 * LONG)
+            assert all(isinstance(error, AgentDiedError | PeerLostError | BatchClosedError) for error in errors), errors
+    (Path(tempfile.gettempdir()) / f"{cluster.namespace}.died").unlink()
 
 
 class TestReceivers:
