@@ -163,6 +163,7 @@ class Reply:
         if outcome is None or outcome.command_id != self.command_id:
             return False  # posted by somebody else, such as a user's release(): the agent's own post is still to come
         self._outcome, self._semaphore = outcome, None
+        self._pool.watch.heard()
         self._pool.put_back(semaphore)
         return True
 

@@ -43,6 +43,10 @@ class AgentWatch:
             return 0.0
         return now - self._beat_seen
 
+    def heard(self) -> None:
+        """It has answered: a sign of life too, which may come before the next beat of one that stood still."""
+        self._beat_seen = self._looked = time.monotonic()
+
     def check(self) -> None:
         """Raise `AgentDiedError` if the agent's process is gone or it has not beaten for the failure timeout."""
         record = self.record

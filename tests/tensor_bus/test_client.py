@@ -11,9 +11,11 @@ import posix_ipc
 import pytest
 import torch
 
+from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.errors import BatchUnmatchedError, ConfigError, TensorMismatchError, TransferTimeoutError, UnknownBatchError
 from etha_ray.report import TransferReport
 from etha_ray.tensor_bus import client as client_module
+from etha_ray.tensor_bus import reply as reply_module
 from etha_ray.tensor_bus.client import TensorBusClient, generate_semaphore_name
 from etha_ray.tensor_bus.commands import Ping
 from etha_ray.tensor_bus.own_batches import OwnBatches
@@ -111,6 +113,17 @@ class TestOutcomes:
                     first.client.ping(LONG)
                 done.result(LONG)
                 eventually(lambda: not first.query_transfer_signal())
+
+    def test_an_answer_is_a_sign_of_life_before_the_next_beat(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of an agent that stood still and goes on: its client has looked in vain for as long as it takes to be dead."""
+        with local_cluster(1) as cluster:
+            client = cluster.client(0)
+            watch = client._connection.watch
+            monkeypatch.setattr(reply_module, "_SLICE", LONG)  # nobody looks whether it lives before it has answered
+            monkeypatch.setattr(watch._state, "heartbeat", lambda: watch._beat)
+            watch._beat_seen = time.monotonic() - 2 * FAILURE_TIMEOUT
+            client.ping(LONG)
+            assert watch.silence < FAILURE_TIMEOUT
 
     def test_semaphore_names_are_unique_and_short(self) -> None:
         names = {generate_semaphore_name("transfer", "x/" * 200) for _ in range(100)}
