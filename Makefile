@@ -90,6 +90,7 @@ bench: $(STAMP)  ## The benchmarks, each beside its baselines
 	$(BIN)/etha-ray bench network
 	$(BIN)/etha-ray bench store
 	$(BIN)/etha-ray bench plan
+	$(BIN)/etha-ray bench faults
 
 bench-gpu: $(STAMP)  ## The benchmark of a GPU's own copies; needs one
 	$(BIN)/etha-ray bench gpu

@@ -1,5 +1,6 @@
 """Benchmarks, each with its baselines in the same run: ``run_`` and what ``etha-ray bench`` calls it."""
 
+from etha_ray.bench.faults import run_faults
 from etha_ray.bench.figures import BenchResult, Figure, Ratio
 from etha_ray.bench.gpu import run_gpu
 from etha_ray.bench.network import run_network
@@ -15,6 +16,7 @@ __all__ = [
     "BenchResult",
     "Figure",
     "Ratio",
+    "run_faults",
     "run_gpu",
     "run_network",
     "run_plan",

@@ -26,8 +26,11 @@ _HEAD_START = 0.02
 class Bus:
     """Agents and, beside each, one worker."""
 
-    def __init__(self, folder: Path, agents: Sequence[WorkerProcess], clients: Sequence[WorkerProcess]) -> None:
+    def __init__(
+        self, folder: Path, paths: Sequence[AgentPaths], agents: Sequence[WorkerProcess], clients: Sequence[WorkerProcess]
+    ) -> None:
         self.folder = folder
+        self.paths = paths
         self.agents = agents
         self.clients = clients
 
@@ -73,8 +76,9 @@ def spans(times: Sequence[Sequence[tuple[float, float]]]) -> list[float]:
 
 
 @contextlib.contextmanager
-def open_bus(ranks: int) -> Iterator[Bus]:
-    """A bus of ``ranks`` agents and as many workers. All of it is gone when the block is left, however it is left."""
+def open_bus(ranks: int, store_url: str | None = None) -> Iterator[Bus]:
+    """A bus of ``ranks`` agents and as many workers, with a TCPStore of its own unless it is given a store. All of it is gone when the
+    block is left, however it is left."""
     progress(f"starting {ranks} agents and {ranks} workers")
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="etha_ray_bench_"))
@@ -82,19 +86,22 @@ def open_bus(ranks: int) -> Iterator[Bus]:
         paths = [AgentPaths(str(folder / f"command{rank}.lmdb"), str(folder / f"state{rank}.lmdb")) for rank in range(ranks)]
         for each in paths:
             stack.callback(remove_files, each)
-        store = TorchTCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        stack.callback(store.close)
+        if store_url is None:
+            store = TorchTCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+            stack.callback(store.close)
+            store_url = f"tcp://127.0.0.1:{store.port}"
         agents, clients = stack.enter_context(Workers()), stack.enter_context(Workers())
-        yield _connect(folder, paths, store.port, agents, clients)
+        yield _connect(folder, paths, store_url, agents, clients)
 
 
-def _connect(folder: Path, paths: Sequence[AgentPaths], port: int, agents: Workers, clients: Workers) -> Bus:
+def _connect(folder: Path, paths: Sequence[AgentPaths], store_url: str, agents: Workers, clients: Workers) -> Bus:
     bus = Bus(
         folder,
+        paths,
         [agents.start("agent", f"agent {rank}") for rank in range(len(paths))],
         [clients.start("client", f"worker {rank}") for rank in range(len(paths))],
     )
-    for call, workers, more in (("start", bus.agents, {"port": port}), ("connect", bus.clients, {})):
+    for call, workers, more in (("start", bus.agents, {"store_url": store_url}), ("connect", bus.clients, {})):
         for rank, (worker, each) in enumerate(zip(workers, paths, strict=True)):
             worker.ask(call, rank=rank, command_queue=each.command_queue, state=each.state, **more)
         for worker in workers:

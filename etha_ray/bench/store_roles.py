@@ -78,6 +78,11 @@ class EtcdRole:
             time.sleep(0.05)
         return client
 
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process is not None, "start comes first"
+        return self._process.pid
+
     def close(self) -> None:
         """End it and remove its data."""
         if self._process is not None:

@@ -18,7 +18,8 @@ from etha_ray.bench.processes import Answer, Request
 from etha_ray.bench.store_roles import EtcdRole, WaiterRole
 from etha_ray.bench.workload import Shards, SideName, Workload
 from etha_ray.config import AgentPaths
-from etha_ray.kvstore.tcp import TorchTCPStore
+from etha_ray.errors import EthaRayError
+from etha_ray.kvstore import KVStore, create_store
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
@@ -41,12 +42,12 @@ class AgentRole:
 
     def __init__(self) -> None:
         self._agent: TensorBusAgent | None = None
-        self._store: TorchTCPStore | None = None
+        self._store: KVStore | None = None
         self._proofs = _Proofs()
 
-    def start(self, rank: int, port: int, command_queue: str, state: str) -> None:
-        """Serve these paths; the store listens on ``port``."""
-        self._store = TorchTCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
+    def start(self, rank: int, store_url: str, command_queue: str, state: str) -> None:
+        """Serve these paths."""
+        self._store = create_store(store_url)
         self._agent = TensorBusAgent(rank, self._store, paths=AgentPaths(command_queue, state))
         self._agent.start()
 
@@ -128,6 +129,14 @@ class ClientRole:
             handler.transfer("send" if direction == "send" else "recv").result(60.0)
             times.append((start, time.monotonic()))
         return times
+
+    def fail(self, batch_id: str, direction: str) -> tuple[float, str]:
+        """A transfer that is to end with an error: when it did (monotonic), and with which."""
+        try:
+            self._handlers[batch_id].transfer("send" if direction == "send" else "recv").result(60.0)
+        except (EthaRayError, TimeoutError) as error:
+            return time.monotonic(), type(error).__name__
+        return time.monotonic(), "no error"
 
     def close(self) -> None:
         """Leave the agent."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from etha_ray.bench import BenchResult, run_gpu, run_network, run_plan, run_roundtrip, run_small, run_store, run_sync
+from etha_ray.bench import BenchResult, run_faults, run_gpu, run_network, run_plan, run_roundtrip, run_small, run_store, run_sync
 from etha_ray.bench.gpu import SHAPES
 from etha_ray.bench.processes import leaving_on_sigterm
 from etha_ray.cli.failures import failed
@@ -120,6 +120,18 @@ def store(
     Example: [bold]etha-ray bench store --json[/]
     """
     _show(lambda: run_store(puts, etcd), as_json)
+
+
+@app.command()
+def faults(
+    count: Annotated[int, typer.Option(help="How often to measure each fault.")] = 5,
+    as_json: _Json = False,
+) -> None:
+    """How soon a call hears of it: a worker or an agent that is killed, an agent or the store that stands still.
+
+    Example: [bold]etha-ray bench faults --count 3 --json[/]
+    """
+    _show(lambda: run_faults(count), as_json)
 
 
 def _show(run: Callable[[], BenchResult], as_json: bool) -> None:

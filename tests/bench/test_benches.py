@@ -100,3 +100,12 @@ def test_impossible_arguments_are_refused_by_name(arguments: tuple[str, ...], na
     assert result.exit_code == 1
     assert result.stdout == ""
     assert named in " ".join(result.stderr.split())
+
+
+@pytest.mark.slow
+def test_faults() -> None:
+    data = _json_of("faults", "--count", "1")
+    faults = {"worker_killed", "agent_killed", "own_agent_killed", "agent_stopped", "own_agent_stopped"}
+    if "left_out" not in data["machine"]:
+        faults.add("store_stopped")
+    assert data["figures"].keys() == {"repetitions_count"} | {f"{fault}_{figure}_s" for fault in faults for figure in ("p50", "max")}

@@ -71,6 +71,7 @@ def outlive_the_gcs(pipe: Connection) -> None:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_gcs_that_is_killed() -> None:
     ours, theirs = multiprocessing.Pipe()
     process = fresh.Process(target=outlive_the_gcs, args=(theirs,))
