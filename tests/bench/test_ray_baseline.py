@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_sigterm_still_unwinds_while_ray_runs() -> None:
     program = (
         "import time\n"

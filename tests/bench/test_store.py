@@ -75,6 +75,7 @@ def test_too_few() -> None:
 
 
 @pytest.mark.skipif(ETCD is None, reason="no etcd is installed")
+@pytest.mark.slow
 def test_the_etcd_ends_when_the_benchmark_is_killed() -> None:
     program = (
         "import shutil, time\n"

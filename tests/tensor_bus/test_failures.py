@@ -308,8 +308,6 @@ class TestStore:
             one, two = cluster.worker(), cluster.worker()
             settled(cluster, one, two)
             cluster.master.close()
-            del cluster.master._torch
-            cluster.master._torch = None
             works(one, two)  # a transfer needs no store
 
     def test_broken_store_becomes_an_outcome(self, monkeypatch: pytest.MonkeyPatch) -> None:
