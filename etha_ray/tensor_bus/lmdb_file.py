@@ -6,7 +6,8 @@ file, and gets an environment of its own. A forked child closes what it inherite
 needs it: LMDB's locks belong to the process that took them.
 
 Opening, making and removing a file happen under ``flock`` on the data file, so that no one opens half a pair of files. A data
-file that is still empty has no users, so a lock file beside it is a leftover and is replaced.
+file that is still empty has no users, so a lock file beside it is a leftover and is replaced; one that has data and no lock file beside it
+was being removed by a process that died.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import fcntl
 import os
 import pwd
 import stat
+import struct
 import threading
 import time
 import weakref
@@ -32,6 +34,9 @@ from etha_ray.tensor_bus.write_lock import WriteLock
 
 _FileKey = tuple[int, int]
 _PAUSE = 0.002
+
+_MAGIC, _MAGIC_AT = struct.pack("=I", 0xBEEFC0DE), 16
+"""What an LMDB file has in its first page (mdb.c, ``MDB_MAGIC``)."""
 
 
 class _Shared:
@@ -137,10 +142,10 @@ class LmdbFile:
                         return False
                     if before is not None:
                         before()
-                    # In this order: should we die in between, a lock file without data is known to be a leftover.
-                    os.unlink(self.path)
+                    # In this order: once the data is gone from its path, the next to open it makes both files anew.
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(_lock_path(self.path))
+                    os.unlink(self.path)
                     return True
             except (FileNotFoundError, QueueClosedError):
                 return False
@@ -241,8 +246,10 @@ def _locked(path: Path, *, create: bool) -> Iterator[os.stat_result]:
             found = os.fstat(fd)
             _check(path, found)
             if _is_at(path, _key(found)):
-                yield found
-                return
+                if os.path.lexists(_lock_path(path)) or os.pread(fd, len(_MAGIC), _MAGIC_AT) != _MAGIC:
+                    yield found
+                    return
+                os.unlink(path)  # who was removing it died in between
             # Removed or replaced while we waited for the lock: look again.
         finally:
             os.close(fd)

@@ -15,6 +15,7 @@ import lmdb
 import pytest
 
 from etha_ray.errors import QueueClosedError, QueueError, UnsafePathError
+from etha_ray.tensor_bus import lmdb_file
 from etha_ray.tensor_bus.lmdb_file import LmdbFile, open_file
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
@@ -188,6 +189,39 @@ def test_threads_open_and_close_at_once(path: Path) -> None:
     assert not failures
     with open_(path) as file:
         assert [get(file, b"%d" % number) for number in range(4)] == [b"49"] * 4
+
+
+def test_who_removes_it_takes_nobodys_new_lock_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as the data is gone, another process may make both files."""
+    unlink, file, made = os.unlink, open_(path), []
+
+    def then_another_comes(name: Path) -> None:
+        unlink(name)
+        if name == path and not made:
+            made.append(open_(path))
+
+    monkeypatch.setattr(lmdb_file.os, "unlink", then_another_comes)
+    assert file.unlink()
+    monkeypatch.undo()
+    assert lock_of(path).exists()
+    file.close()
+    made[0].close()
+
+
+def test_what_was_half_removed_is_made_anew(path: Path) -> None:
+    """Who still has the old one open and who opens the new one would have two locks of one file."""
+    old = open_(path)
+    put(old, b"k", b"old")
+    lock_of(path).unlink()
+    with pytest.raises(FileNotFoundError):
+        open_(path, create=False)
+    new = open_(path)
+    assert get(old, b"k") == b"old"
+    put(new, b"k", b"new")
+    assert get(old, b"k") == b"old"
+    assert not old.owns_path()
+    old.close()
+    new.close()
 
 
 def test_processes_make_and_remove_the_file_at_once(path: Path) -> None:
