@@ -136,7 +136,7 @@ class EtcdStore(KVStore):
         return self._client.where
 
     def _within(self, deadline: float) -> AbstractContextManager[None]:
-        return self._client.no_longer_than(deadline)
+        return self._client.deadline.until(deadline)
 
     def _get(self, full: str) -> bytes | None:
         return self._followed(full, *self._entry(full))[0]

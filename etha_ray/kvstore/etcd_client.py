@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 import ssl
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 from etha_ray.errors import ConfigError, OptionalDependencyError, StoreClosedError, StoreError, StoreUnavailableError
-from etha_ray.kvstore.patience import ATTEMPT, LEAVE
+from etha_ray.kvstore.patience import ATTEMPT, LEAVE, OwnDeadline
 
 try:
     import grpc
@@ -144,21 +142,13 @@ class EtcdClient:
         self._current = 0
         self._home = home
         self._pid = os.getpid()
-        self._thread = threading.local()
+        self.deadline = OwnDeadline()
+        """When this thread's patience ends at the latest."""
 
     def connect(self, key: bytes, patience: float) -> None:
         """Reads ``key``, to find out within ``patience`` seconds whether anybody answers, and lets this client in."""
         message = etcdrpc.RangeRequest(key=key, count_only=True)
         self.until_answered(lambda: self.attempt(RANGE, message), patience)
-
-    @contextmanager
-    def no_longer_than(self, deadline: float) -> Iterator[None]:
-        """Within the block this thread's patience ends at the deadline (of `time.monotonic`), if not before."""
-        self._thread.deadline = deadline
-        try:
-            yield
-        finally:
-            del self._thread.deadline
 
     def call(self, method: Method, message: Any, tolerated: str = "") -> Any:
         """The answer to a message that may be carried out more than once; None if it is refused with the status ``tolerated``.
@@ -215,7 +205,7 @@ class EtcdClient:
     def until_answered(self, attempt: Callable[[], T], patience: float | None = None) -> T:
         """What ``attempt`` returns once it does not raise `NoAnswerError`. Raises `StoreUnavailableError` when patience is over."""
         start = time.monotonic()
-        deadline = min(start + (self._patience if patience is None else patience), getattr(self._thread, "deadline", math.inf))
+        deadline = min(start + (self._patience if patience is None else patience), self.deadline.moment)
         for tried in itertools.count(1):
             try:
                 return attempt()

@@ -17,22 +17,15 @@ LEAVE = 2.0
 """Seconds that it may take once the store is being closed."""
 
 
-class Patience:
-    """How long a request may take now. For any number of threads.
+class OwnDeadline:
+    """When each thread's requests are to be over, where it has said so. For any number of threads."""
 
-    Args:
-        timeout: seconds that a store's maker gives a request; `OUTAGE` at most.
-        closing: set once the store is being closed.
-    """
-
-    def __init__(self, timeout: float, closing: threading.Event) -> None:
-        self._most = min(timeout, OUTAGE)
-        self._closing = closing
+    def __init__(self) -> None:
         self._thread = threading.local()
 
     @contextmanager
     def until(self, deadline: float) -> Iterator[None]:
-        """Within the block this thread's requests end about at the deadline (of `time.monotonic`), if not before."""
+        """Within the block this thread's is ``deadline`` (of `time.monotonic`)."""
         self._thread.deadline = deadline
         try:
             yield
@@ -40,9 +33,27 @@ class Patience:
             del self._thread.deadline
 
     @property
+    def moment(self) -> float:
+        """This thread's; infinity where it has none."""
+        return float(getattr(self._thread, "deadline", math.inf))
+
+
+class Patience(OwnDeadline):
+    """How long a request may take now.
+
+    Args:
+        timeout: seconds that a store's maker gives a request; `OUTAGE` at most.
+        closing: set once the store is being closed.
+    """
+
+    def __init__(self, timeout: float, closing: threading.Event) -> None:
+        super().__init__()
+        self._most = min(timeout, OUTAGE)
+        self._closing = closing
+
+    @property
     def seconds(self) -> float:
         """For a request that this thread makes now."""
         if self._closing.is_set():
             return min(self._most, LEAVE)
-        left = getattr(self._thread, "deadline", math.inf) - time.monotonic()
-        return min(self._most, max(ATTEMPT, left))
+        return min(self._most, max(ATTEMPT, self.moment - time.monotonic()))

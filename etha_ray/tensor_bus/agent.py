@@ -242,17 +242,20 @@ class TensorBusAgent:
                 left -= len(messages)
                 for message in messages:
                     self._service.handle(message)
-        except QueueHeldError as error:
-            self._held_up(error)
+        except QueueHeldError:
+            self._held_up()
         else:
             self._jobs.run(self._jobs.take(results))
 
-    def _held_up(self, error: QueueHeldError) -> None:
+    def _held_up(self) -> None:
         # It beats on, and answers those of other hosts that only look; its workers see for themselves why nothing comes.
-        now = time.monotonic()
-        if now - self._held_said > _SAY_AGAIN:
-            self._held_said = now
-            logger.error("agent %d can take no commands: %s", self.rank, error)
+        try:
+            self._queue.check_free()  # on a busy host somebody may just be slow
+        except QueueHeldError as error:
+            now = time.monotonic()
+            if now - self._held_said > _SAY_AGAIN:
+                self._held_said = now
+                logger.error("agent %d can take no commands: %s", self.rank, error)
 
     def _receive(self, message: Message) -> None:
         # Through the queue, which the loop empties before it looks at what jobs came to: see `_turn`. It does not empty it while it

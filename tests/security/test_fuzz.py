@@ -155,10 +155,7 @@ def test_commands(monkeypatch: pytest.MonkeyPatch) -> None:
             listener = cluster.client(0)  # a name of a semaphore is one client's, and is not used again once that has left
             for _ in range(min(_ROUND, COUNT - start)):
                 sent.send(first.client, name, listener)
-            for handler in (first, second):
-                with contextlib.suppress(EthaRayError):  # it was closed by one of the messages
-                    handler.client.close()
-                cluster.clients.remove(handler.client)
+            cluster.leave(first, second)
             sent.hear()
             listener.close()
             cluster.clients.remove(listener)
@@ -259,10 +256,7 @@ def test_replies(monkeypatch: pytest.MonkeyPatch) -> None:
                 for call in asked(first, second) * 5:
                     ended(call)
                     count += 1
-            for handler in (first, second):
-                with contextlib.suppress(EthaRayError):
-                    handler.client.close()
-                cluster.clients.remove(handler.client)
+            cluster.leave(first, second)
         monkeypatch.undo()
         works(cluster, "at last")
     assert heard.faults == []
@@ -287,10 +281,7 @@ def test_the_network() -> None:
             assert isinstance(received, EthaRayError) or torch.equal(source, target)
             for relay in relays.values():
                 relay.garble = None
-            for handler in (first, second):
-                with contextlib.suppress(EthaRayError):
-                    handler.client.close()
-                cluster.clients.remove(handler.client)
+            cluster.leave(first, second)
             failed: list[str] = []
             while len(failed) < 3:  # what was damaged before may only be found now, on either channel
                 try:

@@ -175,10 +175,7 @@ def test_on_the_network(bomb: Bomb) -> None:
             assert all(isinstance(end, EthaRayError) for end in ends)
             for relay in relays.values():
                 relay.garble = None
-            for handler in (first, second):
-                with contextlib.suppress(EthaRayError):
-                    handler.client.close()
-                cluster.clients.remove(handler.client)
+            cluster.leave(first, second)
             assert not bomb.exploded
         for tries in range(3):  # what was damaged before may only be found now, on either channel
             with contextlib.suppress(EthaRayError):

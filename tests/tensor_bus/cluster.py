@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard
 
 from etha_ray.config import AgentPaths, agent_paths
-from etha_ray.errors import AgentNotFoundError
+from etha_ray.errors import AgentNotFoundError, EthaRayError
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.tensor_bus.command_queue import CommandQueue
@@ -120,6 +120,13 @@ class LocalCluster(TensorBus):
         target = torch.zeros_like(source) if target is None else target
         first, second = registered(one, two, f"pair of {batch_id}", source, target, batch_id)
         return first, second, source, target
+
+    def leave(self, *handlers: BatchHandler) -> None:
+        """Close the clients of these, which may have been closed by what a test did to them."""
+        for handler in handlers:
+            with contextlib.suppress(EthaRayError):
+                handler.client.close()
+            self.clients.remove(handler.client)
 
     def time_is_up(self, rank: int) -> None:
         """End the transfers of this agent's workers that wait, as their timeouts would: when the test is ready for it, and no sooner."""

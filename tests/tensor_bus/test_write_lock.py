@@ -24,7 +24,7 @@ from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.write_lock import WriteLock
 from etha_ray.testing import eventually
 from tests.tensor_bus import cluster as acts
-from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, process_cluster
+from tests.tensor_bus.cluster import LONG, ProcessCluster, Worker, local_cluster, process_cluster
 from tests.tensor_bus.command_queue.helpers import assert_capacity_is_whole, batch, drain, finish, kill, start
 from tests.tensor_bus.test_failures import settled, works
 
@@ -260,6 +260,18 @@ def ping(state: dict[str, Any], stops: bool = False) -> None:
 
 
 class TestAgents:
+    def test_the_agents_log_says_who_it_is(self, caplog: pytest.LogCaptureFixture) -> None:
+        with local_cluster(1) as cluster:
+            client = cluster.client()
+
+            def write() -> None:
+                stopping_in("_write_state")
+                CommandQueue(cluster.paths[0].command_queue).enqueue(batch("held"))
+
+            with stopped(write) as child:
+                eventually(lambda: re.search(rf"agent 0 can take no commands: .* process {child.pid} ", caplog.text))
+            client.ping(LONG)
+
     def test_a_worker_that_is_stopped_in_a_write(self, cluster: ProcessCluster) -> None:
         """Its agent and the other workers hear of it; the agent lives on, and all go on once it is killed."""
         one, two, third = cluster.worker(), cluster.worker(), cluster.worker()
