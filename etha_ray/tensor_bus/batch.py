@@ -153,6 +153,12 @@ class Batch:
             self.hold(self.holding.tear(self.registered.received, str(error)))
         self.finish(error)
 
+    def hurry(self, seconds: float | None) -> None:
+        """What is under way has so many seconds left, at most."""
+        if self.transfer is not None and seconds is not None:
+            until = time.monotonic() + seconds
+            self.transfer.deadline = until if self.transfer.deadline is None else min(self.transfer.deadline, until)
+
     def close(self, error: EthaRayError, *, lost: bool, returns: Returns = "no", then: Callable[[], None]) -> None:
         """Release everything and tell the other members; ``then`` runs once no byte moves and no job runs any more.
 

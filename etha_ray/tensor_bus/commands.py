@@ -179,6 +179,12 @@ class CancelTransfer(BaseCommand):
     batch_id: str
 
 
+class HurryTransfer(BaseCommand):
+    """Have the transfer of this batch that is under way end within ``timeout`` seconds, as one whose time is up then."""
+
+    batch_id: str
+
+
 class Hello(BaseCommand):
     """A client introduces itself, so that the agent notices its death.
 

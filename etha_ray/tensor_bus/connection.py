@@ -165,8 +165,13 @@ class Connection:
 
     def say_goodbye(self, because: str = "") -> None:
         """Have the agent, or the next one there, forget this client; nobody waits for an answer. ``because``: see `Goodbye`."""
-        with contextlib.suppress(EthaRayError):  # a full queue, or one that is gone: the process's end will do
-            self.queue.enqueue(Goodbye(client_id=self.client_id, because=because), block=False)
+        self.mention(Goodbye(because=because))  # where it is not heard, the process's end will do
+
+    def mention(self, command: Message) -> None:
+        """Hand over a command that has no answer, unless the queue is full, or gone."""
+        command.client_id = self.client_id
+        with contextlib.suppress(EthaRayError):
+            self.queue.enqueue(command, block=False)
 
     def release(self) -> None:
         """Let go of everything."""

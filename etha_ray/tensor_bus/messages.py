@@ -21,6 +21,7 @@ from etha_ray.tensor_bus.commands import (
     CleanupBatch,
     Goodbye,
     Hello,
+    HurryTransfer,
     InitPair,
     MakeDigest,
     Ping,
@@ -211,6 +212,7 @@ Message: TypeAlias = (
     | WaitReady
     | CleanupBatch
     | CancelTransfer
+    | HurryTransfer
     | Hello
     | Goodbye
     | Ping

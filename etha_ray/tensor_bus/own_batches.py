@@ -21,7 +21,7 @@ from etha_ray.errors import (
     UnknownBatchError,
 )
 from etha_ray.memory import ExportedTensors
-from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, MakeDigest, WaitReady, WaitVersion
+from etha_ray.tensor_bus.commands import CancelTransfer, CleanupBatch, HurryTransfer, MakeDigest, WaitReady, WaitVersion
 from etha_ray.tensor_bus.connection import Connection
 from etha_ray.tensor_bus.reply import Reply
 from etha_ray.tensor_bus.state_file import holding_key
@@ -120,6 +120,11 @@ class OwnBatches:
         self.known(batch_id)
         command, cancel = WaitVersion(batch_id=batch_id, version=version), CancelTransfer(batch_id=batch_id)
         return int(self._connection.call(command, "wait_version", batch_id, timeout, int, cancel))
+
+    def hurry(self, batch_id: str, seconds: float) -> None:
+        """Have the transfer of a batch that another thread waits for end within so many seconds, with `TransferTimeoutError` if it is
+        not over by then. Does not wait, and is not heard where no transfer has reached the agent, or its queue is full."""
+        self._connection.mention(HurryTransfer(batch_id=batch_id, timeout=seconds))
 
     def raise_if_failed(self, batch_id: str, timeout: float | None) -> None:
         """Raise what made its registration fail, if that is known by now."""

@@ -32,6 +32,7 @@ from etha_ray.tensor_bus.commands import (
     Failed,
     Goodbye,
     Hello,
+    HurryTransfer,
     InitPair,
     MakeDigest,
     Ping,
@@ -135,6 +136,7 @@ class BusService:
             RegisterTensors: self._on_register,
             Transfer: self._on_transfer,
             CancelTransfer: self._on_cancel,
+            HurryTransfer: self._on_hurry,
             QueryStatus: self._on_query,
             WaitVersion: self._on_wait_version,
             ReadyReplicas: self._replicas.answer,
@@ -328,6 +330,9 @@ class BusService:
         batch.questions.give_up(command.command_id)
         if batch.transfer is not None and batch.transfer.command.command_id == command.command_id:
             batch.cancel(TransferCancelledError(f"batch {batch.batch_id!r}: its worker gave up waiting"))
+
+    def _on_hurry(self, command: HurryTransfer) -> None:
+        self._batch(command, command.batch_id).hurry(command.timeout)
 
     def _on_query(self, command: QueryStatus) -> None:
         batch = self._batch(command, command.batch_id)

@@ -184,8 +184,8 @@ class UnderWay:
 
     def who_is_missing(self, registered: Registered, announced: Container[str]) -> str:
         """Why it was not over in time."""
-        timeout = self.command.timeout
-        after = format_seconds(time.monotonic() - self.started if timeout is None else timeout)
+        elapsed, timeout = time.monotonic() - self.started, self.command.timeout
+        after = format_seconds(elapsed if timeout is None else min(elapsed, timeout))
         what = f"{self.command.transfer_type} of batch {self.command.batch_id!r} was not over after {after}: "
         remedy = {
             TransferState.ANNOUNCED: ". Call transfer('recv') there, or give more time",

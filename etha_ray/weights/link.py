@@ -146,6 +146,13 @@ class Link:
                 self._busy -= 1
                 self._changed.notify_all()
 
+    def hurry(self) -> None:
+        """`Session.hurry`, where a transfer is under way."""
+        with self._changed:
+            session = self.session if self._busy else None
+        if session is not None:
+            session.hurry()
+
     def retire(self) -> None:
         """Leave once no transfer is under way. The thread ends soon after; `join` waits for it."""
         with self._changed:

@@ -21,6 +21,7 @@ from etha_ray.errors import (
 )
 from etha_ray.report import TransferReport, format_seconds
 from etha_ray.weights.agreement import agree
+from etha_ray.weights.fanout import Fanout
 from etha_ray.weights.link import Link
 from etha_ray.weights.member import LEAVE, Given, Member, Patience, deadline_in, remaining
 from etha_ray.weights.parties import SENDER, Parties, Seen, Tables, Watcher, seen, sender_slot
@@ -77,7 +78,7 @@ class Publisher:
         with self._changed:
             return sorted(replica_ids(self._links))
 
-    def push(self, version: int | None = None, timeout: float | None = 300.0) -> PushReport:
+    def push(self, version: int | None = None, timeout: float | None = 300.0, straggler_timeout: float | None = None) -> PushReport:
         """Send the weights, as they are now, to all replicas that have joined. All ranks of the sender call it together.
 
         Waits until ``min_replicas`` have joined, then until each has taken the weights in its `Receiver.update`. A replica that dies,
@@ -88,6 +89,9 @@ class Publisher:
             version: what is sent is called so from now on, above all before it; the training step, say. By default one more than the
                 last one.
             timeout: seconds for all of it; None for as long as it takes.
+            straggler_timeout: seconds that the others get once ``min_replicas`` (one at least) have taken the weights; longer than what a
+                transfer takes, as one that is cut short in its midst leaves that replica's weights torn until its next `update`. None:
+                until ``timeout``. One that dies, or whose agent stands still, is given up within seconds either way.
 
         Raises:
             NamesMismatchError, TensorMismatchError, LayoutError: (ValueErrors) the only replica holds something else.
@@ -99,21 +103,24 @@ class Publisher:
             TransferInProgressError: another push is under way.
         """
         check_timeout(timeout)
+        check_timeout(straggler_timeout)
         self._check_version(version)
         if not self._pushing.acquire(blocking=False):
             raise TransferInProgressError(f"weights {self.name!r}: a push is under way; wait for it before the next")
         try:
             self._member.settle()
-            return self._push(version, deadline_in(timeout), timeout)
+            return self._push(version, deadline_in(timeout), timeout, straggler_timeout)
         finally:
             self._pushing.release()
 
-    def start_push(self, version: int | None = None, timeout: float | None = 300.0) -> Future[PushReport]:
+    def start_push(
+        self, version: int | None = None, timeout: float | None = 300.0, straggler_timeout: float | None = None
+    ) -> Future[PushReport]:
         """`push` on a thread of its own, for a process that is sender and receiver at once: ``result()`` of what it returns is its
         report, or raises what `push` raises. The weights must not be written to until then. Raises `ConfigError` for a wrong version."""
         self._check_version(version)
         self._member.settle()
-        return in_background("push", lambda: self.push(version, timeout))
+        return in_background("push", lambda: self.push(version, timeout, straggler_timeout))
 
     def close(self) -> None:
         """Leave: receivers get `BatchClosedError`. May be called more than once.
@@ -155,28 +162,14 @@ class Publisher:
                 " versions count up from 1"
             )
 
-    def _push(self, version: int | None, deadline: float | None, timeout: float | None) -> PushReport:
+    def _push(self, version: int | None, deadline: float | None, timeout: float | None, straggler_timeout: float | None) -> PushReport:
         began = self._began = time.monotonic()
         self._member.check_unmoved()
         call = self._decide(version, deadline, timeout)
         self._tried = call.version  # also if it fails: other ranks may have sent it
-        reports: dict[str, TransferReport] = {}
-        failed: dict[str, BaseException] = {}
-
-        def send(replica: str, identity: str) -> None:
-            try:
-                reports[replica] = self._send(replica, identity, call.version, deadline)
-            except Exception as error:  # reported, or raised if nobody else got anything
-                failed[replica] = error
-
-        first, *others = call.replicas.items() or [("", "")]
-        threads = [threading.Thread(target=send, args=each, name=f"etha-ray push {each[0]}", daemon=True) for each in others]
-        for thread in threads:
-            thread.start()
-        if call.replicas:
-            send(*first)
-        for thread in threads:
-            thread.join()
+        fanout = Fanout[TransferReport](max(1, self._min_replicas), straggler_timeout, self._hurry)
+        fanout.run(call.replicas, lambda replica, identity: self._send(replica, identity, call.version, deadline, fanout))
+        reports, failed = fanout.done, fanout.failed
         if failed and not reports and self._min_replicas:
             raise next(iter(failed.values()))
         self._version = call.version
@@ -223,9 +216,11 @@ class Publisher:
         wanted = "a replica" if self._min_replicas == 1 else f"{self._min_replicas} replicas"
         return self._wait(enough, f"{wanted} to join (publish(min_replicas=0) waits for none)", deadline, timeout)
 
-    def _send(self, replica: str, identity: str, version: int, deadline: float | None) -> TransferReport:
+    def _send(self, replica: str, identity: str, version: int, deadline: float | None, fanout: Fanout[TransferReport]) -> TransferReport:
         def found() -> tuple[Link, Session] | None:
             link = self._links.get(replica)
+            if fanout.late:
+                raise TransferTimeoutError(f"weights {self.name!r}: replica {replica!r}: not all ranks of the sender are connected with it")
             if link is None or link.id != identity:
                 # Rank 0 was ready with it, for which all ranks must have registered: it has been here.
                 if replica in self._seen.missing:
@@ -236,6 +231,13 @@ class Publisher:
 
         link, session = self._wait(found, f"replica {replica!r}, which rank 0 is connected with", deadline, remaining(deadline))
         return link.transfer(session, remaining(deadline), version)
+
+    def _hurry(self, replica: str) -> None:
+        with self._changed:
+            link = self._links.get(replica)
+            self._changed.notify_all()
+        if link is not None:
+            link.hurry()
 
     def _session_of(self, link: Link) -> Session | None:
         error = link.error_since(self._began)

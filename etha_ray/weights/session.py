@@ -155,6 +155,10 @@ class Session:
         report: TransferReport = semaphore.result()
         return report
 
+    def hurry(self) -> None:
+        """Have a transfer that is under way end now, as if its time were up. May not be heard: say it again."""
+        self._handler.client._batches.hurry(self._handler.batch_id, 0.0)
+
     @property
     def held(self) -> Holding:
         """What its tensors hold, as its agent says, or said when this was closed."""

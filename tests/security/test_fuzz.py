@@ -24,7 +24,7 @@ from etha_ray.tensor_bus import connection, outcomes
 from etha_ray.tensor_bus.batch_handler import BatchHandler
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.tensor_bus.command_queue import CommandQueue
-from etha_ray.tensor_bus.commands import BaseCommand, CancelTransfer, Failed, Ok, Outcome, decode_outcome, encode_outcome
+from etha_ray.tensor_bus.commands import BaseCommand, CancelTransfer, Failed, HurryTransfer, Ok, Outcome, decode_outcome, encode_outcome
 from etha_ray.tensor_bus.messages import DataMessage, Message, RegistrationClosed, encode_command
 from etha_ray.tensor_bus.queue_entry import CorruptEntry, unpack_entry
 from etha_ray.tensor_bus.reply import Reply
@@ -43,7 +43,7 @@ COUNT = int(os.environ.get("ETHA_RAY_FUZZ", "1500"))
 NO_NAMES = [b"/a\0b", b"\xff\xfe", b"/" + b"x" * 300, b"/../x", b"x", b"/\xed\xa0\x80"]
 """Bytes in the place of a semaphore's name."""
 
-NOT_ANSWERED = (CancelTransfer, DataMessage, RegistrationClosed)
+NOT_ANSWERED = (CancelTransfer, HurryTransfer, DataMessage, RegistrationClosed)
 
 _ROUND = 150
 """Messages to one client's name, after which it leaves and another comes: what waits for ever then ends."""
@@ -108,7 +108,7 @@ class Sent:
         self._queue._append(entry, LONG, block=False, waited=False)
 
     def _expect(self, found: Message | CorruptEntry, reply: Reply | None) -> None:
-        corrupt, says_nothing = isinstance(found, CorruptEntry), isinstance(found, CancelTransfer)
+        corrupt, says_nothing = isinstance(found, CorruptEntry), isinstance(found, CancelTransfer | HurryTransfer)
         self.corrupt += corrupt
         self.ignored += isinstance(found, NOT_ANSWERED) and not says_nothing
         if reply is not None:

@@ -90,10 +90,10 @@ def await_replicas(state: dict[str, Any], count: int) -> None:
     eventually(lambda: len(state["sender"].replicas) == count)
 
 
-def push_numbers(state: dict[str, Any], version: int) -> PushReport:
+def push_numbers(state: dict[str, Any], version: int, straggler_timeout: float | None = None) -> PushReport:
     for name, tensor in numbers(version).items():
         state["weights"][name].copy_(tensor)
-    report: PushReport = state["sender"].push(version, LONG)
+    report: PushReport = state["sender"].push(version, LONG, straggler_timeout)
     assert report.version == state["sender"].version == version
     return report
 

@@ -262,6 +262,46 @@ class TestReplicas:
             assert sorted(sync(sender, receiver, slow).replicas) == ["good", "slow"]
             assert slow.version == 2
 
+    def test_one_that_does_not_call_update_holds_up_a_push_for_so_long_only(self) -> None:
+        with sides() as at:
+            source = torch.ones(4)
+            sources = [source[:2].clone(), source[2:].clone()]
+            ranks = [at.publish({"w": w}, agent=r, placements=Shard(0), world_size=2, rank=r) for r, w in enumerate(sources)]
+            good, slow = torch.zeros(4), torch.zeros(4)
+            receiver, straggler = at.pull({"w": good}, replica="good"), at.pull({"w": slow}, replica="slow")
+            eventually(lambda: all(rank.replicas == ["good", "slow"] for rank in ranks))
+            for version in (1, 2):
+                reports = succeed(
+                    *[lambda rank=rank, version=version: rank.push(version, LONG, straggler_timeout=0.1) for rank in ranks],
+                    lambda: receiver.update(LONG),
+                )[:2]
+                for report in reports:
+                    assert list(report.replicas) == ["good"]
+                    assert isinstance(report.failed["slow"], TransferTimeoutError)
+                    assert "'slow': not all ranks have called update in time" in str(report.failed["slow"])
+                assert torch.equal(good, source)
+                assert (straggler.version, straggler.torn, slow.tolist()) == (0, False, [0.0] * 4)
+            for rank in ranks:
+                assert rank.replicas == ["good", "slow"]  # it is still connected, and gets the version of then
+            reports = succeed(
+                *[lambda rank=rank: rank.push(3, LONG, straggler_timeout=LONG) for rank in ranks],
+                lambda: (receiver.update(LONG), eventually(lambda: receiver.version == 3), straggler.update(LONG)),
+            )
+            assert reports[2][::2] == (3, 3)
+            assert all(sorted(report.replicas) == ["good", "slow"] for report in reports[:2])
+            assert torch.equal(slow, source)
+
+    def test_nobody_is_a_straggler_before_one_has_taken_the_weights(self) -> None:
+        with sides() as at:
+            sender = at.publish({"w": torch.ones(2)})
+            for replica in ("a", "b"):
+                at.pull({"w": torch.zeros(2)}, replica=replica)
+            eventually(lambda: sender.replicas == ["a", "b"])
+            with pytest.raises(TransferTimeoutError, match="called update in time"):
+                sender.push(timeout=0.5, straggler_timeout=0.0)
+            with pytest.raises(ConfigError, match="-1"):
+                sender.push(straggler_timeout=-1.0)
+
     def test_all_ranks_of_a_sender_push_to_the_same_replicas(self) -> None:
         """Replicas join and leave while two ranks push, each at its own pace."""
         with sides() as at:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import etha_ray
-from etha_ray.errors import AgentDiedError, BatchClosedError, BatchTornError, EthaRayError, PeerLostError
+from etha_ray.errors import AgentDiedError, BatchClosedError, BatchTornError, EthaRayError, PeerLostError, TransferTimeoutError
 from etha_ray.tensor_bus import pinned
 from etha_ray.tensor_bus.inspection import SeenAgent, inspect_agent
 from etha_ray.testing import eventually
@@ -381,3 +381,23 @@ def test_a_replica_that_fails_keeps_nothing_from_the_other(stage: Stage, victim:
         assert list(ended(scene.publisher).replicas) == ["0"]
     if (victim, number) == ("agent", signal.SIGSTOP):
         scene.proceed(2)
+
+
+def test_a_replica_that_stands_still_holds_up_each_push_for_so_long_only(stage: Stage) -> None:
+    """Once it goes on it gets the version of then."""
+    scene = stage(2, waits_for=1, restarts=False)
+    good, bad = scene.receivers
+    scene.cluster.pause(bad.pid, 2)
+    for version in (2, 3):
+        scene.publisher.start(acts.push_numbers, version, 0.2)
+        assert good.call(acts.update_numbers) == version
+        report = ended(scene.publisher)
+        assert list(report.replicas) == ["0"]
+        assert isinstance(report.failed["1"], TransferTimeoutError)
+    os.kill(bad.pid, signal.SIGCONT)
+    assert bad.call(acts.held) == (1, False)
+    scene.publisher.start(acts.push_numbers, 4)
+    for receiver in scene.receivers:
+        receiver.start(acts.update_numbers)
+    assert [receiver.result() for receiver in scene.receivers] == [4, 4]
+    assert ended(scene.publisher).failed == {}
