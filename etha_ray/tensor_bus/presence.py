@@ -10,7 +10,7 @@ from etha_ray.config import FAILURE_TIMEOUT
 from etha_ray.kvstore import KVStore
 from etha_ray.kvstore.lease import Lease
 from etha_ray.tensor_bus.jobs import Job, Jobs
-from etha_ray.tensor_bus.records import AgentRecord, agent_key, encode
+from etha_ray.tensor_bus.records import AGENTS, MANIFESTS, VERDICTS, AgentRecord, agent_key, encode
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Presence:
                 return
             self.lease = lease = job.value
             if self._left:  # the one before was closed already
-                self._jobs.start("leave the store", lambda _: lease.close(), _log_error)
+                self._jobs.start("leave the store", lambda _: self._leave(lease), _log_error)
 
         self._publishing = True
         self._jobs.start("publish the agent", lambda _: self._publish(), over)
@@ -65,11 +65,20 @@ class Presence:
     def leave(self) -> None:
         """Take the record back, beside the loop."""
         self._left = True
-        self._jobs.start("leave the store", lambda _: self.lease.close(), _log_error)
+        lease = self.lease
+        self._jobs.start("leave the store", lambda _: self._leave(lease), _log_error)
 
     def close(self) -> None:
         """Take the record back at once, where there is no loop to go on beside it."""
-        self.lease.close()
+        self._leave(self.lease)
+
+    def _leave(self, lease: Lease) -> None:
+        lease.close()
+        # A description is there once for all who share it, so it is nobody's own to remove, and a verdict's addressee may be dead.
+        # Who is the last to leave removes them.
+        if not self._store.list(AGENTS):
+            self._store.delete_prefix(MANIFESTS)
+            self._store.delete_prefix(VERDICTS)
 
     def _publish(self) -> Lease:
         lease = self._store.lease(FAILURE_TIMEOUT)

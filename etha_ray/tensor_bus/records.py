@@ -30,6 +30,12 @@ T = TypeVar("T")
 AGENTS = "agent/"
 """What the keys of all agents' records begin with."""
 
+MANIFESTS = "manifest/"
+"""What the keys of all descriptions begin with."""
+
+VERDICTS = "verdict/"
+"""What the keys of all verdicts begin with."""
+
 SECRET_KEY = "secret"
 """Where the pool's secret is."""
 
@@ -238,7 +244,7 @@ def replica_key(pair: str, peer: str, batch: str, index: int) -> str:
 
 def manifest_key(digest: str) -> str:
     """Where the manifest, the differences or the plan's inputs with this digest are."""
-    return f"manifest/{digest}"
+    return f"{MANIFESTS}{digest}"
 
 
 def notice_prefix(topic: str) -> str:
@@ -248,4 +254,4 @@ def notice_prefix(topic: str) -> str:
 
 def verdict_key(addressee: str) -> str:
     """Where the refusal of an attempt or registration is, if it was refused."""
-    return f"verdict/{addressee}"
+    return f"{VERDICTS}{addressee}"

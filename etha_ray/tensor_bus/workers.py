@@ -27,7 +27,6 @@ class Worker:
     client_id: str
     pid: int
     start_time: float
-    visible: bool
     pairs: dict[str, Pair] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
     closing: dict[str, threading.Event] = field(default_factory=dict)
@@ -36,8 +35,8 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether its process lives; one in another pid namespace cannot be looked up and counts as alive."""
-        return not self.visible or is_alive(self.pid, self.start_time)
+        """Whether its process lives."""
+        return is_alive(self.pid, self.start_time)
 
 
 class Workers:
@@ -49,16 +48,17 @@ class Workers:
         self._left: dict[str, None] = {}  # the last that were removed, in their order
 
     def add(self, hello: Hello) -> Worker:
-        """A client introduces itself; one that is known already stays who it is, with all that it has."""
-        worker = self._workers.setdefault(
-            hello.client_id,
-            Worker(
-                client_id=hello.client_id,
-                pid=hello.pid,
-                start_time=hello.start_time,
-                visible=hello.pid_namespace == pid_namespace(),
-            ),
-        )
+        """A client introduces itself; one that is known already stays who it is, with all that it has.
+
+        Raises `ConfigError` for one in another pid namespace: its memory could not be opened, and its death not be seen.
+        """
+        if hello.pid_namespace != pid_namespace():
+            raise ConfigError(
+                f"agent {self._agent_rank} and this worker (pid {hello.pid} where it runs) are in different pid namespaces, so neither its"
+                " memory nor its death could be seen: run both in one container, or let theirs share processes (docker:"
+                " --pid=container:... or --pid=host; Kubernetes: shareProcessNamespace: true)"
+            )
+        worker = self._workers.setdefault(hello.client_id, Worker(hello.client_id, hello.pid, hello.start_time))
         if (worker.pid, worker.start_time) != (hello.pid, hello.start_time):
             raise ConfigError(f"client id {hello.client_id!r} is that of pid {worker.pid}, and not of pid {hello.pid}: take another")
         return worker

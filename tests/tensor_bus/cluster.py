@@ -30,6 +30,7 @@ from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.leftovers import remove_files
+from etha_ray.tensor_bus.records import SECRET_KEY
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 from etha_ray.tensor_bus.state_file import StateFile
 from etha_ray.tensor_bus.transfer_state import UnderWay
@@ -146,7 +147,7 @@ class LocalCluster(TensorBus):
         left = left_in_shm({os.getpid()}, list(self.paths.values()))
         assert left == [], left
         assert not any(Path(path.state).parent.exists() for path in self.paths.values())
-        left = [key for key in self.store.list() if not key.startswith(("manifest/", "verdict/"))]
+        left = sorted(self.store.list().keys() - {SECRET_KEY})
         assert left == [], left
         super().close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -161,6 +162,26 @@ class TestLifetime:
             mark = f"_{done.stdout.strip()}_"
             eventually(lambda: cluster.agents[0].describe()["workers"] == 0)
             eventually(lambda: not [name for name in os.listdir(SHM) if name.startswith("sem.command") and mark in name])
+
+    def test_a_worker_in_another_pid_namespace_is_refused(self) -> None:
+        """Else its death would never be noticed. It leaves nothing, and the agent serves the others."""
+        alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode != 0:
+            pytest.skip("no pid namespace can be made here")
+        with local_cluster(1) as cluster:
+            paths = cluster.paths[0]
+            code = (
+                "from etha_ray.tensor_bus.client import TensorBusClient\n"
+                "try:\n"
+                f"    TensorBusClient(0, {paths.command_queue!r}, {paths.state!r})\n"
+                "except ValueError as error:\n"
+                "    print(type(error).__name__, error)\n"
+            )
+            done = subprocess.run([*alone, sys.executable, "-c", code], capture_output=True, text=True, timeout=2 * LONG, check=True)
+            assert done.stdout.startswith("ConfigError agent 0 and this worker (pid 1 where it runs) are in different pid namespaces")
+            assert "shareProcessNamespace" in done.stdout
+            assert cluster.agents[0].describe()["workers"] == 0
+            cluster.client(0).ping(LONG)
 
     def test_shutdown_of_the_agent_ends_what_waits(self) -> None:
         with local_cluster() as cluster:

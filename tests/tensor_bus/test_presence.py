@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from etha_ray.errors import StoreUnavailableError
@@ -13,7 +14,7 @@ from etha_ray.kvstore import MemoryStore
 from etha_ray.kvstore.lease import Lease
 from etha_ray.tensor_bus.jobs import Jobs
 from etha_ray.tensor_bus.presence import Presence
-from etha_ray.tensor_bus.records import AgentRecord, agent_key, decode
+from etha_ray.tensor_bus.records import SECRET_KEY, AgentRecord, agent_key, decode, manifest_key, verdict_key
 from etha_ray.testing import eventually
 from tests.kvstore.test_lease import InterruptedStore
 
@@ -61,6 +62,17 @@ def test_it_is_there_as_soon_as_it_is_made_and_gone_once_it_has_left(store: Stor
     assert presence.lease is lease, "it was not lost"
     presence.leave()
     eventually(lambda: not store.exists(agent_key(3)))
+
+
+def test_the_last_to_leave_removes_what_was_nobodys_own(store: Store, jobs: Jobs) -> None:
+    keys = [manifest_key("0123"), verdict_key("attempt")]
+    first, last = (Presence(msgspec.structs.replace(RECORD, rank=rank), store, jobs) for rank in range(2))
+    for key in (*keys, SECRET_KEY):
+        store.set(key, "said")
+    first.close()
+    assert all(store.exists(key) for key in keys)
+    last.close()
+    assert list(store.list()) == [SECRET_KEY]
 
 
 def test_a_store_that_is_away_is_asked_again(store: Store, jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:
