@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from etha_ray.config import check_timeout
 from etha_ray.errors import LayoutError
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus.client import TensorBusClient
 from etha_ray.weights.layouts import PlacementsOf
-from etha_ray.weights.member import Given
+from etha_ray.weights.member import Given, deadline_in
 from etha_ray.weights.names import PRESETS, Rename, Source
 from etha_ray.weights.publisher import Publisher
 from etha_ray.weights.puller import Receiver
@@ -100,17 +101,18 @@ def pull(
             side's fused tensor; with ``placements=`` ``Shard(0)`` each rank's rows of q, k and v, as vLLM holds them.
         blocking: wait until all ranks of both sides are connected. Without (where one thread plays several ranks), `Receiver.update`
             waits, and raises what goes wrong.
-        timeout: seconds to wait; None for as long as it takes.
+        timeout: seconds for all of it; None for as long as it takes, and then 30 s for a store that is away.
 
     Raises:
         NamesMismatchError, TensorMismatchError: (ValueErrors) the sides do not hold the same; names are listed for both.
         BatchUnmatchedError: (a TimeoutError) not all ranks of both sides came in time; says who is missing.
         EthaRayError: what `publish` raises.
     """
-    receiver = Receiver(Given(source, name, rename, only, strict, buffers, placements, mesh, world_size, rank, client), replica)
+    deadline = deadline_in(check_timeout(timeout)) if blocking else None
+    receiver = Receiver(Given(source, name, rename, only, strict, buffers, placements, mesh, world_size, rank, client), replica, deadline)
     if blocking:
         try:
-            receiver.wait_ready(timeout)
+            receiver.connect(deadline, timeout)
         except LayoutError:
             receiver.let_see()
             receiver.close()

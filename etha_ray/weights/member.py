@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 _FIRST_WORD = 10.0
 _NEXT_WORD = 60.0
 
+_STORE = 30.0
+"""Seconds for what the agent is asked of the store, where the caller gives no less."""
+
 LEAVE = 10.0
 """Seconds for which who leaves waits for an agent, or for threads of its own, in each step: what is late then is done without it."""
 
@@ -61,6 +64,7 @@ class Member:
     Args:
         given: what the user said.
         slot: where a rank of this side announces itself.
+        deadline: until when it may be announced, by the monotonic clock.
 
     Raises:
         ConfigError, LayoutError: see `names`, `layouts`.
@@ -69,7 +73,7 @@ class Member:
         CoordinateTakenError: another process is this rank of this side already.
     """
 
-    def __init__(self, given: Given, slot: Callable[[int], str]) -> None:
+    def __init__(self, given: Given, slot: Callable[[int], str], deadline: float | None = None) -> None:
         check_name("the weights' name", given.name)
         only = patterns(given.only)
         every = named_tensors(given.source, given.rename, given.buffers)
@@ -82,7 +86,7 @@ class Member:
         self._slot = slot(self.seat.rank)
         self._owned, self._announced = given.client is None, False
         self._exported: ExportedTensors | None = None
-        self.client = bootstrap_client()[0] if given.client is None else given.client
+        self.client = bootstrap_client(connection_timeout=store_time(deadline))[0] if given.client is None else given.client
         # Here, on the caller's thread, and once: nobody else writes to the tensors while they are moved to shared memory.
         try:
             self._exported = export_tensors(list(self.tensors.values()), [repr(one.own) for one in crossing], self.client.for_agent)
@@ -91,15 +95,15 @@ class Member:
             self.address = AgentAddress.of(self.client)
             self.board = Board(self.client, f"weights/{self.name}")
             self._table = encode_table(table)
-            self.announce()
+            self.announce(deadline)
         except BaseException:
             self.close()
             raise
 
-    def announce(self) -> None:
+    def announce(self, deadline: float | None = None) -> None:
         """Say that this rank is there, or that it begins anew."""
         notice = Notice(secrets.token_hex(8), self.seat.size, fingerprint(self._table))
-        self.board.announce(self._slot, encode_notice(notice), body=self._table)
+        self.board.announce(self._slot, encode_notice(notice), self._table, store_time(deadline))
         self._announced = True
 
     def settle(self) -> None:
@@ -165,3 +169,9 @@ def deadline_in(timeout: float | None) -> float | None:
 def remaining(deadline: float | None) -> float | None:
     """Seconds until ``deadline``, 0 once it has passed."""
     return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def store_time(deadline: float | None) -> float:
+    """Seconds that an agent has for what it is asked of the store, by a call that is to be over then."""
+    left = remaining(deadline)
+    return _STORE if left is None else min(_STORE, left)

@@ -12,7 +12,7 @@ from etha_ray.report import TransferReport
 from etha_ray.tensor_bus.versions import Holding
 from etha_ray.weights.agreement import agree
 from etha_ray.weights.link import Link, LinkState
-from etha_ray.weights.member import LEAVE, Given, Member, Patience, deadline_in, remaining
+from etha_ray.weights.member import LEAVE, Given, Member, Patience, deadline_in, remaining, store_time
 from etha_ray.weights.parties import LONGEST_PAUSE, SENDER, Parties, Seen, Tables, Watcher, receiver_slot, seen
 from etha_ray.weights.session import Session, part_of
 
@@ -23,7 +23,7 @@ class Receiver:
     Close it, or use it as a context manager. One thread at a time may update.
     """
 
-    def __init__(self, given: Given, replica: str) -> None:
+    def __init__(self, given: Given, replica: str, deadline: float | None = None) -> None:
         check_name("replica", replica)
         self.replica = replica
         self._changed = threading.Condition()
@@ -35,7 +35,7 @@ class Receiver:
         self._report: TransferReport | None = None
         self._raised = ""
         self._closed = False
-        self._member = Member(given, lambda rank: receiver_slot(replica, rank))
+        self._member = Member(given, lambda rank: receiver_slot(replica, rank), deadline)
         self._tables = Tables(self._member.board)
         self._link = Link(f"the sender of {given.name!r}", "not all ranks have called push in time", self._connect, self._changed)
         self._watcher = Watcher(self._member.board, self._on_seen)
@@ -67,7 +67,7 @@ class Receiver:
     def wait_ready(self, timeout: float | None = 300.0) -> None:
         """Wait until all ranks of both sides are connected. Raises what `update` raises, and `BatchUnmatchedError` (a TimeoutError)."""
         check_timeout(timeout)
-        self._session(deadline_in(timeout), timeout)
+        self.connect(deadline_in(timeout), timeout)
 
     def update(self, timeout: float | None = 300.0) -> int:
         """Wait for the next version and take it into the tensors. All ranks of the replica call it together; returns the version.
@@ -88,7 +88,7 @@ class Receiver:
         check_timeout(timeout)
         self._member.check_unmoved()
         deadline = deadline_in(timeout)
-        session = self._receiving = self._session(deadline, timeout)
+        session = self._receiving = self.connect(deadline, timeout)
         try:
             report = self._link.transfer(session, remaining(deadline))
         except (PeerLostError, BatchClosedError):  # nothing had been written, or another error would say so
@@ -145,11 +145,12 @@ class Receiver:
 
     # ------------------------------------------------------------------------------------------------- connecting
 
-    def _session(self, deadline: float | None, timeout: float | None) -> Session:
+    def connect(self, deadline: float | None, timeout: float | None) -> Session:
+        """The session with all ranks of both sides, once there is one; waits until ``deadline``, which was ``timeout`` seconds away."""
         patience, began = Patience(f"weights {self.name!r}, replica {self.replica!r}"), time.monotonic()
         stale = self._raised
         if stale and self._link.state is LinkState.FAILED and self._link.id == stale:
-            self._begin_anew(stale)
+            self._begin_anew(stale, deadline)
         with self._changed:
             while True:
                 if self._closed:
@@ -170,11 +171,11 @@ class Receiver:
                         f" {self._state()}"
                     )
 
-    def _begin_anew(self, stale: str) -> None:
+    def _begin_anew(self, stale: str, deadline: float | None) -> None:
         """Have the others connect anew with this rank, if they are the same as before; somebody new, they do so anyway."""
-        parties = seen(self._member.board.read()).parties(self.replica)
+        parties = seen(self._member.board.read(store_time(deadline))).parties(self.replica)
         if parties is not None and parties.id == stale:
-            self._member.announce()
+            self._member.announce(deadline)
 
     def _state(self) -> str:
         """Who is missing, in words."""

@@ -36,9 +36,9 @@ _OWN_AGENT_GONE = frozenset({"AgentDiedError", "AgentNotFoundError"})
 _STORE_AWAY = frozenset({"StoreUnavailableError", "PairTimeoutError", "BatchUnmatchedError", "TransferTimeoutError"})
 """How calls may end where the store does not answer: theirs, or those of members that they wait for."""
 
-BESIDE = {"publish": 30.0, "pull": 35.0, "push": 5.0, "update": 5.0, "leave": 45.0}
-"""Seconds that calls may take beyond their own time: for a store that is away there are 30, and for an agent that does not answer to a
-goodbye 5, which whoever leaves a lost session waits for."""
+BESIDE = {"publish": 10.0, "pull": 5.0, "push": 5.0, "update": 5.0, "leave": 15.0}
+"""Seconds that calls may take beyond their own time: `publish` and who leaves have none, and wait for a store that is away, and up to 5 s
+for an agent that does not answer to a goodbye, as does who leaves a lost session."""
 
 _OTHER_CLOSED = frozenset({"BatchClosedError", "BatchTornError", "VersionMismatchError"})
 """How transfers may end where another member closes its batch, as each does now and then."""
