@@ -133,7 +133,7 @@ def test_who_goes_while_it_is_passed_on(ends: str) -> None:
         eventually(lambda: _sends(hosts) == ["b[1] did not receive"])  # the relay has it, and the sender knows
         if ends == "relay":
             hosts.agents[1].kill()
-            hosts.agents[1].wait()
+            hosts.agents[1].join()
         else:
             sender.process.kill()
             eventually(lambda: not _sends(hosts))

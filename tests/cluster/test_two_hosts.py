@@ -155,7 +155,7 @@ def test_a_death_over_there_is_told_and_another_takes_the_place(hosts: TwoHosts,
     source.transfer("batch", "send")
     if victim == "agent":
         hosts.agents[2].kill()
-        hosts.agents[2].wait()
+        hosts.agents[2].join()
     else:
         os.kill(target.workers[0].pid, signal.SIGKILL)
     assert isinstance(source.outcomes()[0], PeerLostError)
@@ -230,12 +230,12 @@ def test_an_agent_that_stands_still_during_a_transfer_and_goes_on_later(hosts: T
     sender.start(acts.transfer, "batch", "send")
     receiver.call(_begin)
     eventually(lambda: receiver.call(_has_begun))
-    hosts.agents[2].send_signal(signal.SIGSTOP)
+    os.kill(hosts.agents[2].pid, signal.SIGSTOP)
     try:
         with pytest.raises(BatchTornError):
             receiver.call(_end)
     finally:
-        hosts.agents[2].send_signal(signal.SIGCONT)
+        os.kill(hosts.agents[2].pid, signal.SIGCONT)
     hosts.cable.slow_down(megabits=1000)
     assert isinstance(_outcome(sender), EthaRayError)
     again = torch.arange(1000.0)
