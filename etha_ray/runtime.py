@@ -21,6 +21,7 @@ from etha_ray.agent_actor import entry_of, find_actor, start_actors, wait_until_
 from etha_ray.config import check_integrity, check_name, check_transport, worker_environment
 from etha_ray.errors import AgentBusyError, AgentNotFoundError
 from etha_ray.kvstore import create_store
+from etha_ray.kvstore.url import check_store_url
 from etha_ray.net import no_listener
 from etha_ray.ray_nodes import START_TIMEOUT, STOP_TIMEOUT, clean_nodes, live_nodes, on_cluster, places
 from etha_ray.tensor_bus.inspection import SeenAgent, decode_seen
@@ -184,7 +185,7 @@ def launch_agents(
     namespace = _pool_name(namespace)
     check_integrity(integrity)
     check_transport(transport)
-    url = "gcs://" if store == "gcs" else store
+    url = check_store_url("gcs://" if store == "gcs" else store)
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     placed = places(devices)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TypeAlias
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from etha_ray.errors import ConfigError
 from etha_ray.kvstore.base import KVStore
 from etha_ray.kvstore.memory import MemoryStore
-
-if TYPE_CHECKING:
-    from etha_ray.kvstore.etcd import EtcdStore
-    from etha_ray.kvstore.tcp import TorchTCPStore
 
 _ACCEPTED = (
     "accepted are gcs:// (Ray's GCS), tcp://HOST:PORT?master=1&world_size=N&wait_for_workers=0 (torch's TCPStore), "
@@ -37,20 +34,36 @@ def create_store(url: str, *, namespace: str = "default", component: str = "tens
 
     Raises `ConfigError` naming what is accepted for any other URL, and what the store's class raises. No message has the password.
     """
+    return _maker(url)(namespace, component, timeout)
+
+
+def check_store_url(url: str) -> str:
+    """Return ``url`` if `create_store` takes it; raise `ConfigError`, naming what is accepted, otherwise. Connects to nothing."""
+    _maker(url)
+    return url
+
+
+_Maker: TypeAlias = Callable[[str, str, float], KVStore]
+"""Makes a store of a namespace, a component and a timeout."""
+
+
+def _maker(url: str) -> _Maker:
     parts = _split(url)
     if parts.scheme in ("gcs", "memory"):
         if parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
             raise _refusal(url, f"{parts.scheme}:// takes nothing after it")
-        if parts.scheme == "memory":
-            return MemoryStore(namespace, component)
-        from etha_ray.kvstore.gcs import GcsStore
-
-        return GcsStore(namespace, component, timeout)
+        return _gcs if parts.scheme == "gcs" else lambda namespace, component, _: MemoryStore(namespace, component)
     if parts.scheme == "etcd":
-        return _etcd(url, parts, namespace, component, timeout)
+        return _etcd(url, parts)
     if parts.scheme == "tcp":
-        return _tcp(url, parts, namespace, component, timeout)
+        return _tcp(url, parts)
     raise _refusal(url, "it names no known store")
+
+
+def _gcs(namespace: str, component: str, timeout: float) -> KVStore:
+    from etha_ray.kvstore.gcs import GcsStore
+
+    return GcsStore(namespace, component, timeout)
 
 
 def _refusal(url: str, cause: str) -> ConfigError:
@@ -76,29 +89,26 @@ def _options(url: str, parts: SplitResult, known: tuple[str, ...], switches: tup
     return options
 
 
-def _tcp(url: str, parts: SplitResult, namespace: str, component: str, timeout: float) -> TorchTCPStore:
-    from etha_ray.kvstore.tcp import TorchTCPStore
-
+def _tcp(url: str, parts: SplitResult) -> _Maker:
     options = _options(url, parts, _TCP_OPTIONS, ("master", "wait_for_workers"))
     place = host_and_port(parts.netloc)
     if place is None or place[1] is None or parts.path.strip("/") or parts.fragment:
         raise _refusal(url, "it needs a host and a port from 0 to 65535, and takes options only after them")
-    world_size = options.get("world_size")
+    host, port, world_size = place[0], place[1], options.get("world_size")
     if world_size is not None and not (world_size.isascii() and world_size.isdigit()):
         raise _refusal(url, f"world_size must be a number, not {world_size!r}")
-    return TorchTCPStore(
-        place[0],
-        place[1],
-        None if world_size is None else int(world_size),
-        _SWITCH[options.get("master", "0")],
-        timeout,
-        _SWITCH[options.get("wait_for_workers", "1")],
-        namespace,
-        component,
-    )
+
+    def make(namespace: str, component: str, timeout: float) -> KVStore:
+        from etha_ray.kvstore.tcp import TorchTCPStore
+
+        size = None if world_size is None else int(world_size)
+        master, wait = _SWITCH[options.get("master", "0")], _SWITCH[options.get("wait_for_workers", "1")]
+        return TorchTCPStore(host, port, size, master, timeout, wait, namespace, component)
+
+    return make
 
 
-def _etcd(url: str, parts: SplitResult, namespace: str, component: str, timeout: float) -> EtcdStore:
+def _etcd(url: str, parts: SplitResult) -> _Maker:
     options = _options(url, parts, _ETCD_OPTIONS, ("tls",))
     who, at, hosts = parts.netloc.rpartition("@")
     user, colon, password = who.partition(":")
@@ -107,20 +117,24 @@ def _etcd(url: str, parts: SplitResult, namespace: str, component: str, timeout:
         raise _refusal(url, "it needs a user, a colon and a password before the @")
     if any((host_and_port(each) or ("", 0))[1] == 0 for each in endpoints) or parts.path.strip("/") or parts.fragment:
         raise _refusal(url, "it needs hosts, each with a port from 1 to 65535 or none, and takes options only after them")
-    from etha_ray.kvstore.etcd import EtcdStore
 
-    return EtcdStore(
-        timeout=timeout,
-        namespace=namespace,
-        component=component,
-        endpoints=endpoints,
-        user=unquote(user) if at else None,
-        password=unquote(password) if at else None,
-        tls=_SWITCH[options.get("tls", "0")],
-        ca=options.get("ca"),
-        cert=options.get("cert"),
-        key=options.get("key"),
-    )
+    def make(namespace: str, component: str, timeout: float) -> KVStore:
+        from etha_ray.kvstore.etcd import EtcdStore
+
+        return EtcdStore(
+            timeout=timeout,
+            namespace=namespace,
+            component=component,
+            endpoints=endpoints,
+            user=unquote(user) if at else None,
+            password=unquote(password) if at else None,
+            tls=_SWITCH[options.get("tls", "0")],
+            ca=options.get("ca"),
+            cert=options.get("cert"),
+            key=options.get("key"),
+        )
+
+    return make
 
 
 def host_and_port(text: str) -> tuple[str, int | None] | None:

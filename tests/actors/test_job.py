@@ -76,6 +76,7 @@ class FailingGenerator(Generator):
         raise ValueError("no such weights")
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_ends_the_job() -> None:
     workload = replace(training_workload(SMALL), generator=FailingGenerator)
     with pytest.raises(ValueError, match="no such weights"), sync_job(workload, 1, 1):

@@ -16,8 +16,6 @@ from etha_ray.bench.processes import WorkerProcess, Workers
 from etha_ray.cli import app
 from etha_ray.tensor_bus.semaphores import queue_semaphore_name
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
-
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -56,6 +54,8 @@ def _json_of(*arguments: str) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_roundtrip() -> None:
     data = _json_of("roundtrip", "--count", "200")
     figures = data["figures"]
@@ -65,6 +65,7 @@ def test_roundtrip() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_sync() -> None:
     data = _json_of("sync", "--shape", "tiny", "--src", "1", "--dst", "2", "--steps", "2")
     figures, ratios = data["figures"], data["ratios"]
@@ -76,6 +77,7 @@ def test_sync() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_small() -> None:
     data = _json_of("small", "--tensors", "40", "--steps", "2", "--single-count", "10")
     figures = data["figures"]
@@ -103,6 +105,7 @@ def test_impossible_arguments_are_refused_by_name(arguments: tuple[str, ...], na
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_faults() -> None:
     data = _json_of("faults", "--count", "1")
     faults = {"worker_killed", "agent_killed", "own_agent_killed", "agent_stopped", "own_agent_stopped"}

@@ -4,12 +4,14 @@ import subprocess
 import sys
 import traceback
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from etha_ray.errors import ConfigError, StoreUnavailableError
 from etha_ray.kvstore import EtcdStore, MemoryStore, TorchTCPStore, create_store
+from etha_ray.kvstore.url import check_store_url
 from etha_ray.testing.etcd_server import EtcdAddress
 
 
@@ -139,9 +141,17 @@ def test_importing_loads_no_backend() -> None:
         ("etcd://h?tls=yes", "0 or 1"),
     ],
 )
-def test_bad_urls_say_what_is_accepted(url: str, cause: str) -> None:
+@pytest.mark.parametrize("look", [create_store, check_store_url])
+def test_bad_urls_say_what_is_accepted(look: Callable[[str], object], url: str, cause: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        create_store(url)
+        look(url)
     message = str(caught.value)
     assert cause in message
     assert all(accepted in message for accepted in ("gcs://", "tcp://HOST:PORT", "etcd://", "memory://"))
+
+
+@pytest.mark.parametrize(
+    "url", ["gcs://", "memory://", "tcp://nowhere.invalid:1?world_size=7", "etcd://u:p@nowhere.invalid,h:1?ca=/no/such/file"]
+)
+def test_a_url_is_looked_at_without_connecting(url: str) -> None:
+    assert check_store_url(url) == url
