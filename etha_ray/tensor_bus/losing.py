@@ -85,7 +85,7 @@ class Losing:
             member.state = BatchState.LOST
         if member.state is not BatchState.LOST:
             return
-        self.losses.add(registration, Loss(error, message.completed, message.returns), now)
+        self.losses.add(registration, Loss(error, message.completed, message.returns, name), now)
         if message.returns != "no":
             # Who leaves in order may have come to the end, and so may this worker, in a moment.
             when = now if message.lost else now + FAILURE_TIMEOUT

@@ -12,14 +12,18 @@ Returns: TypeAlias = Literal["no", "perhaps", "soon"]
 """Whether a member comes back by itself: "no" if its worker closed the batch, "perhaps" if the worker left or died, "soon" if only
 its agent did, which somebody restarts, or if it registers again."""
 
+_NAMED = 16
+"""Of many that are gone so many are named, beside the first."""
+
 
 @dataclass(frozen=True)
 class Loss:
-    """One member that is gone; ``completed`` is how many transfers of the batch it had completed."""
+    """One member that is gone; ``completed`` is how many transfers of the batch it had completed. This agent itself has no ``name``."""
 
     error: EthaRayError
     completed: int
     returns: Returns
+    name: str = ""
 
 
 @dataclass
@@ -43,21 +47,26 @@ class Losses:
     @property
     def first(self) -> EthaRayError | None:
         """What to say of it."""
-        if self.trouble is not None:
-            return self.trouble
-        return next((loss.error for loss in self.members.values()), None)
+        return self.trouble or self._told(list(self.members.values()))
 
     @property
     def final(self) -> EthaRayError | None:
         """Why a transfer that needs all members is refused at once; None if it waits, as all that are gone come back soon."""
-        if self.trouble is not None:
-            return self.trouble
-        return next((loss.error for loss in self.members.values() if loss.returns != "soon"), None)
+        return self.trouble or self._told([loss for loss in self.members.values() if loss.returns != "soon"])
 
     def blamed(self, completed: int) -> EthaRayError | None:
         """Why the transfer after ``completed`` cannot be any more: not for those who had what they wanted of it before they left."""
         final = [loss for loss in self.members.values() if loss.returns != "soon"]
-        return self.trouble or next((loss.error for loss in final if loss.completed <= completed), self.final)
+        return self.trouble or self._told([loss for loss in final if loss.completed <= completed]) or self.final
+
+    def _told(self, losses: list[Loss]) -> EthaRayError | None:
+        """The first of these, and who else is gone."""
+        if not losses:
+            return None
+        others = [loss.name for loss in self.members.values() if loss.name and loss is not losses[0]]
+        more = [f"{len(others) - _NAMED} more"] if len(others) > _NAMED else []
+        error = losses[0].error
+        return type(error)(f"{error}; also gone: {', '.join(others[:_NAMED] + more)}") if others else error
 
     def leaves_room_for(self, needed: Container[str], completed: int) -> bool:
         """Whether those ``needed`` are there, and the others had completed the transfer that comes after ``completed``."""
