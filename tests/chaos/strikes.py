@@ -47,7 +47,10 @@ _HELD_UP = frozenset({"QueueHeldError"})
 """How calls may end where a process of their host stands still, as that may have been in the midst of a write to their agent's queue."""
 
 _STILL_COPIED = "TransferInProgressError"
-"""How a transfer may end right after one whose time was up, and which the agent cannot end in the midst of a copy."""
+"""How a transfer may end right after one that its worker has given up, and which the agent cannot end in the midst of a copy."""
+
+_GIVEN_UP = ("TransferTimeoutError", "AgentDiedError", _STILL_COPIED)
+"""How that one ended: its time was up, or its agent stood still, and goes on now."""
 
 _TOGETHER = _OTHER_GONE | _OTHER_CLOSED | {_STILL_COPIED}
 """How pushes and updates may end where another member is struck or leaves: sessions end with it, each rank hears of it when it looks, and
@@ -186,9 +189,9 @@ def _closed(entries: Iterable[Entry]) -> list[tuple[str, float, float]]:
 
 
 def _still_copied(before: Entry | None, entry: Entry) -> bool:
-    """Whether its process's call before it was a transfer that ended so, or whose time was up."""
+    """Whether its process's call before it was a transfer that was given up, or ended so itself."""
     same = before is not None and (before.who, before.life) == (entry.who, entry.life)
-    return same and before.call in ("send", "recv") and before.outcome in ("TransferTimeoutError", _STILL_COPIED)
+    return same and before.call in ("send", "recv") and before.outcome in _GIVEN_UP
 
 
 def _may_mean(closer: str, entry: Entry) -> bool:

@@ -223,10 +223,11 @@ def test_a_closed_batch_is_one_that_somebody_closed(closer: str, begin: float, a
         assert bool(judged(replace(entry, outcome=outcome), others=others)) != (fits or closer == "a1")
 
 
-def test_what_is_still_copied_is_a_transfer_whose_time_was_up() -> None:
-    late = replace(LOST, number=1, outcome="TransferTimeoutError", detail="")
+@pytest.mark.parametrize("outcome", ["TransferTimeoutError", "AgentDiedError"])
+def test_what_is_still_copied_is_a_transfer_that_was_given_up(outcome: str) -> None:
+    late = replace(LOST, number=1, outcome=outcome, detail="")
     again = [replace(late, number=number, begin=100.5, end=100.6, outcome="TransferInProgressError") for number in (2, 3)]
-    acts = Acts([KILLED], 10.0, 1000.0)
+    acts = Acts([replace(KILLED, victims=["b1", "agent 0"])], 10.0, 1000.0)
     assert not violations([late, *again], acts, SEATS)
     for wrong in (replace(late, outcome="ok", nonce=9), replace(late, call="register"), replace(late, who="a1"), replace(late, life=2)):
         assert "(send, TransferInProgressError)" in violations([wrong, again[0]], acts, SEATS)[0]
