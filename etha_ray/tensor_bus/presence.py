@@ -70,13 +70,13 @@ class Presence:
 
     def close(self) -> None:
         """Take the record back at once, where there is no loop to go on beside it."""
-        self._leave(self.lease)
+        self.lease.close()
 
     def _leave(self, lease: Lease) -> None:
         lease.close()
         # A description is there once for all who share it, so it is nobody's own to remove, and a verdict's addressee may be dead.
-        # Who is the last to leave removes them.
-        if not self._store.list(AGENTS):
+        # Who is the last to leave removes them, unless the store is away: nobody waits for that.
+        if not self.silent_since and not self._store.list(AGENTS):
             self._store.delete_prefix(MANIFESTS)
             self._store.delete_prefix(VERDICTS)
 

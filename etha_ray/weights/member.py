@@ -103,8 +103,8 @@ class Member:
     def announce(self, deadline: float | None = None) -> None:
         """Say that this rank is there, or that it begins anew."""
         notice = Notice(secrets.token_hex(8), self.seat.size, fingerprint(self._table))
+        self._announced = True  # by its agent, which goes on when this gives up
         self.board.announce(self._slot, encode_notice(notice), self._table, store_time(deadline))
-        self._announced = True
 
     def settle(self) -> None:
         """Wait until what this thread's current stream was given has written the tensors that are on a GPU: other threads send them."""

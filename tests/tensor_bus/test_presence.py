@@ -69,10 +69,21 @@ def test_the_last_to_leave_removes_what_was_nobodys_own(store: Store, jobs: Jobs
     first, last = (Presence(msgspec.structs.replace(RECORD, rank=rank), store, jobs) for rank in range(2))
     for key in (*keys, SECRET_KEY):
         store.set(key, "said")
-    first.close()
+    first.leave()
+    eventually(lambda: not store.exists(agent_key(0)))
     assert all(store.exists(key) for key in keys)
-    last.close()
-    assert list(store.list()) == [SECRET_KEY]
+    last.leave()
+    eventually(lambda: list(store.list()) == [SECRET_KEY])
+
+
+def test_one_that_never_served_or_whose_store_is_away_removes_nothing_but_its_own(store: Store, jobs: Jobs) -> None:
+    store.set(manifest_key("0123"), "said")
+    Presence(RECORD, store, jobs).close()
+    cut_off = Presence(RECORD, store, jobs)
+    cut_off.silent_since = time.time()
+    cut_off.leave()
+    jobs.close()
+    assert list(store.list()) == [manifest_key("0123")]
 
 
 def test_a_store_that_is_away_is_asked_again(store: Store, jobs: Jobs, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import etha_ray
 from etha_ray.config import agent_paths
+from etha_ray.errors import StoreUnavailableError
 from etha_ray.kvstore import EtcdStore
 from etha_ray.tensor_bus import connection
 from etha_ray.tensor_bus.agent import TensorBusAgent
@@ -69,3 +70,17 @@ def test_who_leaves_does_not_wait_for_it(
     ):
         sync(sender, receiver)
     assert torch.equal(target, torch.ones(3))
+
+
+def test_who_could_not_announce_itself_in_time_is_not_there_later(
+    monkeypatch: pytest.MonkeyPatch, own_etcd: EtcdServer, stores: list[EtcdStore], clients: list[TensorBusClient]
+) -> None:
+    """Its agent goes on trying, and its client is somebody else's: a rank that nobody plays would be connected with."""
+    monkeypatch.setattr(connection, "_GRACE", 0.1)
+    own_etcd.pause()
+    with pytest.raises((TimeoutError, StoreUnavailableError)):
+        etha_ray.pull({"w": torch.zeros(3)}, "policy", client=clients[1], timeout=0.5)
+    own_etcd.resume()
+    clients[1].init_pair("pair", "a", "b", 1, blocking=False)  # the store answers again
+    eventually(lambda: stores[1].list("pair/"))
+    eventually(lambda: clients[1].ping(LONG) is None and not stores[0].list("notice/"))
