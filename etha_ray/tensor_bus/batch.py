@@ -153,11 +153,10 @@ class Batch:
             self.hold(self.holding.tear(self.registered.received, str(error)))
         self.finish(error)
 
-    def hurry(self, seconds: float | None) -> None:
-        """What is under way has so many seconds left, at most."""
-        if self.transfer is not None and seconds is not None:
-            until = time.monotonic() + seconds
-            self.transfer.deadline = until if self.transfer.deadline is None else min(self.transfer.deadline, until)
+    def hurry(self) -> None:
+        """The time of what is under way is up."""
+        if self.transfer is not None:
+            self.transfer.deadline = time.monotonic()
 
     def close(self, error: EthaRayError, *, lost: bool, returns: Returns = "no", then: Callable[[], None]) -> None:
         """Release everything and tell the other members; ``then`` runs once no byte moves and no job runs any more.

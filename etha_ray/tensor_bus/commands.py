@@ -180,7 +180,7 @@ class CancelTransfer(BaseCommand):
 
 
 class HurryTransfer(BaseCommand):
-    """Have the transfer of this batch that is under way end within ``timeout`` seconds, as one whose time is up then."""
+    """Have the transfer of this batch that is under way end as one whose time is up."""
 
     batch_id: str
 

@@ -157,7 +157,7 @@ class Session:
 
     def hurry(self) -> None:
         """Have a transfer that is under way end now, as if its time were up. May not be heard: say it again."""
-        self._handler.client._batches.hurry(self._handler.batch_id, 0.0)
+        self._handler.client._batches.hurry(self._handler.batch_id)
 
     @property
     def held(self) -> Holding:

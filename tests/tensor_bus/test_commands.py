@@ -68,7 +68,7 @@ COMMANDS: list[Message] = [
     QueryStatus("b", "transfer_signal"),
     CleanupBatch("b"),
     CancelTransfer("b"),
-    HurryTransfer("b", timeout=0.5),
+    HurryTransfer("b"),
     Hello(pid=3, start_time=12.25, pid_namespace=0xFFFFFFFF),
     Goodbye(),
     Ping(command_id=2**64 - 1),
