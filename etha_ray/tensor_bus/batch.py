@@ -153,10 +153,11 @@ class Batch:
             self.hold(self.holding.tear(self.registered.received, str(error)))
         self.finish(error)
 
-    def hurry(self) -> None:
-        """The time of what is under way is up."""
-        if self.transfer is not None:
-            self.transfer.deadline = time.monotonic()
+    def hurry(self, only_if_lost: bool = False) -> None:
+        """The time of what is under way is up; ``only_if_lost``: if it waits for members that are gone."""
+        transfer = self.transfer
+        if transfer is not None and (not only_if_lost or (transfer.state is TransferState.BLOCKED and self.loss is not None)):
+            transfer.deadline = time.monotonic()
 
     def close(self, error: EthaRayError, *, lost: bool, returns: Returns = "no", then: Callable[[], None]) -> None:
         """Release everything and tell the other members; ``then`` runs once no byte moves and no job runs any more.

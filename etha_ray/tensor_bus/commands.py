@@ -180,9 +180,13 @@ class CancelTransfer(BaseCommand):
 
 
 class HurryTransfer(BaseCommand):
-    """Have the transfer of this batch that is under way end as one whose time is up."""
+    """Have the transfer of this batch that is under way end as one whose time is up.
+
+    only_if_lost: only one that waits for members that are gone, as they are gone for good.
+    """
 
     batch_id: str
+    only_if_lost: bool = False
 
 
 class Hello(BaseCommand):

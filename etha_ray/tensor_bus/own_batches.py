@@ -121,10 +121,11 @@ class OwnBatches:
         command, cancel = WaitVersion(batch_id=batch_id, version=version), CancelTransfer(batch_id=batch_id)
         return int(self._connection.call(command, "wait_version", batch_id, timeout, int, cancel))
 
-    def hurry(self, batch_id: str) -> None:
+    def hurry(self, batch_id: str, only_if_lost: bool = False) -> None:
         """Have the transfer of a batch that another thread waits for end as if its time were up: `TransferTimeoutError` says who was
-        missing. Does not wait, and is not heard where no transfer has reached the agent, or its queue is full."""
-        self._connection.mention(HurryTransfer(batch_id=batch_id))
+        missing, or `PeerLostError` who is gone. ``only_if_lost``: only if it waits for somebody who is gone, and may be back for all that
+        the agents know. Does not wait, and is not heard where no transfer has reached the agent, or its queue is full."""
+        self._connection.mention(HurryTransfer(batch_id=batch_id, only_if_lost=only_if_lost))
 
     def raise_if_failed(self, batch_id: str, timeout: float | None) -> None:
         """Raise what made its registration fail, if that is known by now."""

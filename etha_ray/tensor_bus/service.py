@@ -332,7 +332,7 @@ class BusService:
             batch.cancel(TransferCancelledError(f"batch {batch.batch_id!r}: its worker gave up waiting"))
 
     def _on_hurry(self, command: HurryTransfer) -> None:
-        self._batch(command, command.batch_id).hurry()
+        self._batch(command, command.batch_id).hurry(command.only_if_lost)
 
     def _on_query(self, command: QueryStatus) -> None:
         batch = self._batch(command, command.batch_id)

@@ -177,8 +177,10 @@ class Link:
         if after is not None:
             after.join()
         while True:
+            self._wait_for_work()
             with self._changed:
-                self._changed.wait_for(self._has_to_do)
+                if not self._has_to_do():
+                    continue
                 wanted, self._held = self._wanted, self._wanted
                 old, self.session, self.error, self.trouble = self.session, None, None, ""
                 self.state = LinkState.IDLE if wanted is None else LinkState.CONNECTING
@@ -194,6 +196,23 @@ class Link:
                         break
                     self.state, self.error = LinkState.CONNECTING, None
                     self._changed.notify_all()
+
+    def _wait_for_work(self) -> None:
+        """Until there is something to do. A transfer with those who were there before may meanwhile wait for somebody who has begun anew,
+        and will not be back: where an agent died, nobody could tell it, or the next one, who left."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._has_to_do() or self._outdated)
+                if self._changed.wait_for(self._has_to_do, _AGAIN):
+                    return
+                session = self.session if self._outdated else None
+            if session is not None:
+                session.hurry(only_if_lost=True)
+
+    @property
+    def _outdated(self) -> bool:
+        """Whether a transfer is under way with others than those who are there now."""
+        return self._busy > 0 and self._wanted is not None and self._wanted != self._held
 
     def _has_to_do(self) -> bool:
         return self._closed or (not self._busy and (self._retired or self._wanted != self._held))

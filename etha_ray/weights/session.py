@@ -155,9 +155,10 @@ class Session:
         report: TransferReport = semaphore.result()
         return report
 
-    def hurry(self) -> None:
-        """Have a transfer that is under way end now, as if its time were up. May not be heard: say it again."""
-        self._handler.client._batches.hurry(self._handler.batch_id)
+    def hurry(self, only_if_lost: bool = False) -> None:
+        """Have a transfer that is under way end now, as if its time were up; ``only_if_lost``: if it waits for somebody who is gone, to be
+        back. May not be heard: say it again."""
+        self._handler.client._batches.hurry(self._handler.batch_id, only_if_lost)
 
     @property
     def held(self) -> Holding:

@@ -18,7 +18,7 @@ import torch
 
 import etha_ray
 from etha_ray.errors import AgentDiedError, BatchClosedError, BatchTornError, EthaRayError, PeerLostError, TransferTimeoutError
-from etha_ray.tensor_bus import pinned
+from etha_ray.tensor_bus import losing, pinned
 from etha_ray.tensor_bus.inspection import SeenAgent, inspect_agent
 from etha_ray.testing import eventually
 from etha_ray.transport import Copy
@@ -289,6 +289,37 @@ def test_a_replica_whose_agent_is_replaced_during_a_push_is_who_it_was() -> None
                 eventually(lambda: "0" in sender._seen.receivers)
                 assert receiver.update(LONG) == version
                 assert pushed.result(LONG).failed == {}
+                assert torch.equal(source, target)
+        for client in clients:
+            client.close()
+
+
+def patient_agent(arguments: list[str]) -> None:
+    """An agent whose transfers wait for members that are gone for as long as their workers let them."""
+    losing.SUCCESSION_TIMEOUT = 10 * LONG
+    run_agent(arguments)
+
+
+def test_nobody_waits_for_one_who_has_begun_anew() -> None:
+    """The agent that was to be told that it left was dead then, and the next one knows it from the journal: it may be back any moment."""
+    with process_cluster(2, restarts=True, run=patient_agent) as cluster:
+        clients, first = [cluster.client(rank) for rank in range(2)], cluster.worker()
+        first.call(connect, 1, cluster.paths[1])
+        source, target = torch.full((3,), 2.0), torch.zeros(3)
+        with etha_ray.publish({"w": source}, "plain", client=clients[0]) as sender:
+            first.call(acts.pull_plain, "0")
+            eventually(lambda: sender.replicas == ["0"])
+            link = sender._links["0"]
+            cluster.kill(cluster.pids[0])
+            pushed = sender.start_push(timeout=None)
+            eventually(lambda: link._busy)
+            cluster.kill(first.pid)
+            with etha_ray.pull({"w": target}, "plain", client=clients[1], blocking=False) as receiver:
+                cluster.start_agent(0)
+                with pytest.raises(PeerLostError, match="were not back"):
+                    pushed.result(LONG)
+                pushed = sender.start_push(timeout=LONG)
+                assert receiver.update(LONG) == pushed.result(LONG).version
                 assert torch.equal(source, target)
         for client in clients:
             client.close()
