@@ -9,5 +9,13 @@ fresh = multiprocessing.get_context("forkserver")
 
 # Its children are there in milliseconds, and inherit no threads.
 fresh.set_forkserver_preload(
-    ["etha_ray.kvstore.tcp", "etha_ray.tensor_bus.agent", "etha_ray.tensor_bus.client", "torch.distributed.tensor"]
+    [
+        "etha_ray.kvstore.etcd",
+        "etha_ray.kvstore.tcp",
+        "etha_ray.tensor_bus.agent",
+        "etha_ray.tensor_bus.client",
+        "tests.chaos.process",
+        "tests.tensor_bus.cluster",
+        "torch.distributed.tensor",
+    ]
 )

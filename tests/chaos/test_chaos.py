@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.__main__ import play
+from tests.chaos.play import play
 
 BUSY = 20.0
 """Seconds after which a call counts as hanging here: it is given 8, and a machine that runs other tests may stand still for some."""
