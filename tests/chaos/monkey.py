@@ -41,7 +41,7 @@ _GIVES = {"recv": "send", "update": "push"}
 
 _CALLS = ("connect", "init_pair", "register", "send", "recv", "close", "publish", "pull", "push", "update", "leave")
 
-_STEADY = _CALLS[1:]
+STEADY = _CALLS[1:]
 """Those that every player comes to again and again, also if nobody is struck."""
 
 _CALM = 5.0
@@ -84,7 +84,7 @@ class Monkey:
             }
         self.left = self.random.sample(self.kinds, len(self.kinds))
         """Kinds of strikes that come first, as each comes once before any comes by chance."""
-        self._calls = self.random.sample(_STEADY, len(_STEADY))
+        self._calls = self.random.sample(STEADY, len(STEADY))
 
     @property
     def kinds(self) -> list[str]:
@@ -220,7 +220,7 @@ class Monkey:
 
     @contextmanager
     def _moment(self, kind: str) -> Iterator[Strike]:
-        """The midst of a call that is picked at random, if one is made in the next moments; each of `_STEADY` comes first."""
+        """The midst of a call that is picked at random, if one is made in the next moments; each of `STEADY` comes first."""
         wanted, patience = (self._calls.pop(), LONG) if self._calls else (self.random.choice(_CALLS), 1.0)
         deadline = time.monotonic() + patience
         during, caller = "whatever", ""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.monkey import STEADY
 from tests.chaos.play import play
 
 BUSY = 20.0
@@ -21,7 +22,8 @@ def test_a_few_kills(kills: int, with_ray: bool, tmp_path: Path) -> None:
     assert result["bad"] == []
     assert result["kills"] >= kills
     assert set(result["strikes"]) == set(result["kinds"])
-    assert set(result["during"]) >= {"init_pair", "register", "send", "recv", "close"}
+    strikes = sum(row["strikes"] for row in result["strikes"].values())
+    assert len(set(STEADY) & set(result["during"])) >= min(strikes, len(STEADY))
     assert result["outcomes"]["recv"]["ok"] > kills
     assert result["outcomes"]["update"]["ok"] > kills
     if not with_ray:  # there all share one host
