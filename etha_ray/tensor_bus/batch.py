@@ -25,6 +25,8 @@ from etha_ray.errors import (
     AgentFailedError,
     EthaRayError,
     PeerLostError,
+    TransferCancelledError,
+    TransferInProgressError,
     TransferTimeoutError,
 )
 from etha_ray.tensor_bus.agreement import Direction
@@ -50,6 +52,7 @@ from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.records import Standing
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.registration import Registration
+from etha_ray.tensor_bus.semaphores import waited_for
 from etha_ray.tensor_bus.sending import Sending
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay
 from etha_ray.tensor_bus.versions import Holding
@@ -93,10 +96,19 @@ class Batch:
         return self.losing.losses.first
 
     def start(self, command: Transfer) -> None:
-        """Begin a transfer; the caller has checked that none is under way and that there is no `refusal`.
+        """Begin a transfer; the caller has checked that there is no `refusal`. Later, if one is under way that its worker has given up, and
+        which cannot be cut short.
 
-        Raises ConfigError or BatchTornError for a version that cannot be sent.
+        Raises TransferInProgressError if any other is under way, and ConfigError or BatchTornError for a version that cannot be sent.
         """
+        if self.transfer is not None and not self._given_up(self.transfer):
+            kind = self.transfer.command.transfer_type
+            raise TransferInProgressError(
+                f"batch {self.batch_id!r}: a {kind} is under way; wait for it before the next {command.transfer_type}"
+            )
+        if self.transfer is not None:
+            self.questions.wait_turn(command)
+            return
         transfer = UnderWay.of(command)
         self.losing.begins(transfer)
         if command.transfer_type == "send":
@@ -152,6 +164,20 @@ class Batch:
         elif transfer.state is TransferState.ASKING and not transfer.command.atomic:
             self.hold(self.holding.tear(self.registered.received, str(error)))
         self.finish(error)
+
+    def give_up(self, command_id: int) -> None:
+        """The worker does not wait any more for this command."""
+        self.questions.give_up(command_id)
+        if self.transfer is not None and self.transfer.command.command_id == command_id:
+            self.transfer.given_up = True
+            self.cancel(TransferCancelledError(f"batch {self.batch_id!r}: its worker gave up waiting"))
+
+    def _given_up(self, transfer: UnderWay) -> bool:
+        """Whether the worker waits no more for what it did wait for: it may have been kept from saying so."""
+        command = transfer.command
+        if command.timeout is not None and not waited_for(command.semaphore_name or ""):
+            self.give_up(command.command_id)
+        return transfer.given_up
 
     def hurry(self, only_if_lost: bool = False) -> None:
         """The time of what is under way is up; ``only_if_lost``: if it waits for members that are gone."""
@@ -316,6 +342,7 @@ class Batch:
             self.bus.refuse(transfer.command, error)
         self.questions.end_versions()
         self.bus.note(transfer.past(report, error))
+        self.questions.turns()
         self._release_if_idle()
 
     def hold(self, holding: Holding) -> None:

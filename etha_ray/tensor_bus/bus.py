@@ -44,6 +44,9 @@ class Bus(Protocol):
     def refuse(self, command: BaseCommand, error: BaseException) -> None:
         """A command failed."""
 
+    def again(self, command: Message) -> None:
+        """Take up a command once more, soon."""
+
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         """Run a program beside the loop."""
 

@@ -260,7 +260,8 @@ class TensorBusClient:
 
         Raises:
             UnknownBatchError: the batch is not registered by this client.
-            TransferInProgressError: (raised when waited for) the batch is being transferred already.
+            TransferInProgressError: (raised when waited for) the batch is being transferred already, and somebody waits for that. What was
+                given up (its time was up, Ctrl-C, its agent stood still) ends by this, or is waited for if it is in the midst of a copy.
             TransferTimeoutError: (a TimeoutError) the other side did not arrive; says who.
             PeerLostError: (a ConnectionError) a process on the other side died.
             LayoutError, TensorMismatchError: (ValueErrors) this side cannot send that way, or receive: a Partial, a lossy cast.

@@ -13,7 +13,7 @@ import posix_ipc
 from etha_ray.errors import EthaRayError, UnsafePathError
 from etha_ray.tensor_bus.commands import BaseCommand, Failed, Ok, Outcome, encode_outcome
 from etha_ray.tensor_bus.history import History
-from etha_ray.tensor_bus.semaphores import SHM_DIRECTORY, is_semaphore_name, open_semaphore
+from etha_ray.tensor_bus.semaphores import is_semaphore_name, open_semaphore, waited_for
 from etha_ray.tensor_bus.state_file import OUTCOME, StateFile, outcome_key
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,3 @@ class Outcomes:
             kept.pop(name).close()
         self._state.delete([outcome_key(name) for name in removed])
         self._look_at[client_id] = max(_KEPT, 2 * len(kept))
-
-
-def waited_for(semaphore_name: str) -> bool:
-    """Whether a command's client still has its semaphore: it removes that of an outcome which it does not wait for any more."""
-    return (SHM_DIRECTORY / f"sem.{semaphore_name.removeprefix('/')}").exists()

@@ -19,6 +19,7 @@ from etha_ray.errors import (
     EthaRayError,
     IntegrityError,
     PeerLostError,
+    TransferCancelledError,
     TransferTimeoutError,
     VersionMismatchError,
 )
@@ -312,6 +313,8 @@ class Receiving:
         """``program`` ended with ``error``, if there is one, or what it read does not stand."""
         member = self._member
         written = bool(transfer.spoilt) and isinstance(error, IntegrityError)  # by those who took it back: no fault of what moved it
+        if transfer.given_up and (error is None or written):
+            transfer.lost = transfer.lost or TransferCancelledError("its worker gave up waiting")
         if not transfer.command.atomic:
             if error is not None and not written:
                 transfer.spoilt.setdefault("", f"the copy failed midway: {error}")

@@ -84,6 +84,11 @@ def acquire(semaphore: posix_ipc.Semaphore, timeout: float) -> None:
     semaphore.acquire(timeout)
 
 
+def waited_for(name: str) -> bool:
+    """Whether a command's client still has its semaphore: it removes that of an outcome which it does not wait for any more."""
+    return _file_of(name).exists()
+
+
 def unlink_quietly(name: str) -> None:
     """Remove the semaphore's name; nothing happens if it is gone, or not ours to remove."""
     with contextlib.suppress(posix_ipc.ExistentialError, posix_ipc.PermissionsError):

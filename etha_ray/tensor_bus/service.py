@@ -17,7 +17,6 @@ from etha_ray.errors import (
     EthaRayError,
     PeerLostError,
     TransferCancelledError,
-    TransferInProgressError,
     UnknownBatchError,
 )
 from etha_ray.kvstore import KVStore
@@ -64,12 +63,12 @@ from etha_ray.tensor_bus.messages import (
 )
 from etha_ray.tensor_bus.network import AgentNetwork
 from etha_ray.tensor_bus.notices import Notices
-from etha_ray.tensor_bus.outcomes import Outcomes, waited_for
+from etha_ray.tensor_bus.outcomes import Outcomes
 from etha_ray.tensor_bus.pairing import Pairing
 from etha_ray.tensor_bus.queue_entry import CorruptEntry
 from etha_ray.tensor_bus.records import AgentRecord, encode
 from etha_ray.tensor_bus.replicas import Replicas
-from etha_ray.tensor_bus.semaphores import unlink_quietly
+from etha_ray.tensor_bus.semaphores import unlink_quietly, waited_for
 from etha_ray.tensor_bus.snapshot import counts, snapshot
 from etha_ray.tensor_bus.state_file import STATUS, StateFile, history_key, holding_prefix
 from etha_ray.tensor_bus.ways import Ways
@@ -121,7 +120,7 @@ class BusService:
         self._pairing = Pairing(record, store, state, jobs, self._outcomes, self._journal, self._withdrawals)
         self._notices = Notices(record, store, jobs, self._outcomes, self._journal, self._withdrawals)
         self._replicas = Replicas(store, jobs, self._outcomes)
-        self._bus = AgentBus(record, self._links, self._outcomes, jobs, state, history, self._replicas, ways.gpu)
+        self._bus = AgentBus(record, self._links, self._outcomes, jobs, state, history, self._replicas, ways.gpu, self.handle)
         self._batches = Batches(self._bus, store, state, ways, jobs, self._links, self._journal, self._replicas, self._withdrawals)
         self._timed: dict[int, Batch] = {}
         self._handlers: dict[type[BaseCommand], Callable[[Any], None]] = {
@@ -317,19 +316,11 @@ class BusService:
             batch.want()
             self._outcomes.failed(command, refusal)
             return
-        if batch.transfer is not None:
-            under_way = batch.transfer.command.transfer_type
-            raise TransferInProgressError(
-                f"batch {batch.batch_id!r}: a {under_way} is under way; wait for it before the next {command.transfer_type}"
-            )
         batch.start(command)
         self._timed[id(batch)] = batch
 
     def _on_cancel(self, command: CancelTransfer) -> None:
-        batch = self._batch(command, command.batch_id)
-        batch.questions.give_up(command.command_id)
-        if batch.transfer is not None and batch.transfer.command.command_id == command.command_id:
-            batch.cancel(TransferCancelledError(f"batch {batch.batch_id!r}: its worker gave up waiting"))
+        self._batch(command, command.batch_id).give_up(command.command_id)
 
     def _on_hurry(self, command: HurryTransfer) -> None:
         self._batch(command, command.batch_id).hurry(command.only_if_lost)

@@ -57,7 +57,7 @@ class UnderWay:
     while bytes moved, and ``lost`` why there is nothing more to wait for. ``stage`` is the one of its feed that moves, or is next,
     and ``moves`` whether one does. ``through`` are the relays that were read from and have not said that it stood, and ``relayed``
     those that have. ``failed``: a reading whose bytes did not match their checksums, while senders are asked whether they stood.
-    ``held``: what waits for the worker's GPU.
+    ``held``: what waits for the worker's GPU. ``given_up``: its worker does not wait for it any more.
     """
 
     command: Transfer
@@ -84,6 +84,7 @@ class UnderWay:
     relayed: set[str] = field(default_factory=set)
     failed: tuple[CopyProgram, IntegrityError] | None = None
     held: Job[None] | None = None
+    given_up: bool = False
 
     @property
     def send(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from etha_ray.errors import BatchUnmatchedError
-from etha_ray.tensor_bus.commands import BaseCommand, WaitReady
+from etha_ray.errors import BatchUnmatchedError, TransferTimeoutError
+from etha_ray.tensor_bus.commands import BaseCommand, Transfer, WaitReady
 
 C = TypeVar("C", bound=BaseCommand)
 
@@ -63,3 +63,18 @@ class ReadyWaits(Waits[WaitReady]):
         """Answer those whose time is up; ``state`` says who is missing."""
         for command in self._expired(now):
             self.refuse(command, BatchUnmatchedError(f"{state}; that has not changed within {command.timeout:g} s"))
+
+
+class TurnWaits(Waits[Transfer]):
+    """Transfers that are begun once the one before is over, which nobody waits for any more."""
+
+    def take(self, now: float) -> list[Transfer]:
+        """All of them, each with the time that it has left."""
+        for command, deadline in self.waiting:
+            command.timeout = None if deadline is None else max(0.0, deadline - now)
+        return self._take(lambda *_: True)
+
+    def expire(self, now: float, state: str) -> None:
+        """Answer those whose time is up; ``state`` says what is still under way."""
+        for command in self._expired(now):
+            self.refuse(command, TransferTimeoutError(f"{state}; that was not over within {command.timeout:g} s"))

@@ -46,17 +46,11 @@ _OTHER_CLOSED = frozenset({"BatchClosedError", "BatchTornError", "VersionMismatc
 _HELD_UP = frozenset({"QueueHeldError"})
 """How calls may end where a process of their host stands still, as that may have been in the midst of a write to their agent's queue."""
 
-_STILL_COPIED = "TransferInProgressError"
-"""How a transfer may end right after one that its worker has given up, and which the agent cannot end in the midst of a copy."""
+_TOGETHER = _OTHER_GONE | _OTHER_CLOSED
+"""How pushes and updates may end where another member is struck or leaves: sessions end with it, and each rank hears of it when it
+looks."""
 
-_GIVEN_UP = ("TransferTimeoutError", "AgentDiedError", _STILL_COPIED)
-"""How that one ended: its time was up, or its agent stood still, and goes on now."""
-
-_TOGETHER = _OTHER_GONE | _OTHER_CLOSED | {_STILL_COPIED}
-"""How pushes and updates may end where another member is struck or leaves: sessions end with it, each rank hears of it when it looks, and
-an agent that stood still goes on with a call that its worker has given up."""
-
-EXPECTED = _OTHER_GONE | _OWN_AGENT_GONE | _STORE_AWAY | _OTHER_CLOSED | _HELD_UP | _TOGETHER
+EXPECTED = _OTHER_GONE | _OWN_AGENT_GONE | _STORE_AWAY | _OTHER_CLOSED | _HELD_UP
 """All of them."""
 
 _DIED = re.compile(r"worker pid (\d+) died|agent \d+ \(pid (\d+)\) died")
@@ -120,7 +114,7 @@ def unexplained(entries: Iterable[Entry], acts: Acts, seats: Seats) -> Iterator[
     entries = sorted(entries, key=lambda entry: (entry.who, entry.life, entry.number))
     overs, closed = _overs(acts.strikes), _closed(entries)
     begins = [strike.begin for strike in acts.strikes]
-    for before, entry in zip([None, *entries], entries, strict=False):
+    for entry in entries:
         end = entry.end
         if end is None or entry.outcome in (None, "ok"):
             continue
@@ -139,7 +133,6 @@ def unexplained(entries: Iterable[Entry], acts: Acts, seats: Seats) -> Iterator[
             if entry.begin < over + DETECTION + late
         ]
         fits = any(entry.outcome in explained(strike, entry, seats) for strike in meanwhile)
-        fits |= entry.outcome == _STILL_COPIED and _still_copied(before, entry)
         fits |= entry.outcome in (_OTHER_CLOSED if entry.who == entry.process else _TOGETHER) and any(
             begin < end and entry.begin < again + DETECTION + late for who, begin, again in closed if _may_mean(who, entry)
         )
@@ -186,12 +179,6 @@ def _closed(entries: Iterable[Entry]) -> list[tuple[str, float, float]]:
         elif entry.call in ("register", "publish", "pull") and entry.outcome == "ok" and entry.who in since:
             found.append((entry.who, since.pop(entry.who), entry.end or entry.begin))
     return [*found, *((who, begin, math.inf) for who, begin in since.items())]
-
-
-def _still_copied(before: Entry | None, entry: Entry) -> bool:
-    """Whether its process's call before it was a transfer that was given up, or ended so itself."""
-    same = before is not None and (before.who, before.life) == (entry.who, entry.life)
-    return same and before.call in ("send", "recv") and before.outcome in _GIVEN_UP
 
 
 def _may_mean(closer: str, entry: Entry) -> bool:

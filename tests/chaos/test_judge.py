@@ -182,7 +182,7 @@ def test_an_error_fits_what_was_done(strike: Strike, who: str, fits: set[str]) -
     for each in ("StoreUnavailableError", "PeerLostError", "QueueHeldError"):
         assert (each in found) == (each in fits), each
     assert "BatchClosedError" not in found
-    for outcome in EXPECTED - {"BatchClosedError", "TransferInProgressError"}:
+    for outcome in EXPECTED - {"BatchClosedError"}:
         assert bool(judged(replace(LOST, who=who, outcome=outcome, detail=""), strike)) == (outcome not in found)
 
 
@@ -221,16 +221,6 @@ def test_a_closed_batch_is_one_that_somebody_closed(closer: str, begin: float, a
     # A sender that gives up for that spoils what others of its side have sent, and what receivers were reading.
     for outcome in ("BatchTornError", "VersionMismatchError"):
         assert bool(judged(replace(entry, outcome=outcome), others=others)) != (fits or closer == "a1")
-
-
-@pytest.mark.parametrize("outcome", ["TransferTimeoutError", "AgentDiedError"])
-def test_what_is_still_copied_is_a_transfer_that_was_given_up(outcome: str) -> None:
-    late = replace(LOST, number=1, outcome=outcome, detail="")
-    again = [replace(late, number=number, begin=100.5, end=100.6, outcome="TransferInProgressError") for number in (2, 3)]
-    acts = Acts([replace(KILLED, victims=["b1", "agent 0"])], 10.0, 1000.0)
-    assert not violations([late, *again], acts, SEATS)
-    for wrong in (replace(late, outcome="ok", nonce=9), replace(late, call="register"), replace(late, who="a1"), replace(late, life=2)):
-        assert "(send, TransferInProgressError)" in violations([wrong, again[0]], acts, SEATS)[0]
 
 
 def test_nobody_who_lives_is_said_to_have_died() -> None:

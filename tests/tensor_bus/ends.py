@@ -36,6 +36,7 @@ class Bus:
     def __init__(self) -> None:
         self.said: list[Message] = []
         self.outcomes: list[object] = []
+        self.again_commands: list[BaseCommand] = []
         self.moves: list[Callable[[Job[int]], None]] = []
         self.programs: list[CopyProgram] = []
         self.past: list[PastTransfer] = []
@@ -59,6 +60,9 @@ class Bus:
 
     def refuse(self, command: BaseCommand, error: BaseException) -> None:
         self.outcomes.append(error)
+
+    def again(self, command: BaseCommand) -> None:
+        self.again_commands.append(command)
 
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         self.moves.append(done)

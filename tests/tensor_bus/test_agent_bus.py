@@ -49,7 +49,7 @@ def jobs() -> Iterator[Jobs]:
 
 @pytest.fixture
 def bus(jobs: Jobs) -> Iterator[AgentBus]:
-    bus = AgentBus(RECORD, NOTHING, NOTHING, jobs, NOTHING, NOTHING, NOTHING, None)
+    bus = AgentBus(RECORD, NOTHING, NOTHING, jobs, NOTHING, NOTHING, NOTHING, None, NOTHING)
     yield bus
     bus.close()
 

@@ -13,8 +13,16 @@ import torch
 
 import etha_ray.tensor_bus.agent as module
 from etha_ray.config import AgentPaths
-from etha_ray.errors import AgentDiedError, BatchClosedError, BatchTornError, ConfigError, PeerLostError, TransferTimeoutError
-from etha_ray.tensor_bus import pinned
+from etha_ray.errors import (
+    AgentDiedError,
+    BatchClosedError,
+    BatchTornError,
+    ConfigError,
+    PeerLostError,
+    TransferCancelledError,
+    TransferTimeoutError,
+)
+from etha_ray.tensor_bus import connection, pinned
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.client import BatchHandler, TensorBusClient
 from etha_ray.testing import eventually, succeed, together
@@ -274,6 +282,75 @@ def test_the_senders_agent_is_killed_while_its_data_is_read(processes: ProcessCl
         client.close()
     receiver.stop()
     processes.start_agent(0)
+
+
+@pytest.mark.parametrize(("atomic", "stop"), [(False, 1), (True, 1), (True, 2)], ids=["in place", "atomic", "atomic, swapping in"])
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+def test_the_next_call_waits_for_a_copy_that_was_given_up(
+    cluster: LocalCluster, transport: Stopping, monkeypatch: pytest.MonkeyPatch, atomic: bool, stop: int, told: bool
+) -> None:
+    """Also where its worker could not tell the agent that it gave it up, as the queue was full or held."""
+    monkeypatch.setattr(connection, "_GRACE", 0.0)
+    if not told:
+        monkeypatch.setattr(connection.Connection, "_give_up", lambda _, reply, cancel: reply.abandon())
+    transport.again()
+    first, second, mine, theirs = batch(cluster.client(0), cluster.client(1), f"given up {atomic} {stop} {told}")
+    first_version(first, second)
+    transport.again(stop)
+    sent = first.transfer("send")
+    with pytest.raises(TransferTimeoutError, match="gave no answer"):
+        second.transfer("recv", blocking=True, timeout=0.5, atomic=atomic)
+    assert transport.inside.is_set()
+    monkeypatch.undo()
+    with pytest.raises(TransferTimeoutError, match="what an earlier call had begun, and given up, was still being copied"):
+        second.transfer("recv", blocking=True, timeout=0.1, atomic=atomic)
+    got = second.transfer("recv", atomic=atomic)
+    transport.open.set()
+    sent.result(LONG)
+    assert second.wait_version(2, LONG) == 2
+    assert not got.done()
+    for tensor in mine:
+        tensor.fill_(3.0)
+    first.transfer("send")
+    assert got.result(LONG).version == 3
+    assert hold(theirs, 3.0)
+
+
+def test_a_copy_that_was_given_up_takes_no_later_version(
+    cluster: LocalCluster, transport: Stopping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is received atomically waits again when its sender takes back what it reads, but not if nobody waits for it. Who closes
+    the batch then waits for nothing more."""
+    monkeypatch.setattr(connection, "_GRACE", 0.0)
+    transport.again()
+    first, second, _, theirs = batch(cluster.client(0), cluster.client(1), "given up on both sides")
+    first_version(first, second)
+    transport.again(1)
+    sent = first.transfer("send", version=7)
+    with pytest.raises(TransferTimeoutError, match="gave no answer"):
+        second.transfer("recv", blocking=True, timeout=0.5, atomic=True)
+    monkeypatch.undo()
+    got = second.transfer("recv")
+    cluster.time_is_up(0)
+    with pytest.raises(TransferTimeoutError):
+        sent.result(LONG)
+    transport.open.set()
+    first.transfer("send", version=8)
+    assert got.result(LONG).version == 8
+    transport.again(1)
+    first.transfer("send", version=9)
+    monkeypatch.setattr(connection, "_GRACE", 0.0)
+    with pytest.raises(TransferTimeoutError, match="gave no answer"):
+        second.transfer("recv", blocking=True, timeout=0.5, atomic=True)
+    monkeypatch.undo()
+    got = second.transfer("recv")
+    closing = threading.Thread(target=second.close)
+    closing.start()
+    with pytest.raises((BatchClosedError, TransferCancelledError)):
+        got.result(LONG)
+    transport.open.set()
+    closing.join(LONG)
+    assert hold(theirs, 1.0)
 
 
 @pytest.mark.parametrize(
