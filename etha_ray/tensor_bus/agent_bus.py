@@ -35,7 +35,6 @@ class AgentBus:
         record: who the agent is.
         links, outcomes, jobs, state, history, replicas: the agent's.
         gpu: which GPU of this process the agent is on, if it is on one.
-        handle: does what a command says.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class AgentBus:
         history: History,
         replicas: Replicas,
         gpu: int | None,
-        handle: Callable[[Message], None],
     ) -> None:
         self._record = record
         self._links = links
@@ -57,7 +55,6 @@ class AgentBus:
         self._state = state
         self._history = history
         self._replicas = replicas
-        self._handle = handle
         self._marks = None if gpu is None else MarksOfOthers(gpu)
         self._movers = ThreadPoolExecutor(_MOVERS, thread_name_prefix="etha-ray move")
 
@@ -81,9 +78,9 @@ class AgentBus:
         """A command failed."""
         self._outcomes.failed(command, error)
 
-    def again(self, command: Message) -> None:
-        """Take up a command once more, soon."""
-        self._jobs.post(partial(self._handle, command))
+    def soon(self, call: Callable[[], None]) -> None:
+        """Have the loop call this, after what it does now and what stands in the queue."""
+        self._jobs.post(call)
 
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         """Run a program beside the loop."""

@@ -26,7 +26,6 @@ from etha_ray.errors import (
     EthaRayError,
     PeerLostError,
     TransferCancelledError,
-    TransferInProgressError,
     TransferTimeoutError,
 )
 from etha_ray.tensor_bus.agreement import Direction
@@ -102,14 +101,26 @@ class Batch:
         Raises TransferInProgressError if any other is under way, and ConfigError or BatchTornError for a version that cannot be sent.
         """
         if self.transfer is not None and not self._given_up(self.transfer):
-            kind = self.transfer.command.transfer_type
-            raise TransferInProgressError(
-                f"batch {self.batch_id!r}: a {kind} is under way; wait for it before the next {command.transfer_type}"
-            )
-        if self.transfer is not None:
+            raise self.transfer.in_the_way_of(command)
+        if self.transfer is not None or self.questions.turns_waiting:
             self.questions.wait_turn(command)
-            return
-        transfer = UnderWay.of(command)
+        else:
+            self._begin(command, time.monotonic())
+
+    def take_turn(self, command: Transfer, asked: float) -> None:
+        """Begin a transfer that has waited for it since ``asked``, by the monotonic clock."""
+        try:
+            refusal = self.refusal(command.transfer_type)
+            if refusal is not None:
+                self.want()
+                raise refusal
+            self._begin(command, asked)
+        except Exception as error:  # the loop goes on, and the worker learns of it
+            self.bus.refuse(command, error)
+            self.questions.transfer_over()
+
+    def _begin(self, command: Transfer, asked: float) -> None:
+        transfer = UnderWay.of(command, asked)
         self.losing.begins(transfer)
         if command.transfer_type == "send":
             transfer.version = self.holding.next_send(self.batch_id, command.version, self.used)
@@ -175,14 +186,17 @@ class Batch:
     def _given_up(self, transfer: UnderWay) -> bool:
         """Whether the worker waits no more for what it did wait for: it may have been kept from saying so."""
         command = transfer.command
-        if command.timeout is not None and not waited_for(command.semaphore_name or ""):
+        if not transfer.given_up and command.blocking and not waited_for(command.semaphore_name or ""):
             self.give_up(command.command_id)
         return transfer.given_up
 
     def hurry(self, only_if_lost: bool = False) -> None:
         """The time of what is under way is up; ``only_if_lost``: if it waits for members that are gone."""
         transfer = self.transfer
-        if transfer is not None and (not only_if_lost or (transfer.state is TransferState.BLOCKED and self.loss is not None)):
+        if transfer is None:
+            return
+        waits = transfer.state is TransferState.BLOCKED and not self.losing.can_do_without(transfer.command.transfer_type)
+        if not only_if_lost or (waits and self.loss is not None):
             transfer.deadline = time.monotonic()
 
     def close(self, error: EthaRayError, *, lost: bool, returns: Returns = "no", then: Callable[[], None]) -> None:
@@ -342,7 +356,7 @@ class Batch:
             self.bus.refuse(transfer.command, error)
         self.questions.end_versions()
         self.bus.note(transfer.past(report, error))
-        self.questions.turns()
+        self.questions.transfer_over()
         self._release_if_idle()
 
     def hold(self, holding: Holding) -> None:

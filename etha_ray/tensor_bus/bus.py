@@ -44,8 +44,8 @@ class Bus(Protocol):
     def refuse(self, command: BaseCommand, error: BaseException) -> None:
         """A command failed."""
 
-    def again(self, command: Message) -> None:
-        """Take up a command once more, soon."""
+    def soon(self, call: Callable[[], None]) -> None:
+        """Have the loop call this, after what it does now and what stands in the queue."""
 
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         """Run a program beside the loop."""

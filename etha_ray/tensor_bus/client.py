@@ -260,7 +260,7 @@ class TensorBusClient:
 
         Raises:
             UnknownBatchError: the batch is not registered by this client.
-            TransferInProgressError: (raised when waited for) the batch is being transferred already, and somebody waits for that. What was
+            TransferInProgressError: (raised when waited for) the batch is being transferred already. What blocked and was
                 given up (its time was up, Ctrl-C, its agent stood still) ends by this, or is waited for if it is in the midst of a copy.
             TransferTimeoutError: (a TimeoutError) the other side did not arrive; says who.
             PeerLostError: (a ConnectionError) a process on the other side died.
@@ -280,7 +280,7 @@ class TensorBusClient:
             raise ConfigError(f'batch {batch_id!r}: atomic goes with "recv": a "send" writes nothing')
         batch = self._batches.known(batch_id)
         self._batches.raise_if_failed(batch_id, timeout)
-        command = Transfer(batch_id=batch_id, transfer_type=transfer_type, atomic=atomic)
+        command = Transfer(batch_id=batch_id, transfer_type=transfer_type, atomic=atomic, blocking=blocking)
         if batch.mark is not None:
             command.mark = batch.mark.set()
         if version is not None:

@@ -62,6 +62,7 @@ class RegisteredTensor(msgspec.Struct, frozen=True, omit_defaults=True, forbid_u
 class Transfer(BaseCommand):
     """Run this side ("send" or "recv") of a registered batch.
 
+    blocking: its worker waits for it until ``timeout`` and a while longer, and removes its semaphore when it gives up.
     version: what a sender calls what it sends; None to count on. atomic: a receiver's tensors hold what they held until all is there.
     mark: what the worker's GPU has to come to before its tensors are read or written (`etha_ray.cuda.marks`); empty without one.
     """
@@ -70,6 +71,7 @@ class Transfer(BaseCommand):
     transfer_type: Literal["send", "recv"]
     version: Version | None = None
     atomic: bool = False
+    blocking: bool = False
     mark: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -169,14 +169,14 @@ def inflows(part: Part, open_remote: OpenRemote, open_relay: OpenRelay) -> Inflo
                 found.instead[route.relay][source] += size
         if lender is not None and route.relay is not None:
             found.relayed[route.relay] += route.numel * tensor.local.dtype.itemsize
-        name = _name(part, position, [part.match.remote[source] for source in route.sources])
+        name = _name(part, position, part.match.remote, route.sources)
         for box in route.boxes:
             views = tuple(_cut(source, box.source_start, box) for source in sources)
             into = target if tuple(target.shape) == box.size else target[_slices(box.target_start, box.size)]
             move = Move(views, into, name=name) if reduction is None else Move(views, into, reduction.op, reduction.divisor, name)
             relayed = None
             if lender is not None and route.relay is not None:
-                via = _name(part, position, [part.match.local[route.relay]])
+                via = _name(part, position, part.match.local, [route.relay])
                 relayed = Move((_cut(lender, box.target_start, box),), into, name=via)
             relay = None if lender is None else route.relay
             found.moves.append(Inflow(part.places[position], target, box.target_start, route.sources, move, position, relay, relayed))
@@ -232,12 +232,15 @@ def _itemsize(source: Held, target: Held, route: Route) -> int:
     return source.dtype.itemsize if route.others else min(source.dtype.itemsize, target.dtype.itemsize)
 
 
-def _name(part: Part, position: int, sources: Sequence[MemberRecord]) -> str:
-    """What an error calls something of the tensor at ``position``: with everybody whom it comes from, and this rank."""
-    known = {member.agent.incarnation: member for member in sources}.values()
-    own = part.match.local[part.match.index]
-    givers = ", ".join(f"{member.peer!r} at agent {member.agent.rank}" for member in known)
-    return f"tensor {part.places[position]} of batch {part.batch_id!r}, from {givers} to {own.peer!r} at agent {own.agent.rank}"
+def _name(part: Part, position: int, side: Sequence[MemberRecord], sources: Iterable[int]) -> str:
+    """What an error calls something of the tensor at ``position``: with all ranks of ``side`` that it comes from, and this rank."""
+    own = part.match.index
+    givers = ", ".join(_rank(index, side[index]) for index in sources)
+    return f"tensor {part.places[position]} of batch {part.batch_id!r}, from {givers} to {_rank(own, part.match.local[own])}"
+
+
+def _rank(index: int, member: MemberRecord) -> str:
+    return f"{member.peer}[{index}] at agent {member.agent.rank}"
 
 
 def _cut(source: Source, start: tuple[int, ...], box: Box) -> Source:

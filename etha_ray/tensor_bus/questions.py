@@ -37,6 +37,9 @@ class Asked(Member, Protocol):
     def want(self) -> None:
         """Its worker wants to go on."""
 
+    def take_turn(self, command: Transfer, asked: float) -> None:
+        """Begin a transfer that has waited for it since ``asked``."""
+
 
 class Questions:
     """Those that ``member``'s worker waits for an answer to."""
@@ -75,6 +78,11 @@ class Questions:
         """Begin this transfer once the one under way is over, which its worker has given up and the agent cannot cut short."""
         self._turns.add(command, time.monotonic())
 
+    @property
+    def turns_waiting(self) -> bool:
+        """Whether transfers wait for their turn."""
+        return bool(self._turns.waiting)
+
     def give_up(self, command_id: int) -> None:
         """The worker does not wait any more for this command."""
         self._versions.drop(command_id)
@@ -92,10 +100,17 @@ class Questions:
         """The batch is ready."""
         self._ready.done(None)
 
-    def turns(self) -> None:
-        """The transfer under way is over."""
-        for command in self._turns.take(time.monotonic()):
-            self._member.bus.again(command)
+    def transfer_over(self) -> None:
+        """The transfer under way is over: it is the next one's turn, once what its worker has said meanwhile is known."""
+        if self._turns.waiting:
+            self._member.bus.soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        if self._member.transfer is not None:
+            return
+        turn = self._turns.pop(time.monotonic())
+        if turn is not None:
+            self._member.take_turn(*turn)
 
     def on_part(self, message: DigestPart) -> None:
         """Another rank of the side says what it added up for digests."""
@@ -148,9 +163,7 @@ class Questions:
             self._ready.expire(now, self._not_ready())
         self._digesting.expire(now)
         if self._turns.waiting:
-            self._turns.expire(
-                now, f"batch {self._member.batch_id!r}: what an earlier call had begun, and given up, was still being copied"
-            )
+            self._turns.expire(now, f"batch {self._member.batch_id!r}: what an earlier call had begun, and given up, was still under way")
 
     def _held(self) -> str:
         member = self._member

@@ -120,7 +120,7 @@ class BusService:
         self._pairing = Pairing(record, store, state, jobs, self._outcomes, self._journal, self._withdrawals)
         self._notices = Notices(record, store, jobs, self._outcomes, self._journal, self._withdrawals)
         self._replicas = Replicas(store, jobs, self._outcomes)
-        self._bus = AgentBus(record, self._links, self._outcomes, jobs, state, history, self._replicas, ways.gpu, self.handle)
+        self._bus = AgentBus(record, self._links, self._outcomes, jobs, state, history, self._replicas, ways.gpu)
         self._batches = Batches(self._bus, store, state, ways, jobs, self._links, self._journal, self._replicas, self._withdrawals)
         self._timed: dict[int, Batch] = {}
         self._handlers: dict[type[BaseCommand], Callable[[Any], None]] = {

@@ -23,7 +23,7 @@ import time
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
-from etha_ray.errors import EthaRayError, IntegrityError
+from etha_ray.errors import EthaRayError, IntegrityError, TransferInProgressError
 from etha_ray.report import Span, TransferReport, format_seconds
 from etha_ray.tensor_bus.commands import Transfer
 from etha_ray.tensor_bus.history import Flow, PastTransfer
@@ -92,10 +92,14 @@ class UnderWay:
         return f"{self.command.client_id}:{self.command.command_id}"
 
     @classmethod
-    def of(cls, command: Transfer) -> UnderWay:
-        """One that begins now."""
-        now = time.monotonic()
-        return cls(command=command, started=now, deadline=None if command.timeout is None else now + command.timeout)
+    def of(cls, command: Transfer, started: float) -> UnderWay:
+        """One that was asked for at ``started``, by the monotonic clock."""
+        return cls(command=command, started=started, deadline=None if command.timeout is None else started + command.timeout)
+
+    def in_the_way_of(self, command: Transfer) -> TransferInProgressError:
+        """Why another one of the batch cannot begin."""
+        what = f"a {self.command.transfer_type} is under way"
+        return TransferInProgressError(f"batch {command.batch_id!r}: {what}; wait for it before the next {command.transfer_type}")
 
     @property
     def runs(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from etha_ray.errors import BatchUnmatchedError, TransferTimeoutError
 from etha_ray.tensor_bus.commands import BaseCommand, Transfer, WaitReady
+from etha_ray.tensor_bus.semaphores import waited_for
 
 C = TypeVar("C", bound=BaseCommand)
 
@@ -66,15 +67,17 @@ class ReadyWaits(Waits[WaitReady]):
 
 
 class TurnWaits(Waits[Transfer]):
-    """Transfers that are begun once the one before is over, which nobody waits for any more."""
+    """Transfers that are begun once those before are over, which nobody waits for any more."""
 
-    def take(self, now: float) -> list[Transfer]:
-        """All of them, each with the time that it has left."""
-        for command, deadline in self.waiting:
-            command.timeout = None if deadline is None else max(0.0, deadline - now)
-        return self._take(lambda *_: True)
+    def pop(self, now: float) -> tuple[Transfer, float] | None:
+        """The first that is still waited for, and when it was asked for; None if there is none."""
+        while self.waiting:
+            command, deadline = self.waiting.pop(0)
+            if not command.blocking or waited_for(command.semaphore_name or ""):
+                return command, now if deadline is None or command.timeout is None else deadline - command.timeout
+        return None
 
     def expire(self, now: float, state: str) -> None:
         """Answer those whose time is up; ``state`` says what is still under way."""
         for command in self._expired(now):
-            self.refuse(command, TransferTimeoutError(f"{state}; that was not over within {command.timeout:g} s"))
+            self.refuse(command, TransferTimeoutError(f"{state}; that has not changed within {command.timeout:g} s"))

@@ -44,6 +44,9 @@ _CALLS = ("connect", "init_pair", "register", "send", "recv", "close", "publish"
 STEADY = _CALLS[1:]
 """Those that every player comes to again and again, also if nobody is struck."""
 
+_PATIENCE_FOR_A_CALL = 4.0
+"""Seconds that one is waited for in order to strike in its midst: a player registers anew every few seconds."""
+
 _CALM = 5.0
 """Seconds in which nobody is struck and all have heard of the last strike: no call may fail."""
 
@@ -221,7 +224,7 @@ class Monkey:
     @contextmanager
     def _moment(self, kind: str) -> Iterator[Strike]:
         """The midst of a call that is picked at random, if one is made in the next moments; each of `STEADY` comes first."""
-        wanted, patience = (self._calls.pop(), LONG) if self._calls else (self.random.choice(_CALLS), 1.0)
+        wanted, patience = (self._calls.pop(), LONG) if self._calls else (self.random.choice(_CALLS), _PATIENCE_FOR_A_CALL)
         deadline = time.monotonic() + patience
         during, caller = "whatever", ""
         while time.monotonic() < deadline:

@@ -36,7 +36,7 @@ class Bus:
     def __init__(self) -> None:
         self.said: list[Message] = []
         self.outcomes: list[object] = []
-        self.again_commands: list[BaseCommand] = []
+        self.calls: list[Callable[[], None]] = []
         self.moves: list[Callable[[Job[int]], None]] = []
         self.programs: list[CopyProgram] = []
         self.past: list[PastTransfer] = []
@@ -61,8 +61,8 @@ class Bus:
     def refuse(self, command: BaseCommand, error: BaseException) -> None:
         self.outcomes.append(error)
 
-    def again(self, command: BaseCommand) -> None:
-        self.again_commands.append(command)
+    def soon(self, call: Callable[[], None]) -> None:
+        self.calls.append(call)
 
     def move(self, program: CopyProgram, done: Callable[[Job[int]], None]) -> None:
         self.moves.append(done)
@@ -83,6 +83,12 @@ class Bus:
 
     def received(self, member: Member, version: int) -> None:
         self.received_versions.append(version)
+
+    def called(self) -> None:
+        """What was to be done soon is done."""
+        calls, self.calls = self.calls, []
+        for call in calls:
+            call()
 
     def copied(self) -> None:
         job: Job[int] = Job()
@@ -136,9 +142,11 @@ class End:
         assert self.batch.registration_over(self._job, time.monotonic()) is None
         self.batch.catch_up()
 
-    def start(self, direction: Any, timeout: float | None = None, version: int | None = None, atomic: bool = False) -> None:
-        more = {"timeout": timeout, "version": version, "atomic": atomic, "command_id": next(_numbers)}
-        self.batch.start(Transfer(batch_id="batch", transfer_type=direction, **more))
+    def start(self, direction: Any, timeout: float | None = None, version: int | None = None, **more: Any) -> int:
+        """Have its worker begin a transfer; the command's number."""
+        command = Transfer("batch", direction, timeout=timeout, version=version, command_id=next(_numbers), **more)
+        self.batch.start(command)
+        return command.command_id
 
     def hears(self, *messages: Message) -> None:
         for message in messages:

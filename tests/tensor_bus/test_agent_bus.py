@@ -49,7 +49,7 @@ def jobs() -> Iterator[Jobs]:
 
 @pytest.fixture
 def bus(jobs: Jobs) -> Iterator[AgentBus]:
-    bus = AgentBus(RECORD, NOTHING, NOTHING, jobs, NOTHING, NOTHING, NOTHING, None, NOTHING)
+    bus = AgentBus(RECORD, NOTHING, NOTHING, jobs, NOTHING, NOTHING, NOTHING, None)
     yield bus
     bus.close()
 

@@ -36,9 +36,9 @@ def test_each_box_of_a_relayed_route_is_called_by_whom_it_comes_from() -> None:
     boxes = (Box((0,), (0,), (2,)), Box((4,), (2,), (2,)))
     target, source, lent = torch.zeros(4), torch.arange(8.0), torch.arange(4.0)
     found = inflows(_part(target, Route(1, 0, boxes, 4, relay=1)), lambda index, positions: [source], lambda index, positions: [lent])
-    assert [each.move.name for each in found.moves] == ["tensor 7 of batch 'batch', from 'a' at agent 1 to 'b' at agent 10"] * 2
+    assert [each.move.name for each in found.moves] == ["tensor 7 of batch 'batch', from a[1] at agent 1 to b[0] at agent 10"] * 2
     assert [each.relayed and each.relayed.name for each in found.moves] == [
-        "tensor 7 of batch 'batch', from 'b' at agent 11 to 'b' at agent 10"
+        "tensor 7 of batch 'batch', from b[1] at agent 11 to b[0] at agent 10"
     ] * 2
     assert [each.move.sources[0].tolist() for each in found.moves] == [[0.0, 1.0], [4.0, 5.0]]  # type: ignore[union-attr]
     assert [each.relayed and each.relayed.sources[0].tolist() for each in found.moves] == [[0.0, 1.0], [2.0, 3.0]]  # type: ignore[union-attr]

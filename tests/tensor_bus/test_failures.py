@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import Replicate
 
 from etha_ray.config import AgentPaths
 from etha_ray.errors import AgentBusyError, AgentDiedError, PeerLostError, StoreUnavailableError
 from etha_ray.kvstore import MemoryStore
 from etha_ray.kvstore.lease import Grant
+from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus import reply
 from etha_ray.tensor_bus.agent import TensorBusAgent
 from etha_ray.tensor_bus.commands import Ping
@@ -212,6 +214,36 @@ class TestWorkers:
         registered(one, three)
         works(one, three)
         eventually(lambda: left_in_shm({two.pid}, []) == [])  # its agent removes that last, after its place is free
+
+    def test_who_else_is_killed_is_named_too(self, cluster: ProcessCluster) -> None:
+        """The call under way ends with the first that is seen; from then on each is named."""
+        one, *others = (cluster.worker() for _ in range(3))
+        for worker, rank in ((one, 0), *((other, 1) for other in others)):
+            worker.call(acts.connect, rank, cluster.paths[rank])
+        for index, other in enumerate(others):
+            other.start(acts.join_pair, "many", "b", "a", 2, MeshSpec((2,), (index,)), [Replicate()])
+        one.call(acts.join_pair, "many", "a", "b", 1, MeshSpec((1,), (0,)), [Replicate()])
+        for worker in others:
+            worker.result()
+            worker.start(acts.register, "x", [(torch.zeros(6), "many")])
+        one.call(acts.register, "x", [(torch.zeros(6), "many")])
+        for worker in others:
+            worker.result()
+        one.start(acts.transfer, "x", "send")
+        cluster.pause(cluster.pids[1])  # for it to see both deaths at once
+        for worker in others:
+            cluster.kill(worker.pid)
+        os.kill(cluster.pids[1], signal.SIGCONT)
+        with pytest.raises(PeerLostError, match=r"b\[[01]\] is gone \(worker pid \d+ died\)"):
+            one.result()
+
+        def named() -> bool:
+            with pytest.raises(PeerLostError) as caught:
+                one.call(acts.transfer, "x", "send")
+            gone = {index for index, other in enumerate(others) if f"b[{index}]" in str(caught.value)}
+            return gone == {0, 1}
+
+        eventually(named)
 
     def test_replaced_while_the_survivor_registers(self, cluster: ProcessCluster) -> None:
         """The survivor does not even call init_pair again."""

@@ -30,7 +30,7 @@ def _torn_then_whole(cluster: LocalCluster, turn: Callable[[bool], None], atomic
     told = together(receive)[0]
     turn(False)
     assert isinstance(told, IntegrityError), told
-    named = ["tensor 0 of batch 'batch'", "'a' at agent 0", "'b' at agent 1"]
+    named = ["tensor 0 of batch 'batch'", "a[0] at agent 0", "b[0] at agent 1"]
     assert all(each in str(told) for each in named), str(told)
     assert two.version == 0
     assert two.torn == (() if atomic else (0,))

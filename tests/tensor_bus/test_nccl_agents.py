@@ -77,7 +77,7 @@ def test_what_changed_on_its_way_is_noticed(cluster: Agents, devices: Devices) -
     first, second, source, target = cluster.batch(torch.arange(5000.0))
     devices.communicators[0].flip = 0
     sent = first.transfer("send")
-    with pytest.raises(IntegrityError, match=r"tensor 0 of batch 'batch'.*'a' at agent 0 to 'b' at agent 1"):
+    with pytest.raises(IntegrityError, match=r"tensor 0 of batch 'batch'.*a\[0\] at agent 0 to b\[0\] at agent 1"):
         second.transfer("recv").result(LONG)
     assert second.torn == (0,)
     assert second.transfer("recv").result(LONG).version == 1

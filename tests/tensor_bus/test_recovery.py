@@ -3,6 +3,7 @@ back, sides that come back with another number of ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -19,7 +20,9 @@ from torch.distributed.tensor import Shard
 
 from etha_ray.errors import AgentDiedError, BatchClosedError, PeerLostError
 from etha_ray.layout import MeshSpec
+from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import BaseCommand, Ping
+from etha_ray.tensor_bus.inspection import inspect_agent
 from etha_ray.testing import eventually, succeed
 from tests.tensor_bus import cluster as acts
 from tests.tensor_bus.cluster import LONG, ProcessCluster, Side, Worker, local_cluster, process_cluster
@@ -43,6 +46,28 @@ def started_is_over(state: dict[str, Any]) -> Any:
 
 def ping(state: dict[str, Any]) -> None:
     state["client"].ping(LONG)
+
+
+@contextlib.contextmanager
+def in_the_queue_of_a_dead_agent(cluster: ProcessCluster, dies: bool) -> Iterator[None]:
+    """If agent 0 ``dies``: what is called within stands in its queue then, and when the next one begins."""
+    if not dies:
+        yield
+        return
+    cluster.pause(cluster.pids[0])
+    queue = CommandQueue(cluster.paths[0].command_queue)
+    yield
+    eventually(queue.size)
+    queue.close(destroy=False)
+    cluster.kill(cluster.pids[0])
+    cluster.start_agent(0)
+
+
+def served(cluster: ProcessCluster, rank: int) -> tuple[int, int]:
+    """Pairs and batches of an agent, as it said last."""
+    seen = inspect_agent(rank, cluster.paths[rank])
+    assert seen is not None
+    return (0, 0) if seen.status is None else (len(seen.status.pairs), len(seen.status.batches))
 
 
 class TestAgents:
@@ -97,6 +122,35 @@ class TestAgents:
         assert not works_once, "it was sent twice"
         one.call(acts.transfer, "x", "send")
         assert two.call(started_is_over).version == 2
+
+    @pytest.mark.parametrize("what", ["init_pair", "register", "recv", "close"])
+    def test_other_commands_that_stand_in_the_queue_are_done_once(self, cluster: ProcessCluster, what: str) -> None:
+        one, two = cluster.worker(), cluster.worker()
+        for rank, worker in enumerate((one, two)):
+            worker.call(acts.connect, rank, cluster.paths[rank])
+        with in_the_queue_of_a_dead_agent(cluster, what == "init_pair"):
+            one.start(acts.join_pair, "p", "a", "b", 1, None, None)
+        two.call(acts.join_pair, "p", "b", "a", 1, None, None)
+        one.result()
+        with in_the_queue_of_a_dead_agent(cluster, what == "register"):
+            one.start(acts.register, "x", [(torch.zeros(6), "p")])
+        two.call(acts.register, "x", [(torch.ones(6), "p")])
+        one.result()
+        with in_the_queue_of_a_dead_agent(cluster, what == "recv"):
+            one.call(acts.start_transfer, "x", "recv")
+        assert two.call(acts.transfer, "x", "send").version == 1
+        assert one.call(started_is_over).version == 1
+        two.call(acts.start_transfer, "x", "send")
+        assert not two.call(is_done), "it was received twice"
+        assert one.call(acts.transfer, "x", "recv").version == two.call(started_is_over).version == 2
+        with in_the_queue_of_a_dead_agent(cluster, what == "close"):
+            one.start(acts.close_batch, "x")
+        one.result()
+        one.start(acts.register, "x", [(torch.ones(6), "p")])  # the next one of that name is not closed
+        two.call(acts.wait_ready, "x")
+        one.result()
+        works(one, two)
+        eventually(lambda: served(cluster, 0) == (1, 1))
 
     def test_what_nobody_waits_for_any_more_is_not_done(self, cluster: ProcessCluster) -> None:
         one, two = cluster.worker(), cluster.worker()
