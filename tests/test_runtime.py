@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import etha_ray
 from etha_ray.config import agent_paths
 from etha_ray.errors import AgentBusyError, AgentDiedError, BatchTornError, ConfigError, PeerLostError, TransferCancelledError
 from etha_ray.tensor_bus.inspection import inspect_agent
-from etha_ray.testing import eventually, succeed
+from etha_ray.testing import eventually, succeed, together
 from tests.conftest import left_behind
-from tests.tensor_bus.cluster import LONG
+from tests.tensor_bus.cluster import LONG, registered
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -67,6 +67,14 @@ def workers(namespace: str) -> tuple[Any, Any]:
     return pair
 
 
+def joined(namespace: str) -> tuple[etha_ray.TensorBusClient, etha_ray.TensorBusClient]:
+    """Clients of agents 0 and 1, in this process, joined in a pair "p" of 1 x 1."""
+    paths = [agent_paths(rank, namespace) for rank in range(2)]
+    one, two = (etha_ray.TensorBusClient(rank, path.command_queue, path.state) for rank, path in enumerate(paths))
+    succeed(lambda: one.init_pair("p", "a", "b", 1, timeout=LONG), lambda: two.init_pair("p", "b", "a", 1, timeout=LONG))
+    return one, two
+
+
 def test_tensors_cross_between_actors(pool: etha_ray.AgentPool) -> None:
     sender, receiver = workers(pool.namespace)
     assert sorted(ray.get([sender.rank.remote(), receiver.rank.remote()])) == [(0, "ray"), (1, "ray")]
@@ -78,14 +86,16 @@ def test_tensors_cross_between_actors(pool: etha_ray.AgentPool) -> None:
 
 
 def test_health_is_answered_while_a_transfer_waits(pool: etha_ray.AgentPool) -> None:
-    sender, receiver = workers(pool.namespace)
-    rank, _ = ray.get(sender.rank.remote())
-    agent = ray.get_actor(f"{pool.namespace}/agent{rank}", namespace="etha_ray")
-    sending = sender.transfer.remote("send")
+    one, two = joined(pool.namespace)
+    sender, receiver = registered(one, two, "p", torch.ones(3), torch.zeros(3))
+    sending = sender.transfer("send")
+    agent = ray.get_actor(f"{pool.namespace}/agent0", namespace="etha_ray")
     assert ray.get([agent.health.remote() for _ in range(20)], timeout=30) == [True] * 20
-    assert ray.wait([sending], timeout=0)[0] == []
-    assert ray.get([receiver.transfer.remote("recv"), sending]) == [12, 12]
-    ray.get([sender.close.remote(), receiver.close.remote()])
+    assert not sending.done()  # type: ignore[attr-defined]
+    receiver.transfer("recv", blocking=True, timeout=LONG)
+    assert sending.result(LONG).bytes == 12  # type: ignore[attr-defined]
+    for client in (one, two):
+        client.close()
 
 
 def test_pool_describes_its_agents(pool: etha_ray.AgentPool) -> None:
@@ -129,24 +139,39 @@ def test_shutdown_leaves_nothing(namespace: str) -> None:
     assert [agent["state"] for agent in pool.describe(LONG)] == ["stopped"]
 
 
-@pytest.mark.parametrize("kind", ["send", "recv"])
-def test_shutdown_ends_a_transfer_that_waits(kind: str, namespace: str) -> None:
+def test_shutdown_ends_whatever_waits(namespace: str) -> None:
     pool = etha_ray.launch_agents(["cpu"] * 2, namespace=namespace)
     pids = [agent["pid"] for agent in pool.describe(LONG)]
-    pair = workers(namespace)
-    worker = pair[0 if kind == "send" else 1]
-    rank, _ = ray.get(worker.rank.remote())
-    waits = worker.transfer.remote(kind)
+    one, two = joined(namespace)
+    sent, _ = registered(one, two, "p", torch.ones(3), torch.zeros(3), "sent")
+    _, received = registered(one, two, "p", torch.ones(3), torch.zeros(3), "received")
+    publisher = etha_ray.publish({"w": torch.ones(3)}, "taken-by-nobody", client=one, world_size=1, rank=0)
+    waits: list[Callable[[], Any]] = [
+        lambda: one.init_pair("q", "a", "b", 1, timeout=LONG),
+        lambda: one.register_tensors("y", [(torch.ones(3), "p")], timeout=LONG),
+        lambda: sent.transfer("send", blocking=True, timeout=LONG),
+        lambda: received.transfer("recv", blocking=True, timeout=LONG),
+        lambda: publisher.push(timeout=LONG),
+        lambda: etha_ray.pull({"w": torch.zeros(3)}, "given-by-nobody", client=two, world_size=1, rank=0, timeout=LONG),
+    ]
 
-    def under_way() -> bool:
-        seen = inspect_agent(rank, agent_paths(rank, namespace))
-        return seen is not None and seen.status is not None and any(batch.transfer for batch in seen.status.batches)
+    def shut_down() -> None:
+        for rank, waiting in ((0, 3), (1, 1)):
 
-    eventually(under_way)
-    pool.shutdown()
-    with pytest.raises((AgentDiedError, TransferCancelledError, PeerLostError)):
-        ray.get(waits, timeout=LONG)
-    ray.get([each.close.remote() for each in pair])
+            def wait(rank: int = rank, waiting: int = waiting) -> bool:
+                seen = inspect_agent(rank, agent_paths(rank, namespace))
+                if seen is None or seen.status is None:
+                    return False
+                batches = [batch for batch in seen.status.batches if batch.waits_for or batch.transfer]
+                return len([pair for pair in seen.status.pairs if pair.waits_for]) + len(batches) == waiting
+
+            eventually(wait)
+        pool.shutdown()
+
+    *ended, _ = together(*waits, shut_down)
+    assert [isinstance(each, AgentDiedError | TransferCancelledError | PeerLostError) for each in ended] == [True] * len(waits), ended
+    for each in (publisher, one, two):
+        each.close()
     assert left_behind(namespace, pids) == []
 
 
@@ -154,13 +179,9 @@ def test_shutdown_amid_the_bytes(namespace: str) -> None:
     """Over TCP with next to no memory to stage in, so that it takes its time. Whoever waits gets an error, or has all of it."""
     pool = etha_ray.launch_agents(["cpu"] * 2, namespace=namespace, transport="tcp", memory_budget=1 << 17)
     pids = [agent["pid"] for agent in pool.describe(LONG)]
-    one, two = (etha_ray.TensorBusClient(rank, *_paths(rank, namespace)) for rank in range(2))
-    succeed(lambda: one.init_pair("p", "a", "b", 1, timeout=LONG), lambda: two.init_pair("p", "b", "a", 1, timeout=LONG))
+    one, two = joined(namespace)
     source, target = torch.ones(1 << 27), torch.zeros(1 << 27)
-    handles = succeed(
-        lambda: one.register_tensors("x", [(source, "p")], timeout=LONG),
-        lambda: two.register_tensors("x", [(target, "p")], timeout=LONG),
-    )
+    handles = registered(one, two, "p", source, target)
     sent, received = handles[0].transfer("send"), handles[1].transfer("recv")
 
     def moves() -> bool:
@@ -181,10 +202,9 @@ def test_shutdown_amid_the_bytes(namespace: str) -> None:
 
 
 def test_what_is_asked_of_a_pool_reaches_its_agents(namespace: str) -> None:
-    with etha_ray.launch_agents(["cpu"] * 2, namespace=namespace, transport="tcp", integrity="on", memory_budget=1 << 20) as pool:
-        for rank in pool.ranks:
-            agent = ray.get_actor(f"{namespace}/agent{rank}", namespace="etha_ray")
-            assert ray.get(agent.__ray_call__.remote(_settings)) == ("tcp", "CheckedTransport", 1 << 20, True)
+    with etha_ray.launch_agents(["cpu"], namespace=namespace, transport="tcp", integrity="on", memory_budget=1 << 20):
+        agent = ray.get_actor(f"{namespace}/agent0", namespace="etha_ray")
+        assert ray.get(agent.__ray_call__.remote(_settings)) == ("tcp", "CheckedTransport", 1 << 20, True)
 
 
 def _settings(actor: Any) -> tuple[Any, ...]:
@@ -196,13 +216,9 @@ def _settings(actor: Any) -> tuple[Any, ...]:
 def test_a_killed_agent_is_restarted_and_its_workers_go_on(namespace: str) -> None:
     """They do nothing but their next transfer. What the killed ones left is removed at shutdown."""
     with etha_ray.launch_agents(["cpu"] * 2, namespace=namespace) as pool:
-        one, two = (etha_ray.TensorBusClient(rank, *_paths(rank, namespace)) for rank in range(2))
-        succeed(lambda: one.init_pair("p", "a", "b", 1, timeout=LONG), lambda: two.init_pair("p", "b", "a", 1, timeout=LONG))
+        one, two = joined(namespace)
         source, target = torch.arange(5.0), torch.zeros(5)
-        sender, receiver = succeed(
-            lambda: one.register_tensors("x", [(source, "p")], timeout=LONG),
-            lambda: two.register_tensors("x", [(target, "p")], timeout=LONG),
-        )
+        sender, receiver = registered(one, two, "p", source, target)
         old = pool.describe(LONG)[0]["pid"]
         os.kill(old, signal.SIGKILL)
         eventually(lambda: not Path(f"/proc/{old}/fd").exists())
@@ -250,8 +266,3 @@ def test_a_smaller_pool_removes_what_a_killed_one_left(namespace: str) -> None:
     with etha_ray.launch_agents(["cpu"], namespace=namespace):
         assert not list(folder.glob("agent_rank1_*"))
     assert left_behind(namespace, map(int, ended.stdout.split())) == []
-
-
-def _paths(rank: int, namespace: str) -> tuple[str, str]:
-    paths = agent_paths(rank, namespace)
-    return paths.command_queue, paths.state

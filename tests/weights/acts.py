@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import torch
@@ -105,6 +106,27 @@ def update_numbers(state: dict[str, Any]) -> int:
     assert (receiver.version, receiver.torn) == (version, False)
     assert hold(state["weights"], version), f"these are not the bits of version {version}"
     return version
+
+
+def interrupted(state: dict[str, Any], what: str) -> str:
+    """Does what waits for the other side, until Ctrl-C; how that ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if what == "pull":
+            more = {"client": state["client"], "replica": "half", "world_size": 2, "rank": 0, "timeout": LONG}
+            etha_ray.pull(numbers(0), "numbers", **more)
+        elif what == "push":
+            state["sender"].push(timeout=LONG)
+        else:
+            state["receiver"].update(LONG)
+    except (KeyboardInterrupt, EthaRayError) as error:
+        return type(error).__name__
+    return ""
+
+
+def await_half(state: dict[str, Any], there: bool) -> None:
+    """Until a publisher sees a replica of which one rank is there, or sees it no more."""
+    eventually(lambda: ("half" in state["sender"]._seen.missing) == there)
 
 
 def held(state: dict[str, Any]) -> tuple[int, bool]:

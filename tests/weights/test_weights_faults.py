@@ -294,6 +294,22 @@ def test_a_replica_whose_agent_is_replaced_during_a_push_is_who_it_was() -> None
             client.close()
 
 
+@pytest.mark.parametrize("what", ["push", "update", "pull"])
+def test_ctrl_c_ends_what_waits_and_all_go_on(stage: Stage, what: str) -> None:
+    scene = stage(1)
+    worker = scene.publisher if what == "push" else scene.receivers[0]
+    waits = scene.under_way(0, "announced") if what == "push" else scene.under_way(1, "waiting")
+    worker.start(acts.interrupted, what)
+    if what == "pull":
+        scene.publisher.call(acts.await_half, True)
+    else:
+        eventually(waits)
+    os.kill(worker.pid, signal.SIGINT)
+    assert worker.result() == "KeyboardInterrupt"
+    scene.publisher.call(acts.await_half, False)
+    scene.goes_on()
+
+
 def patient_agent(arguments: list[str]) -> None:
     """An agent whose transfers wait for members that are gone for as long as their workers let them."""
     losing.SUCCESSION_TIMEOUT = 10 * LONG
