@@ -51,9 +51,9 @@ from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.records import Standing
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.registration import Registration
-from etha_ray.tensor_bus.semaphores import waited_for
 from etha_ray.tensor_bus.sending import Sending
 from etha_ray.tensor_bus.transfer_state import TransferState, UnderWay
+from etha_ray.tensor_bus.turns import Turns
 from etha_ray.tensor_bus.versions import Holding
 
 
@@ -82,6 +82,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.sending, self.receiving, self.questions, self.losing = Sending(self), Receiving(self), Questions(self), Losing(self)
+        self.turns = Turns(self)
 
     # ------------------------------------------------------------------------------------------- worker's calls
 
@@ -94,32 +95,11 @@ class Batch:
         """What to say of the members that are gone."""
         return self.losing.losses.first
 
-    def start(self, command: Transfer) -> None:
-        """Begin a transfer; the caller has checked that there is no `refusal`. Later, if one is under way that its worker has given up, and
-        which cannot be cut short.
+    def begin(self, command: Transfer, asked: float) -> None:
+        """Begin a transfer that was asked for at ``asked``, by the monotonic clock; `turns` says when.
 
-        Raises TransferInProgressError if any other is under way, and ConfigError or BatchTornError for a version that cannot be sent.
+        Raises ConfigError or BatchTornError for a version that cannot be sent.
         """
-        if self.transfer is not None and not self._given_up(self.transfer):
-            raise self.transfer.in_the_way_of(command)
-        if self.transfer is not None or self.questions.turns_waiting:
-            self.questions.wait_turn(command)
-        else:
-            self._begin(command, time.monotonic())
-
-    def take_turn(self, command: Transfer, asked: float) -> None:
-        """Begin a transfer that has waited for it since ``asked``, by the monotonic clock."""
-        try:
-            refusal = self.refusal(command.transfer_type)
-            if refusal is not None:
-                self.want()
-                raise refusal
-            self._begin(command, asked)
-        except Exception as error:  # the loop goes on, and the worker learns of it
-            self.bus.refuse(command, error)
-            self.questions.transfer_over()
-
-    def _begin(self, command: Transfer, asked: float) -> None:
         transfer = UnderWay.of(command, asked)
         self.losing.begins(transfer)
         if command.transfer_type == "send":
@@ -179,16 +159,10 @@ class Batch:
     def give_up(self, command_id: int) -> None:
         """The worker does not wait any more for this command."""
         self.questions.give_up(command_id)
+        self.turns.waits.drop(command_id)
         if self.transfer is not None and self.transfer.command.command_id == command_id:
             self.transfer.given_up = True
             self.cancel(TransferCancelledError(f"batch {self.batch_id!r}: its worker gave up waiting"))
-
-    def _given_up(self, transfer: UnderWay) -> bool:
-        """Whether the worker waits no more for what it did wait for: it may have been kept from saying so."""
-        command = transfer.command
-        if not transfer.given_up and command.blocking and not waited_for(command.semaphore_name or ""):
-            self.give_up(command.command_id)
-        return transfer.given_up
 
     def hurry(self, only_if_lost: bool = False) -> None:
         """The time of what is under way is up; ``only_if_lost``: if it waits for members that are gone."""
@@ -213,6 +187,7 @@ class Batch:
         self.state, self.closed, self.closed_as = BatchState.CLOSED, error, (lost, returns)
         self.losing.say_closed(self.registered.others, str(error), lost, returns)
         self.questions.fail(error)
+        self.turns.waits.fail(error)
         self._release_if_idle()
 
     def registration_over(self, job: Job[Registered], now: float) -> BaseException | None:
@@ -281,12 +256,12 @@ class Batch:
     @property
     def waiting(self) -> bool:
         """Whether anything waits that may have a `deadline`."""
-        return self.transfer is not None or self.questions.waiting
+        return self.transfer is not None or self.questions.waiting or bool(self.turns.waits.waiting)
 
     @property
     def deadline(self) -> float | None:
         """When `expire` has something to do, by the monotonic clock."""
-        deadlines = self._transfer_deadline, self.questions.deadline
+        deadlines = self._transfer_deadline, self.questions.deadline, self.turns.waits.deadline
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     @property
@@ -300,6 +275,7 @@ class Batch:
     def expire(self, now: float) -> None:
         """End what waits and whose time is up; a transfer that is MOVING or SWAPPING ends by itself."""
         self.questions.expire(now)
+        self.turns.waits.expire(now)
         transfer, deadline = self.transfer, self._transfer_deadline
         if transfer is None or deadline is None or now < deadline:
             return
@@ -310,7 +286,9 @@ class Batch:
         elif transfer.state is TransferState.ASKING:
             self.receiving.not_answered(transfer)
         elif transfer.state is TransferState.BLOCKED and self.loss is not None:
-            self.cancel(PeerLostError(f"{self.loss}; they were not back within {now - transfer.started:.0f} s"))
+            self.cancel(
+                PeerLostError(f"{self.loss}; they were not back within {now - max(transfer.started, self.losing.losses.since):.0f} s")
+            )
         else:
             self.cancel(TransferTimeoutError(transfer.who_is_missing(self.registered, self.receiving.announced)))
 
@@ -322,7 +300,7 @@ class Batch:
         if transfer is None or transfer.held is not None or self.state not in (BatchState.READY, BatchState.LOST):
             return  # LOST: a transfer that does not need the lost member goes on
         if transfer.state is TransferState.BLOCKED:
-            if self.state is BatchState.LOST and not self.losing.can_do_without(transfer.command.transfer_type):
+            if self.state is BatchState.LOST:
                 return  # until all are there again
             refused = self.registered.refused.get(transfer.command.transfer_type)
             if refused is not None:
@@ -356,7 +334,7 @@ class Batch:
             self.bus.refuse(transfer.command, error)
         self.questions.end_versions()
         self.bus.note(transfer.past(report, error))
-        self.questions.transfer_over()
+        self.turns.over()
         self._release_if_idle()
 
     def hold(self, holding: Holding) -> None:

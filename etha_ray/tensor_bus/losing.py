@@ -63,7 +63,7 @@ class Losing:
     def begins(self, transfer: UnderWay) -> None:
         """A transfer begins: it waits for those that are gone, but not for ever."""
         if self.losses and not self.can_do_without(transfer.command.transfer_type):
-            _wait_until(transfer, transfer.started + SUCCESSION_TIMEOUT)
+            _wait_until(transfer, time.monotonic() + SUCCESSION_TIMEOUT)
 
     # ----------------------------------------------------------------------------------------------- others that go
 

@@ -1,4 +1,4 @@
-"""What a worker asks of its batch and is answered later: a version, that it is ready, digests, its turn. Owned by the agent's loop."""
+"""What a worker asks of its batch and is answered later: a version, that it is ready, digests. Owned by the agent's loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 from etha_ray.errors import BatchUnmatchedError, EthaRayError
 from etha_ray.tensor_bus.agreement import Direction
 from etha_ray.tensor_bus.bus import BatchState, Member
-from etha_ray.tensor_bus.commands import MakeDigest, Transfer, WaitReady, WaitVersion
+from etha_ray.tensor_bus.commands import MakeDigest, WaitReady, WaitVersion
 from etha_ray.tensor_bus.digesting import Digesting
 from etha_ray.tensor_bus.jobs import Job
 from etha_ray.tensor_bus.messages import DigestPart
@@ -16,7 +16,7 @@ from etha_ray.tensor_bus.receiving import Receiving
 from etha_ray.tensor_bus.registered import Registered
 from etha_ray.tensor_bus.transfer_state import silent_senders
 from etha_ray.tensor_bus.versions import VersionWaits
-from etha_ray.tensor_bus.waits import ReadyWaits, TurnWaits
+from etha_ray.tensor_bus.waits import ReadyWaits
 
 
 class Asked(Member, Protocol):
@@ -37,9 +37,6 @@ class Asked(Member, Protocol):
     def want(self) -> None:
         """Its worker wants to go on."""
 
-    def take_turn(self, command: Transfer, asked: float) -> None:
-        """Begin a transfer that has waited for it since ``asked``."""
-
 
 class Questions:
     """Those that ``member``'s worker waits for an answer to."""
@@ -49,7 +46,6 @@ class Questions:
         self._versions = VersionWaits(member.bus.answer, member.bus.refuse)
         self._ready = ReadyWaits(member.bus.answer, member.bus.refuse)
         self._digesting = Digesting(member)
-        self._turns = TurnWaits(member.bus.answer, member.bus.refuse)
 
     # ------------------------------------------------------------------------------------------------------- asking
 
@@ -74,21 +70,11 @@ class Questions:
             raise self._member.closed or self._member.loss or BatchUnmatchedError(self._not_ready())
         self._digesting.ask(command)
 
-    def wait_turn(self, command: Transfer) -> None:
-        """Begin this transfer once the one under way is over, which its worker has given up and the agent cannot cut short."""
-        self._turns.add(command, time.monotonic())
-
-    @property
-    def turns_waiting(self) -> bool:
-        """Whether transfers wait for their turn."""
-        return bool(self._turns.waiting)
-
     def give_up(self, command_id: int) -> None:
         """The worker does not wait any more for this command."""
         self._versions.drop(command_id)
         self._ready.drop(command_id)
         self._digesting.give_up(command_id)
-        self._turns.drop(command_id)
 
     # ---------------------------------------------------------------------------------------------------- answering
 
@@ -99,18 +85,6 @@ class Questions:
     def ready(self) -> None:
         """The batch is ready."""
         self._ready.done(None)
-
-    def transfer_over(self) -> None:
-        """The transfer under way is over: it is the next one's turn, once what its worker has said meanwhile is known."""
-        if self._turns.waiting:
-            self._member.bus.soon(self._next_turn)
-
-    def _next_turn(self) -> None:
-        if self._member.transfer is not None:
-            return
-        turn = self._turns.pop(time.monotonic())
-        if turn is not None:
-            self._member.take_turn(*turn)
 
     def on_part(self, message: DigestPart) -> None:
         """Another rank of the side says what it added up for digests."""
@@ -139,7 +113,7 @@ class Questions:
 
     def fail(self, error: EthaRayError) -> None:
         """The batch is closed."""
-        for waits in (self._versions, self._ready, self._digesting, self._turns):
+        for waits in (self._versions, self._ready, self._digesting):
             waits.fail(error)
 
     # --------------------------------------------------------------------------------------------------------- time
@@ -147,12 +121,12 @@ class Questions:
     @property
     def waiting(self) -> bool:
         """Whether anything waits that may have a `deadline`."""
-        return bool(self._versions.waiting or self._ready.waiting or self._digesting.waits.waiting or self._turns.waiting)
+        return bool(self._versions.waiting or self._ready.waiting or self._digesting.waits.waiting)
 
     @property
     def deadline(self) -> float | None:
         """When `expire` has something to do, by the monotonic clock."""
-        deadlines = self._versions.deadline, self._ready.deadline, self._digesting.waits.deadline, self._turns.deadline
+        deadlines = self._versions.deadline, self._ready.deadline, self._digesting.waits.deadline
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def expire(self, now: float) -> None:
@@ -162,8 +136,6 @@ class Questions:
         if self._ready.waiting:
             self._ready.expire(now, self._not_ready())
         self._digesting.expire(now)
-        if self._turns.waiting:
-            self._turns.expire(now, f"batch {self._member.batch_id!r}: what an earlier call had begun, and given up, was still under way")
 
     def _held(self) -> str:
         member = self._member

@@ -86,7 +86,7 @@ def acquire(semaphore: posix_ipc.Semaphore, timeout: float) -> None:
 
 def waited_for(name: str) -> bool:
     """Whether a command's client still has its semaphore: it removes that of an outcome which it does not wait for any more."""
-    return _file_of(name).exists()
+    return is_semaphore_name(name) and _file_of(name).exists()
 
 
 def unlink_quietly(name: str) -> None:

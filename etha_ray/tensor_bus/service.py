@@ -316,7 +316,7 @@ class BusService:
             batch.want()
             self._outcomes.failed(command, refusal)
             return
-        batch.start(command)
+        batch.turns.start(command)
         self._timed[id(batch)] = batch
 
     def _on_cancel(self, command: CancelTransfer) -> None:

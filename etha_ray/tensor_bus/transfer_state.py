@@ -68,7 +68,7 @@ class UnderWay:
     announced: bool = False
     reading: dict[str, Announced] = field(default_factory=dict)
     version: int = 0
-    began: float = field(default_factory=time.time)
+    began: float = 0.0
     moving_since: float = 0.0
     moved: float = 0.0
     swapping_since: float = 0.0
@@ -94,7 +94,8 @@ class UnderWay:
     @classmethod
     def of(cls, command: Transfer, started: float) -> UnderWay:
         """One that was asked for at ``started``, by the monotonic clock."""
-        return cls(command=command, started=started, deadline=None if command.timeout is None else started + command.timeout)
+        deadline = None if command.timeout is None else started + command.timeout
+        return cls(command=command, started=started, deadline=deadline, began=time.time() - (time.monotonic() - started))
 
     def in_the_way_of(self, command: Transfer) -> TransferInProgressError:
         """Why another one of the batch cannot begin."""

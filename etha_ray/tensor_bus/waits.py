@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from etha_ray.errors import BatchUnmatchedError, TransferTimeoutError
-from etha_ray.tensor_bus.commands import BaseCommand, Transfer, WaitReady
-from etha_ray.tensor_bus.semaphores import waited_for
+from etha_ray.errors import BatchUnmatchedError
+from etha_ray.tensor_bus.commands import BaseCommand, WaitReady
 
 C = TypeVar("C", bound=BaseCommand)
 
@@ -22,16 +21,17 @@ class Waits(Generic[C]):
     def __init__(self, answer: Callable[[BaseCommand, object], None], refuse: Callable[[BaseCommand, BaseException], None]) -> None:
         self.answer = answer
         self.refuse = refuse
-        self.waiting: list[tuple[C, float | None]] = []
+        self.waiting: list[tuple[C, float]] = []
+        """Each with when it was asked, by the monotonic clock."""
 
     def add(self, command: C, now: float) -> None:
         """Keep a command until its time is up, by the monotonic clock."""
-        self.waiting.append((command, None if command.timeout is None else now + command.timeout))
+        self.waiting.append((command, now))
 
     @property
     def deadline(self) -> float | None:
         """When the next one expires."""
-        return min((deadline for _, deadline in self.waiting if deadline is not None), default=None)
+        return min((asked + command.timeout for command, asked in self.waiting if command.timeout is not None), default=None)
 
     def done(self, value: object) -> None:
         """It is there."""
@@ -48,12 +48,12 @@ class Waits(Generic[C]):
         self._take(lambda command, _: command.command_id == command_id)
 
     def _expired(self, now: float) -> list[C]:
-        return self._take(lambda _, deadline: deadline is not None and deadline <= now)
+        return self._take(lambda command, asked: command.timeout is not None and asked + command.timeout <= now)
 
-    def _take(self, wanted: Callable[[C, float | None], bool]) -> list[C]:
-        found = [command for command, deadline in self.waiting if wanted(command, deadline)]
+    def _take(self, wanted: Callable[[C, float], bool]) -> list[C]:
+        found = [command for command, asked in self.waiting if wanted(command, asked)]
         if found:
-            self.waiting = [(command, deadline) for command, deadline in self.waiting if not wanted(command, deadline)]
+            self.waiting = [(command, asked) for command, asked in self.waiting if not wanted(command, asked)]
         return found
 
 
@@ -64,20 +64,3 @@ class ReadyWaits(Waits[WaitReady]):
         """Answer those whose time is up; ``state`` says who is missing."""
         for command in self._expired(now):
             self.refuse(command, BatchUnmatchedError(f"{state}; that has not changed within {command.timeout:g} s"))
-
-
-class TurnWaits(Waits[Transfer]):
-    """Transfers that are begun once those before are over, which nobody waits for any more."""
-
-    def pop(self, now: float) -> tuple[Transfer, float] | None:
-        """The first that is still waited for, and when it was asked for; None if there is none."""
-        while self.waiting:
-            command, deadline = self.waiting.pop(0)
-            if not command.blocking or waited_for(command.semaphore_name or ""):
-                return command, now if deadline is None or command.timeout is None else deadline - command.timeout
-        return None
-
-    def expire(self, now: float, state: str) -> None:
-        """Answer those whose time is up; ``state`` says what is still under way."""
-        for command in self._expired(now):
-            self.refuse(command, TransferTimeoutError(f"{state}; that has not changed within {command.timeout:g} s"))

@@ -145,7 +145,7 @@ class End:
     def start(self, direction: Any, timeout: float | None = None, version: int | None = None, **more: Any) -> int:
         """Have its worker begin a transfer; the command's number."""
         command = Transfer("batch", direction, timeout=timeout, version=version, command_id=next(_numbers), **more)
-        self.batch.start(command)
+        self.batch.turns.start(command)
         return command.command_id
 
     def hears(self, *messages: Message) -> None:

@@ -22,6 +22,7 @@ from etha_ray.kvstore.lease import Grant
 from etha_ray.layout import MeshSpec
 from etha_ray.tensor_bus import reply
 from etha_ray.tensor_bus.agent import TensorBusAgent
+from etha_ray.tensor_bus.command_queue import CommandQueue
 from etha_ray.tensor_bus.commands import Ping
 from etha_ray.tensor_bus.inspection import inspect_agent
 from etha_ray.tensor_bus.snapshot import AgentStatus
@@ -230,10 +231,16 @@ class TestWorkers:
         for worker in others:
             worker.result()
         one.start(acts.transfer, "x", "send")
-        cluster.pause(cluster.pids[1])  # for it to see both deaths at once
+        for agent in reversed(cluster.pids):  # for one to see both deaths at once, and the other to hear of both at once
+            cluster.pause(agent)
         for worker in others:
             cluster.kill(worker.pid)
+        queue = CommandQueue(cluster.paths[0].command_queue)
+        before = queue.size()
         os.kill(cluster.pids[1], signal.SIGCONT)
+        eventually(lambda: queue.size() >= before + len(others))
+        queue.close(destroy=False)
+        os.kill(cluster.pids[0], signal.SIGCONT)
         with pytest.raises(PeerLostError, match=r"b\[[01]\] is gone \(worker pid \d+ died\)"):
             one.result()
 

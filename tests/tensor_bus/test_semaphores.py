@@ -24,6 +24,7 @@ from etha_ray.tensor_bus.semaphores import (
     queue_semaphore_name,
     sweep_dead,
     unlink_quietly,
+    waited_for,
 )
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
@@ -229,3 +230,8 @@ def test_nothing_is_swept_where_processes_cannot_be_seen(dead_pid: int, own_name
     monkeypatch.setattr("etha_ray.tensor_bus.semaphores.is_alive", lambda pid: False)
     paths = leftovers(dead_pid, own_namespace)
     assert sweep_with(paths) == set(paths)
+
+
+@pytest.mark.parametrize("name", ["", "/", "é" * 200, "/" + "x" * 300, "/a\0b", "/a/b"])
+def test_nobody_waits_for_what_is_no_name(name: str) -> None:
+    assert not waited_for(name)
