@@ -15,7 +15,6 @@ from tests.chaos.judge import Pause, lasted
 from tests.chaos.ray_stage import RayPart, RayStage
 from tests.chaos.stage import SEATS, Part, Stage
 from tests.chaos.strikes import (
-    BESIDE,
     CUT,
     CUT_OFF,
     DETECTION,
@@ -277,7 +276,7 @@ class Monkey:
             self.stage.reader.poll()
             now = time.monotonic()
             for entry in list(self.stage.reader.latest.values()):
-                if entry.end is None and entry.process != paused and now - entry.begin > self._limit(entry):
+                if entry.end is None and entry.process != paused and now - entry.begin > self.limit:
                     self._hanging(entry, now)
             if now >= deadline:
                 return
@@ -287,13 +286,10 @@ class Monkey:
         part = self.stage.part(entry.process)
         seconds = lasted(entry, now, self.pauses)
         key = entry.who, entry.life, entry.number
-        if part.lives_still(entry.life) and seconds > self._limit(entry) and key not in self._told:
+        if part.lives_still(entry.life) and seconds > self.limit and key not in self._told:
             self._told.add(key)
             self.stage.dump()
             self.hangs.append(f"{entry.who} has been in {entry.call} for {seconds:.1f} s, after {self.strikes[-1:]}")
-
-    def _limit(self, entry: Entry) -> float:
-        return self.limit + BESIDE.get(entry.call, 0.0)
 
     def _state(self) -> str:
         reader = self.stage.reader

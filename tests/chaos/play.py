@@ -19,7 +19,7 @@ from tests.chaos.judge import longest, outcomes, told, violations
 from tests.chaos.monkey import Monkey
 from tests.chaos.ray_stage import ray_stage
 from tests.chaos.stage import stage
-from tests.chaos.strikes import BESIDE, Strike
+from tests.chaos.strikes import Strike
 
 LIMIT = 10.0
 """Seconds after which a call has hung: it is given 8."""
@@ -43,7 +43,7 @@ def play(kills: int, seed: int, folder: Path, limit: float = LIMIT, progress: bo
     entries = made.reader.entries.values()
     (folder / "acts.json").write_text(json.dumps(asdict(replace(acts, dead=sorted(acts.dead)))))
     times = longest(entries, monkey.pauses)
-    long = [f"a call took {seconds:.1f} s: {call}" for call, seconds in times.items() if seconds > limit + BESIDE.get(call, 0.0)]
+    long = [f"a call took {seconds:.1f} s: {call}" for call, seconds in times.items() if seconds > limit]
     bad = (
         violations(entries, acts, made.seats)
         + long

@@ -36,9 +36,8 @@ _OWN_AGENT_GONE = frozenset({"AgentDiedError", "AgentNotFoundError"})
 _STORE_AWAY = frozenset({"StoreUnavailableError", "PairTimeoutError", "BatchUnmatchedError", "TransferTimeoutError"})
 """How calls may end where the store does not answer: theirs, or those of members that they wait for."""
 
-BESIDE = {"publish": 10.0, "pull": 5.0, "push": 5.0, "update": 5.0, "leave": 15.0}
-"""Seconds that calls may take beyond their own time: `publish` and who leaves have none, and wait for a store that is away, and up to 5 s
-for an agent that does not answer to a goodbye, as does who leaves a lost session."""
+LEAVING = 15.0
+"""Seconds that sessions of publish and pull may still wait for one that is gone to answer to their goodbye."""
 
 _OTHER_CLOSED = frozenset({"BatchClosedError", "BatchTornError", "VersionMismatchError"})
 """How transfers may end where another member closes its batch, as each does now and then."""
@@ -125,8 +124,7 @@ def unexplained(entries: Iterable[Entry], acts: Acts, seats: Seats) -> Iterator[
             yield f"{name(entry)}: process {pid} had not died: {entry.detail}"
         if entry.begin < acts.begin or end > acts.end:
             continue
-        # Sessions of publish and pull may still be waiting for one that is gone to answer to their goodbye.
-        late = 0.0 if entry.who == entry.process else BESIDE["leave"]
+        late = 0.0 if entry.who == entry.process else LEAVING
         meanwhile = [
             strike
             for strike, over in zip(acts.strikes[: bisect.bisect(begins, end)], overs, strict=False)

@@ -9,7 +9,6 @@ import pytest
 from tests.chaos.journal import Entry
 from tests.chaos.judge import longest, told, violations
 from tests.chaos.strikes import (
-    BESIDE,
     CUT,
     DETECTION,
     EXPECTED,
@@ -17,6 +16,7 @@ from tests.chaos.strikes import (
     KILL_ETCD,
     KILL_TWO,
     KILL_WORKER,
+    LEAVING,
     STOP_AGENT,
     STOP_WORKER,
     Acts,
@@ -192,10 +192,10 @@ def test_an_error_fits_what_was_done(strike: Strike, who: str, fits: set[str]) -
 )
 def test_who_pushes_or_updates_may_hear_of_it_later(call: str, who: str, fits: bool) -> None:
     """When its session, which waited for who is gone, has been left."""
-    late = 101.1 + DETECTION + BESIDE["leave"] / 2
+    late = 101.1 + DETECTION + LEAVING / 2
     entry = replace(LOST, who=who, call=call, reached=[], begin=late, end=late + 1.0)
     assert bool(judged(entry, KILLED)) != fits
-    assert judged(replace(entry, begin=late + BESIDE["leave"], end=late + BESIDE["leave"] + 1.0), KILLED)
+    assert judged(replace(entry, begin=late + LEAVING, end=late + LEAVING + 1.0), KILLED)
 
 
 @pytest.mark.parametrize(
