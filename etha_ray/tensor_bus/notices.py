@@ -19,7 +19,7 @@ from etha_ray.tensor_bus.jobs import Cancellation, Job, Jobs
 from etha_ray.tensor_bus.journal import Journal
 from etha_ray.tensor_bus.members import gone_among, release, take
 from etha_ray.tensor_bus.outcomes import Outcomes
-from etha_ray.tensor_bus.records import AgentRecord, NoticeRecord, decode, fingerprint, manifest_key, notice_prefix, part
+from etha_ray.tensor_bus.records import AgentRecord, NoticeRecord, decode, encode, fingerprint, manifest_key, notice_prefix, part
 from etha_ray.tensor_bus.withdrawals import Withdrawals
 from etha_ray.tensor_bus.workers import Worker
 
@@ -47,6 +47,8 @@ class Notices:
         self._outcomes = outcomes
         self._journal = journal
         self._withdrawals = withdrawals
+        self._announced: dict[str, NoticeRecord] = {}
+        """What is in the store, by key, as far as this agent knows."""
 
     def announce(self, worker: Worker, command: Announce) -> None:
         """Publish a worker's notice, in place of its earlier one in that slot.
@@ -85,23 +87,41 @@ class Notices:
                 self._journal.withdrawn(command.client_id, command.topic, command.slot)
             if not current or isinstance(job.error, StoreError):  # it may be there all the same
                 self._remove({key: notice}, lambda: None)
+            elif job.error is None:
+                self._announced[key] = notice
             self._answer(command, job)
 
         self._jobs.start(f"announce {command.topic}", publish, over)
 
     def read(self, command: ReadNotices) -> None:
-        """Answer with the data of all notices under a topic whose workers live, by slot."""
+        """Answer with the data of all notices under a topic whose workers live, by slot.
+
+        Those of this agent's own workers that are there no more are put there again: where an agent takes the place of a dead one, readers
+        that mean the dead one's notices may remove those that have just been put in their place.
+        """
         prefix = notice_prefix(command.topic)
+        own = {key: notice for key, notice in self._announced.items() if key.startswith(prefix)}
+        again: dict[str, NoticeRecord] = {}
 
         def look(_: Cancellation) -> dict[str, bytes]:
             found = {key: decode(value, NoticeRecord, key) for key, value in self._store.list(prefix).items()}
+            for key in own.keys() - found.keys():
+                mine = encode(own[key])
+                if self._store.compare_and_set(key, None, mine) == mine:
+                    found[key] = again[key] = own[key]
             gone = gone_among(self._store, found.values())
             for key, notice in found.items():
                 if gone.get(notice.attempt):
                     release(self._store, key, notice)
             return {key.removeprefix(prefix): notice.data for key, notice in found.items() if notice.attempt not in gone}
 
-        self._jobs.start(f"read {command.topic}", look, lambda job: self._answer(command, job))
+        def over(job: Job[dict[str, bytes]]) -> None:
+            withdrawn = {key: notice for key, notice in again.items() if self._announced.get(key) is not notice}
+            if withdrawn:
+                self._remove(withdrawn, lambda: None)
+            self._answer(command, job)
+
+        self._jobs.start(f"read {command.topic}", look, over)
 
     def read_body(self, command: ReadBody) -> None:
         """Answer with the body that has this digest."""
@@ -137,6 +157,10 @@ class Notices:
         self._remove(held, then)
 
     def _remove(self, held: dict[str, NoticeRecord], then: Callable[[], None]) -> None:
+        for key, notice in held.items():
+            if self._announced.get(key) is notice:
+                del self._announced[key]
+
         def remove() -> None:
             for key, notice in held.items():
                 release(self._store, key, notice)

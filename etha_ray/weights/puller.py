@@ -183,6 +183,8 @@ class Receiver:
         parts = [f"the sender: {missing[SENDER]}"] if SENDER in missing else []
         if self.replica in missing:
             parts.append(f"this replica: {missing[self.replica]}")
+        elif self.replica not in self._seen.receivers:
+            parts.append("this replica: nobody is there")
         if self._watcher.problem:
             parts.append(f"the store: {self._watcher.problem}")
         if self._link.trouble:

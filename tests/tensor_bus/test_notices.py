@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
 from etha_ray.errors import CoordinateTakenError, StoreError
 from etha_ray.tensor_bus.board import Board
-from etha_ray.tensor_bus.records import fingerprint
+from etha_ray.tensor_bus.records import fingerprint, notice_prefix
 from etha_ray.testing import eventually
 from tests.tensor_bus.cluster import connect, local_cluster, process_cluster
 
@@ -40,6 +41,44 @@ def test_a_slot_has_one_worker() -> None:
         one.close()
         Board(two, "topic").announce("a", b"2")
         assert Board(two, "topic").read() == {"a": b"2"}
+
+
+def test_one_that_was_removed_by_mistake_is_put_there_again() -> None:
+    """By those who meant that of the agent before this one; whoever announced it finds that out when it reads."""
+    with local_cluster(2) as cluster:
+        one, two = cluster.client(0), cluster.client(1)
+        Board(one, "topic").announce("a", b"1")
+        Board(two, "topic").announce("b", b"2")
+        (key,) = (key for key in cluster.store.list(notice_prefix("topic")) if key.endswith("a"))
+        kept = cluster.store.get_bytes(key)
+        cluster.store.delete(key)
+        assert Board(two, "topic").read() == {"b": b"2"}
+        assert Board(one, "topic").read() == {"a": b"1", "b": b"2"}
+        assert Board(two, "topic").read() == {"a": b"1", "b": b"2"}
+        assert cluster.store.get_bytes(key) == kept
+        Board(one, "topic").withdraw("a")
+        assert Board(one, "topic").read() == {"b": b"2"}
+
+
+def test_one_that_is_withdrawn_while_it_is_put_there_again_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with local_cluster(1) as cluster:
+        client = cluster.client(0)
+        board = Board(client, "topic")
+        board.announce("a", b"1")
+        cluster.store.delete_prefix(notice_prefix("topic"))
+        compare_and_set, asked = cluster.store.compare_and_set, threading.Event()
+
+        def slowly(key: str, expected: bytes | None, desired: bytes, **more: Any) -> bytes | None:
+            if key.startswith(notice_prefix("topic")):
+                asked.set()
+                board.withdraw("a")
+            return compare_and_set(key, expected, desired, **more)
+
+        monkeypatch.setattr(cluster.store, "compare_and_set", slowly)
+        board.read()
+        assert asked.is_set()
+        eventually(lambda: not cluster.store.list(notice_prefix("topic")))
+        assert board.read() == {}
 
 
 def test_a_body_that_is_not_there() -> None:
