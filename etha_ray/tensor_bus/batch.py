@@ -300,7 +300,7 @@ class Batch:
         if transfer is None or transfer.held is not None or self.state not in (BatchState.READY, BatchState.LOST):
             return  # LOST: a transfer that does not need the lost member goes on
         if transfer.state is TransferState.BLOCKED:
-            if self.state is BatchState.LOST:
+            if self.state is BatchState.LOST and not self.losing.can_do_without(transfer.command.transfer_type):
                 return  # until all are there again
             refused = self.registered.refused.get(transfer.command.transfer_type)
             if refused is not None:
