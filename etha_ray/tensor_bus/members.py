@@ -91,7 +91,11 @@ def take(store: KVStore, key: str, record: Claim) -> Claim | None:
 
 
 def release(store: KVStore, key: str, record: MemberRecord | NoticeRecord) -> None:
-    """Give back the place that ``record`` took under ``key``, unless another has taken it since."""
+    """Give back the place that ``record`` took under ``key``, unless another has taken it since.
+
+    Two steps, as neither torch's store nor the GCS deletes on a condition: who takes the place between them loses it. So who has put
+    something there looks whether it still is, and puts it back: `pair.match`, `Notices.read`.
+    """
     held = store.get_bytes(key)
     if held is not None and decode(held, type(record), key).attempt == record.attempt:
         store.delete(key)

@@ -48,7 +48,7 @@ class Notices:
         self._journal = journal
         self._withdrawals = withdrawals
         self._announced: dict[str, NoticeRecord] = {}
-        """What is in the store, by key, as far as this agent knows."""
+        """What this agent has put into the store and not taken back, by key."""
 
     def announce(self, worker: Worker, command: Announce) -> None:
         """Publish a worker's notice, in place of its earlier one in that slot.
@@ -65,6 +65,7 @@ class Notices:
             data=command.data,
         )
         worker.notices[key] = notice
+        self._announced.pop(key, None)  # whatever comes of this one, the one before is not to be put back
         self._journal.announced(command)
 
         def publish(_: Cancellation) -> None:

@@ -198,16 +198,15 @@ class Link:
                     self._changed.notify_all()
 
     def _wait_for_work(self) -> None:
-        """Until there is something to do. A transfer with those who were there before may meanwhile wait for somebody who has begun anew,
-        and will not be back: where an agent died, nobody could tell it, or the next one, who left."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._has_to_do() or self._outdated)
-                if self._changed.wait_for(self._has_to_do, _AGAIN):
-                    return
-                session = self.session if self._outdated else None
-            if session is not None:
-                session.hurry(only_if_lost=True)
+        """Until there may be something to do. A transfer with those who were there before may meanwhile wait for somebody who has begun
+        anew, and will not be back: where an agent died, nobody could tell it, or the next one, who left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_to_do() or self._outdated)
+            if self._changed.wait_for(self._has_to_do, _AGAIN):
+                return
+            session = self.session if self._outdated else None
+        if session is not None:
+            session.hurry(only_if_lost=True)
 
     @property
     def _outdated(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -314,11 +315,35 @@ def test_what_is_whole_when_one_of_two_senders_is_killed_while_its_data_is_read(
     processes.start_agent(0)
 
 
-def give_up_receiving(
-    transport: Stopping, monkeypatch: pytest.MonkeyPatch, handler: BatchHandler, *, atomic: bool, told: bool = True
-) -> None:
-    """A receive whose worker gives up once the transport stands still in the midst of it; its agent is ``told``, or could not be."""
+class GivenUp:
+    """A receive of version 2 whose worker gave up when the transport stood still in the midst of it; its agent was ``told``, or could not
+    be. ``sent`` is what it receives, from ``first``."""
 
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        transport: Stopping,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        atomic: bool = True,
+        stop: int = 1,
+        told: bool = True,
+    ) -> None:
+        transport.again()
+        name = f"given up {secrets.token_hex(4)}"
+        self.first, self.second, self.mine, self.theirs = batch(cluster.client(0), cluster.client(1), name)
+        first_version(self.first, self.second)
+        self.fill(2.0)
+        transport.again(stop)
+        self.sent = self.first.transfer("send", version=2)
+        _give_up_receiving(transport, monkeypatch, self.second, atomic=atomic, told=told)
+
+    def fill(self, value: float) -> None:
+        for tensor in self.mine:
+            tensor.fill_(value)
+
+
+def _give_up_receiving(transport: Stopping, monkeypatch: pytest.MonkeyPatch, handler: BatchHandler, *, atomic: bool, told: bool) -> None:
     def waits(*_: Any) -> None:
         assert transport.inside.wait(LONG)
         raise TransferTimeoutError("it gave no answer")
@@ -337,64 +362,46 @@ def test_the_next_call_waits_for_a_copy_that_was_given_up(
     cluster: LocalCluster, transport: Stopping, monkeypatch: pytest.MonkeyPatch, atomic: bool, stop: int, told: bool
 ) -> None:
     """Also where its worker could not tell the agent that it gave it up, as the queue was full or held."""
-    transport.again()
-    first, second, mine, theirs = batch(cluster.client(0), cluster.client(1), f"given up {atomic} {stop} {told}")
-    first_version(first, second)
-    transport.again(stop)
-    sent = first.transfer("send")
-    give_up_receiving(transport, monkeypatch, second, atomic=atomic, told=told)
+    it = GivenUp(cluster, transport, monkeypatch, atomic=atomic, stop=stop, told=told)
     with pytest.raises(TransferTimeoutError, match=r"an earlier call, which was given up, .*was still under way; .* within 1 s"):
-        second.transfer("recv", blocking=True, timeout=1.0, atomic=atomic)
-    got = second.transfer("recv", atomic=atomic)
+        it.second.transfer("recv", blocking=True, timeout=1.0, atomic=atomic)
+    got = it.second.transfer("recv", atomic=atomic)
     transport.open.set()
-    sent.result(LONG)
-    assert second.wait_version(2, LONG) == 2
+    it.sent.result(LONG)
+    assert it.second.wait_version(2, LONG) == 2
     assert not got.done()
-    for tensor in mine:
-        tensor.fill_(3.0)
-    first.transfer("send")
+    it.fill(3.0)
+    it.first.transfer("send")
     assert got.result(LONG).version == 3
-    assert hold(theirs, 3.0)
+    assert hold(it.theirs, 3.0)
 
 
 def test_a_copy_that_was_given_up_takes_no_later_version(
     cluster: LocalCluster, transport: Stopping, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is received atomically waits again when its sender takes back what it reads, but not if nobody waits for it."""
-    transport.again()
-    first, second, _, _ = batch(cluster.client(0), cluster.client(1), "given up on both sides")
-    first_version(first, second)
-    transport.again(1)
-    sent = first.transfer("send", version=7)
-    give_up_receiving(transport, monkeypatch, second, atomic=True)
-    got = second.transfer("recv")
+    it = GivenUp(cluster, transport, monkeypatch)
+    got = it.second.transfer("recv")
     cluster.time_is_up(0)
     with pytest.raises(TransferTimeoutError):
-        sent.result(LONG)
+        it.sent.result(LONG)
     transport.open.set()
-    first.transfer("send", version=8)
+    it.first.transfer("send", version=8)
     assert got.result(LONG).version == 8
 
 
 def test_who_waits_for_a_copy_that_was_given_up_hears_that_the_batch_is_closed(
     cluster: LocalCluster, transport: Stopping, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transport.again()
-    first, second, mine, theirs = batch(cluster.client(0), cluster.client(1), "given up and closed")
-    first_version(first, second)
-    for tensor in mine:
-        tensor.fill_(2.0)
-    transport.again(1)
-    first.transfer("send")
-    give_up_receiving(transport, monkeypatch, second, atomic=True)
-    got = second.transfer("recv")
-    closing = ThreadPoolExecutor(1).submit(second.close)
+    it = GivenUp(cluster, transport, monkeypatch)
+    got = it.second.transfer("recv")
+    closing = ThreadPoolExecutor(1).submit(it.second.close)
     with pytest.raises(BatchClosedError):
         got.result(LONG)
     assert not closing.done()  # it waits for what may still be written
     transport.open.set()
     closing.result(LONG)
-    assert hold(theirs, 1.0) or hold(theirs, 2.0)
+    assert hold(it.theirs, 1.0) or hold(it.theirs, 2.0)
 
 
 @pytest.mark.parametrize(

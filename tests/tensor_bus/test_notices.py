@@ -81,6 +81,19 @@ def test_one_that_is_withdrawn_while_it_is_put_there_again_is_gone(monkeypatch: 
         assert board.read() == {}
 
 
+def test_one_that_another_has_replaced_is_not_put_back() -> None:
+    """A worker that was taken for dead learns that its slot is taken when it announces itself anew."""
+    with local_cluster(2) as cluster:
+        one, two = cluster.client(0), cluster.client(1)
+        Board(one, "topic").announce("a", b"1")
+        cluster.store.delete_prefix(notice_prefix("topic"))
+        Board(two, "topic").announce("a", b"2")
+        with pytest.raises(CoordinateTakenError):
+            Board(one, "topic").announce("a", b"3")
+        two.close()
+        assert Board(one, "topic").read() == {}
+
+
 def test_a_body_that_is_not_there() -> None:
     with local_cluster(1) as cluster, pytest.raises(StoreError, match="does not hold what its name says"):
         Board(cluster.client(0), "topic").body(fingerprint(b"nobody said this"))
